@@ -1,0 +1,17 @@
+"""Hand-written and library normalizing flows side by side: every flow is an nflows ``Transform`` or ``Flow``."""
+
+from adapters.catalogue import build_flow, flow_names
+from adapters.checkpoint import load_flow, save_flow
+from adapters.layers.coupling import MaskedCouplingLayer
+from adapters.masks import checkerboard_mask, half_mask, random_mask
+
+__all__ = [
+    "MaskedCouplingLayer",
+    "build_flow",
+    "checkerboard_mask",
+    "flow_names",
+    "half_mask",
+    "load_flow",
+    "random_mask",
+    "save_flow",
+]

@@ -1,0 +1,26 @@
+"""What layers and flows check about the tensors they meet: once, and with the offending value in the message."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def check_event(inputs: Tensor, event_shape: Sequence[int], what: str) -> None:
+    """Raise a ValueError unless ``inputs`` is ``(batch, *event_shape)``."""
+    if inputs.dim() == 0 or inputs.shape[1:] != tuple(event_shape):
+        expected = ", ".join(["batch", *map(str, event_shape)])
+        raise ValueError(f"{what} takes inputs of shape ({expected}), not {tuple(inputs.shape)}")
+
+
+def check_output(output: Tensor, shape: Sequence[int], network: str) -> Tensor:
+    """The output itself, if it has exactly this shape: a broadcast would falsify the log-determinant. Else a ValueError."""
+    if output.shape != tuple(shape):
+        raise ValueError(f"{network} must return shape {tuple(shape)}, but returned {tuple(output.shape)}")
+    return output
+
+
+def check_positive(**values: float) -> None:
+    """Raise a ValueError unless every value is above zero; the keyword is the name the user knows it by."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, not {value}")

@@ -1,0 +1,77 @@
+"""An nflows ``Flow`` that knows its shapes, and a standard normal that keeps its dtype."""
+
+import nflows.distributions
+import nflows.flows
+import torch
+from nflows.transforms import Transform
+from torch import Tensor
+
+from adapters.checks import check_event
+
+
+class StandardNormal(nflows.distributions.StandardNormal):
+    """nflows' standard normal N(0, I), sampled in the dtype and on the device it was moved to (nflows': float32)."""
+
+    def __init__(self, shape):
+        super().__init__(shape)
+        self._log_z = self._log_z.to(torch.get_default_dtype())
+
+    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        leading = (num_samples,) if context is None else (len(context), num_samples)
+        return torch.randn(*leading, *self._shape, dtype=self._log_z.dtype, device=self._log_z.device)
+
+
+class Flow(nflows.flows.Flow):
+    """log p(x) = log p_base(f(x)) + log|det J_f(x)|, with f = ``transform``, data → noise.
+
+    An nflows ``Flow`` in every respect (``log_prob``, ``sample``, ``sample_and_log_prob``, each with ``context``),
+    which knows its shapes and so can refuse wrong ones before they reach a layer.
+
+    Args:
+        transform: f, an nflows ``Transform``.
+        distribution: the base, an nflows ``Distribution``.
+        event_shape: shape of one datum.
+        context_features: width of a context row; ``None`` if the flow takes no context.
+
+    Raises:
+        ValueError: in a call, for inputs or a context of another shape, or a context missing or superfluous.
+    """
+
+    def __init__(
+        self,
+        transform: Transform,
+        distribution: nflows.distributions.Distribution,
+        event_shape: tuple[int, ...],
+        context_features: int | None = None,
+    ):
+        super().__init__(transform, distribution)
+        self.event_shape = torch.Size(event_shape)
+        self.context_features = context_features
+
+    def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x | context) in nats: ``(batch, *event)`` → ``(batch,)``."""
+        check_event(inputs, self.event_shape, "this flow")
+        self._check_context(context)
+        return super().log_prob(inputs, context)
+
+    def sample(self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None) -> Tensor:
+        """``(num_samples, *event)``, or ``(batch, num_samples, *event)`` for a context of ``batch`` rows."""
+        self._check_context(context)
+        return super().sample(num_samples, context, batch_size)
+
+    def sample_and_log_prob(self, num_samples: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Samples, as ``sample``, and their log_prob from the same pass."""
+        self._check_context(context)
+        return super().sample_and_log_prob(num_samples, context)
+
+    def _check_context(self, context: Tensor | None) -> None:
+        if self.context_features is None:
+            if context is not None:
+                raise ValueError(
+                    f"this flow is unconditional, but a context of shape {tuple(context.shape)} was given; "
+                    "build it with context_features to condition it"
+                )
+        elif context is None:
+            raise ValueError(f"this flow is conditional: give a context of shape (batch, {self.context_features})")
+        else:
+            check_event(context, (self.context_features,), "the context of this flow")

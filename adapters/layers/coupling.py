@@ -1,0 +1,203 @@
+"""Masked affine coupling: the layer of Real NVP (Dinh et al. 2017), as equations 15 to 17 of the exercise write it.
+
+    z' = b ⊙ z + (1 − b) ⊙ (z ⊙ exp(s(b ⊙ z)) + t(b ⊙ z))             (15)
+    z  = b ⊙ z' + (1 − b) ⊙ ((z' − t(b ⊙ z')) ⊙ exp(−s(b ⊙ z')))      (16)
+    log|det J_T(z)| = Σ_d (1 − b_d) s_d(b ⊙ z)                        (17)
+
+``MaskedCouplingLayer`` is that text. ``PackedCouplingLayer`` is the same function computed on the coordinates that
+matter, for speed. ``forward`` runs (15), noise → data; a flow is therefore
+``Flow(InverseTransform(CompositeTransform(layers)), base)``, which samples with (15) and scores with (16).
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from nflows.transforms import CompositeTransform, InverseTransform, Transform
+from torch import Tensor, nn
+
+from adapters.checks import check_event, check_output, check_positive
+from adapters.masks import check_mask, checkerboard_mask, random_mask
+from adapters.networks import MLP, condition
+from adapters.registry import Example, Specification
+
+
+class MaskedCouplingLayer(Transform):
+    """Equations 15, 16 and 17, with two networks on the masked vector.
+
+    Args:
+        scale_net: s, a module from ``(batch, *event)`` to the same shape. End it in tanh for stability.
+        translation_net: t, likewise. Both are also handed ``context`` when the layer is given one.
+        mask: b, of shape ``event`` (a vector's or an image's); 1 = unchanged, 0 = transformed. A buffer.
+
+    Coordinates where b = 1 come through bitwise unchanged, whatever the networks say there, inf and NaN included.
+
+    Raises:
+        ValueError: for a mask that is empty, all ones or not of 0 and 1; in a call, for an input that is not of the
+            mask's shape or a network whose output is not.
+    """
+
+    def __init__(self, scale_net: nn.Module, translation_net: nn.Module, mask: Tensor):
+        super().__init__()
+        self.scale_net = scale_net
+        self.translation_net = translation_net
+        self.register_buffer("mask", check_mask(mask).clone())
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z ↦ z' = T(z) and log|det J_T(z)|: equations 15 and 17. Shapes ``(batch, *event)`` and ``(batch,)``."""
+        b, s, t = self._mask_scale_translation(z, context)
+        return torch.where(b, z, z * s.exp() + t), s.flatten(1).sum(1)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z' ↦ z = T⁻¹(z') and log|det J_T⁻¹(z')|: equation 16 and minus equation 17."""
+        b, s, t = self._mask_scale_translation(z, context)
+        return torch.where(b, z, (z - t) * (-s).exp()), -s.flatten(1).sum(1)
+
+    def _mask_scale_translation(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """b, (1 − b) ⊙ s(b ⊙ z) and (1 − b) ⊙ t(b ⊙ z); the same from z' as from z, since b ⊙ z = b ⊙ z'.
+
+        Each product with a mask is a selection: an inf or NaN that it discards neither spreads nor has a gradient.
+        """
+        check_event(z, self.mask.shape, "this layer")
+        b = self.mask.bool()
+        bz = torch.where(b, z, 0)
+        s = check_output(condition(self.scale_net, bz, context), z.shape, "scale_net")
+        t = check_output(condition(self.translation_net, bz, context), z.shape, "translation_net")
+        return b, torch.where(b, 0, s), torch.where(b, 0, t)
+
+
+class PackedCoupling(Transform):
+    """Any coupling layer, with no arithmetic on entries that its mask would throw away.
+
+    The conditioner sees only the unchanged coordinates and answers only for the transformed ones:
+    z'_{b=1} = z_{b=1} and z'_{b=0} = f(z_{b=0}; conditioner(z_{b=1})), with f elementwise and invertible. A subclass
+    gives f and its inverse.
+
+    Args:
+        conditioner: a module from ``(batch, U)`` to ``(batch, parameters_per_coordinate · T)``, where the mask holds U
+            ones and T zeros; it is also handed ``context`` when the layer is given one.
+        mask: b, as for ``MaskedCouplingLayer``.
+    """
+
+    parameters_per_coordinate: int
+
+    def __init__(self, conditioner: nn.Module, mask: Tensor):
+        super().__init__()
+        mask = check_mask(mask)
+        self.conditioner = conditioner
+        self.event_shape = tuple(mask.shape)
+        self.register_buffer("unchanged", mask.flatten().nonzero().flatten())
+        self.register_buffer("transformed", (mask == 0).flatten().nonzero().flatten())
+
+    def elementwise(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """f(z) and Σ_d log|∂f(z)/∂z|_d, of shapes ``(batch, T)`` and ``(batch,)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define elementwise")
+
+    def elementwise_inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """f⁻¹(z) and Σ_d log|∂f⁻¹(z)/∂z|_d."""
+        raise NotImplementedError(f"{type(self).__name__} must define elementwise_inverse")
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._couple(self.elementwise, z, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._couple(self.elementwise_inverse, z, context)
+
+    def _couple(self, function, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        check_event(z, self.event_shape, "this layer")
+        flat = z.flatten(1)
+        parameters = condition(self.conditioner, flat.index_select(1, self.unchanged), context)
+        check_output(parameters, (len(z), self.parameters_per_coordinate * len(self.transformed)), "conditioner")
+        transformed, log_det = function(flat.index_select(1, self.transformed), parameters)
+        return flat.index_copy(1, self.transformed, transformed).view(z.shape), log_det
+
+
+class PackedCouplingLayer(PackedCoupling):
+    """Equations 15, 16 and 17 in packed form: (s̃, t) = conditioner(z_{b=1}), s = β ⊙ tanh(s̃).
+
+    Args:
+        conditioner, mask: as for ``PackedCoupling``, with two parameters a coordinate: all of s̃, then all of t. A
+            zero-initialised last layer (``MLP`` has one) makes the layer start at the identity.
+        scale_bound: the initial β, learnable, one per transformed coordinate; ``None`` for no bound, s = s̃.
+    """
+
+    parameters_per_coordinate = 2
+
+    def __init__(self, conditioner: nn.Module, mask: Tensor, scale_bound: float | None = 2.0):
+        super().__init__(conditioner, mask)
+        if scale_bound is not None:
+            check_positive(scale_bound=scale_bound)
+            scale_bound = nn.Parameter(torch.full((len(self.transformed),), float(scale_bound)))
+        self.scale_bound = scale_bound
+
+    def elementwise(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        s, t = self._scale_translation(parameters)
+        return torch.addcmul(t, z, s.exp()), s.sum(1)
+
+    def elementwise_inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        s, t = self._scale_translation(parameters)
+        return (z - t) * (-s).exp(), -s.sum(1)
+
+    def _scale_translation(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        s, t = parameters.chunk(2, dim=1)
+        return (s if self.scale_bound is None else self.scale_bound * s.tanh()), t
+
+
+def noise_to_data(layers: Iterable[Transform]) -> Transform:
+    """Layers that run noise → data, the noise side first, as the transform data → noise of an nflows ``Flow``."""
+    return InverseTransform(CompositeTransform(layers))
+
+
+def packed_flow(
+    specification: Specification, layer: Callable[..., PackedCoupling], parameters_per_coordinate: int, dropout: float
+) -> Transform:
+    """A stack of ``layer(conditioner, mask)``, one MLP conditioner each."""
+    network = dict(specification.network, dropout=dropout)
+    widths = [(int(mask.sum()), parameters_per_coordinate * int((1 - mask).sum())) for mask in specification.masks]
+    return noise_to_data(
+        layer(MLP(*width, **network), mask) for width, mask in zip(widths, specification.masks, strict=True)
+    )
+
+
+def masked_affine(specification: Specification, scale_bound: float | None = 2.0, dropout: float = 0.0) -> Transform:
+    """Packed affine coupling layers: equations 15 to 17, fast."""
+    layer = partial(PackedCouplingLayer, scale_bound=scale_bound)
+    return packed_flow(specification, layer, PackedCouplingLayer.parameters_per_coordinate, dropout)
+
+
+def masked_affine_textbook(specification: Specification) -> Transform:
+    """The exercise's own layers: two full-width networks, tanh at the end of the scale network."""
+
+    def network() -> MLP:
+        return MLP(specification.features, specification.features, **specification.network)
+
+    return noise_to_data(
+        MaskedCouplingLayer(network().append(nn.Tanh()), network(), mask) for mask in specification.masks
+    )
+
+
+FLOWS = {"masked-affine": masked_affine, "masked-affine-textbook": masked_affine_textbook}
+
+
+EXAMPLES = {
+    "textbook": Example(lambda: MaskedCouplingLayer(MLP(5, 5), MLP(5, 5), checkerboard_mask(5)), (5,)),
+    "textbook-image": Example(
+        lambda: MaskedCouplingLayer(
+            nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1), checkerboard_mask(2, 3, 4)
+        ),
+        (2, 3, 4),
+    ),
+    "textbook-context": Example(
+        lambda: MaskedCouplingLayer(
+            MLP(3, 3, context_features=2), MLP(3, 3, context_features=2), torch.tensor([0, 1, 0])
+        ),
+        (3,),
+        context_features=2,
+    ),
+    "packed": Example(lambda: PackedCouplingLayer(MLP(3, 4), checkerboard_mask(5)), (5,)),
+    "packed-unbounded": Example(lambda: PackedCouplingLayer(MLP(3, 6), random_mask(6), scale_bound=None), (6,)),
+    "packed-image": Example(lambda: PackedCouplingLayer(MLP(6, 12), checkerboard_mask(1, 3, 4)), (1, 3, 4)),
+    "packed-context": Example(
+        lambda: PackedCouplingLayer(MLP(1, 4, context_features=2), torch.tensor([0, 1, 0])), (3,), context_features=2
+    ),
+}

@@ -1,0 +1,78 @@
+"""Binary masks b ∈ {0, 1}^D that tell a coupling layer which coordinates to leave alone.
+
+The convention, here and everywhere in this package: **1 = passes unchanged, 0 = transformed** (equation 15 of the
+exercise; zuko and distrax agree). nflows' own coupling layers mean the opposite by 1; only ``bridges/nflows.py`` knows.
+"""
+
+import torch
+from torch import Tensor
+
+
+def checkerboard_mask(*shape: int) -> Tensor:
+    """The chequerboard of Dinh et al. (2017), figure 3: 1 where the coordinates' indices sum to an even number.
+
+    ``checkerboard_mask(28, 28)`` is the image mask of Real NVP; ``checkerboard_mask(D)`` alternates 1, 0, 1, 0, …
+
+    Returns:
+        a float tensor of the given shape; ``1 - mask`` is its inverse, for the next layer.
+
+    Raises:
+        ValueError: if the shape is empty or has a size below 1.
+
+    >>> checkerboard_mask(2, 3)
+    tensor([[1., 0., 1.],
+            [0., 1., 0.]])
+    """
+    _check_sizes(shape)
+    index_sum = sum(torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+    return (index_sum % 2 == 0).float()
+
+
+def random_mask(features: int, generator: torch.Generator | None = None) -> Tensor:
+    """A random half (⌊D/2⌋) of the coordinates is 1. It is drawn once, here; a layer keeps it as a buffer.
+
+    Raises:
+        ValueError: if ``features`` is below 1.
+    """
+    _check_sizes((features,))
+    mask = torch.zeros(features)
+    mask[torch.randperm(features, generator=generator)[: features // 2]] = 1
+    return mask
+
+
+def half_mask(features: int) -> Tensor:
+    """The first half (⌊D/2⌋) of the coordinates is 1.
+
+    Raises:
+        ValueError: if ``features`` is below 1.
+
+    >>> half_mask(5)
+    tensor([1., 1., 0., 0., 0.])
+    """
+    _check_sizes((features,))
+    return (torch.arange(features) < features // 2).float()
+
+
+def check_mask(mask: Tensor) -> Tensor:
+    """The mask itself, if a coupling layer can use it.
+
+    All zeros is allowed: the networks then see nothing, and the layer is an elementwise map, the only kind of
+    coupling there is in one dimension. All ones is not: the layer would be the identity, its networks never trained.
+
+    Raises:
+        ValueError: if the mask is empty, all ones, or holds anything but 0 and 1.
+    """
+    mask = torch.as_tensor(mask)
+    if mask.numel() == 0:
+        raise ValueError(f"the mask is empty (shape {tuple(mask.shape)}); it needs one entry per coordinate")
+    if not torch.all((mask == 0) | (mask == 1)):
+        wrong = mask[(mask != 0) & (mask != 1)][0].item()
+        raise ValueError(f"a mask holds only 0 (transformed) and 1 (unchanged), but this one holds {wrong}")
+    if torch.all(mask == 1):
+        raise ValueError("the mask is all ones: nothing would be transformed and the networks would never be trained")
+    return mask
+
+
+def _check_sizes(shape: tuple[int, ...]) -> None:
+    if not shape or any(size < 1 for size in shape):
+        raise ValueError(f"a mask needs sizes of at least 1, not {shape}")

@@ -1,0 +1,60 @@
+"""How files make themselves known: each layer and bridge carries an ``EXAMPLES`` and a ``FLOWS``, found by presence.
+
+``EXAMPLES: dict[str, Example]`` are transforms that the tests hold against the laws.
+``FLOWS: dict[str, Callable[[Specification, …], Transform]]`` are the flows of ``build_flow``: each makes the transform
+data → noise that the specification asks for.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+from nflows.transforms import Transform
+from torch import Tensor
+
+
+class Example(NamedTuple):
+    """A transform to hold against the laws: how to make it, and the shapes it takes."""
+
+    make: Callable[[], Transform]
+    event_shape: tuple[int, ...]
+    context_features: int | None = None
+
+
+@dataclass(frozen=True)
+class Specification:
+    """What every flow of the catalogue is asked for alike, so that a comparison is fair.
+
+    Attributes:
+        features: D, the width of the data.
+        layers: how many layers.
+        hidden_features: widths of each conditioner's hidden layers.
+        context_features: width of the context; ``None`` for an unconditional flow.
+        masks: one mask of D entries a layer, layer by layer from the noise side to the data side; 1 = unchanged.
+        activation: name of the conditioners' activation, a key of ``networks.ACTIVATIONS``.
+    """
+
+    features: int
+    layers: int
+    hidden_features: tuple[int, ...]
+    context_features: int | None
+    masks: tuple[Tensor, ...]
+    activation: str
+
+    @property
+    def network(self) -> dict:
+        """The keywords of ``networks.MLP`` that follow from the specification."""
+        return {
+            "hidden_features": self.hidden_features,
+            "context_features": self.context_features,
+            "activation": self.activation,
+        }
+
+
+def modules(package: str) -> list[ModuleType]:
+    """Every module of ``adapters.layers`` or ``adapters.bridges``, in alphabetical order."""
+    path = importlib.import_module(package).__path__
+    return [importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules(path)]

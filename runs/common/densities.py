@@ -1,0 +1,55 @@
+"""The two toy densities of the exercise (its figure 1), with samples, log-density and exact entropy."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+
+class TwoGaussians:
+    """An uneven mixture: weights 1/5 and 4/5, means (0.75, 0.75) and (0.25, 0.25), standard deviation 0.1 on each axis.
+
+    Attributes:
+        entropy: −E[log p] in nats: −1.2681, by quadrature of p log p on a grid (see the test).
+    """
+
+    entropy = -1.268075593829
+
+    def __init__(self):
+        means = torch.tensor([[0.75, 0.75], [0.25, 0.25]], dtype=torch.float64)
+        weights = torch.tensor([0.2, 0.8], dtype=torch.float64)
+        self._mixture = MixtureSameFamily(Categorical(weights), Independent(Normal(means, 0.1), 1))
+
+    def sample(self, n: int) -> Tensor:
+        """``(n, 2)`` fresh points."""
+        return self._mixture.sample((n,)).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) in nats: ``(n, 2)`` → ``(n,)``, in float64."""
+        return self._mixture.log_prob(x.double())
+
+
+class Chequerboard:
+    """Uniform on the five squares of a 3 × 3 grid on [0, 1]² whose indices sum to an even number.
+
+    Attributes:
+        entropy: log(5/9) nats, exactly.
+    """
+
+    entropy = math.log(5 / 9)
+
+    def sample(self, n: int) -> Tensor:
+        """``(n, 2)`` fresh points."""
+        square = 2 * torch.randint(5, (n,))  # squares 0, 2, 4, 6, 8 of nine
+        corner = torch.stack((square // 3, square % 3), dim=1)
+        return (corner + torch.rand(n, 2)) / 3
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) in nats: ``(n, 2)`` → ``(n,)``, in float64; −∞ off the squares."""
+        index = (3 * x.double()).floor()
+        inside = ((x >= 0) & (x <= 1)).all(1) & (index.sum(1) % 2 == 0)
+        return torch.where(inside, -self.entropy, -math.inf).double()
+
+
+DENSITIES = {"two-gaussians": TwoGaussians, "chequerboard": Chequerboard}

@@ -1,0 +1,90 @@
+"""The look that all pictures share, and the pictures that several runs draw."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+INK = "#22303c"
+ACCENT = "#c8553d"
+DENSITY = "magma"
+STYLE = {
+    "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#9aa5ad",
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": "#5d6b75",
+    "ytick.color": "#5d6b75",
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 4), **subplots) -> Iterator:
+    """A figure and its axes in the shared look, saved to ``path`` on leaving."""
+    with plt.rc_context(STYLE):
+        drawing, axes = plt.subplots(rows, columns, figsize=size, **subplots)
+        try:
+            yield drawing, axes
+            drawing.savefig(path)
+        finally:
+            plt.close(drawing)
+
+
+def unit_square(axes: Axes, title: str) -> None:
+    """Plots of the toy densities show (0, 1)²."""
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], title=title, aspect="equal")
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+
+
+def density(axes: Axes, values: np.ndarray, top: float, title: str):
+    """A density on a grid over (0, 1)², ``values[row, column]`` with row along the second coordinate."""
+    unit_square(axes, title)
+    return axes.imshow(
+        values, origin="lower", extent=(0, 1, 0, 1), cmap=DENSITY, vmin=0, vmax=top, interpolation="nearest"
+    )
+
+
+def scatter(axes: Axes, points: np.ndarray, title: str) -> None:
+    """Points over (0, 1)², as many as stay distinguishable."""
+    unit_square(axes, title)
+    axes.plot(points[:, 0], points[:, 1], ".", markersize=1.6, color=INK, alpha=0.35, markeredgewidth=0)
+
+
+def curve(axes: Axes, steps: list[int], values: list[float], smooth: int, label: str) -> None:
+    """A noisy training curve, faint, under its running median."""
+    values = np.asarray(values)
+    axes.plot(steps, values, color=INK, alpha=0.2, linewidth=0.6)
+    half = smooth // 2
+    median = [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    axes.plot(steps, median, color=INK, linewidth=1.2, label=label)
+
+
+def save_animation(path: Path, densities: list[np.ndarray], top: float) -> None:
+    """Densities on a grid as a GIF, on one colour scale, that holds its last frame for two seconds."""
+    from PIL import Image
+
+    colours = (255 * matplotlib.colormaps[DENSITY](np.linspace(0, 1, 256))[:, :3]).astype(np.uint8)
+    images = []
+    for values in densities:
+        indices = (255 * np.clip(values / top, 0, 1)).astype(np.uint8)[::-1]
+        image = Image.fromarray(indices, mode="P")
+        image.putpalette(colours.tobytes())
+        images.append(image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST))
+    durations = [80] * (len(images) - 1) + [2000]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)

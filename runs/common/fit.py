@@ -1,0 +1,321 @@
+"""One training loop for every run: optimiser, schedule, clipping, averaging, checkpoints, resume, devices, processes.
+
+``fit`` takes a module whose call on a batch gives a loss, and a function that gives the batch of a step. It knows
+nothing of flows, images or Pyro.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from adapters.checks import check_positive
+
+STATE = "training.pt"
+SNAPSHOT_EVERY = 100  # steps; a loss that is not finite costs at most so many
+AVERAGE_EVERY = 10  # steps; the moving average of the weights is moved once in so many, with the decay to that power
+
+
+class NotFinite(RuntimeError):
+    """The loss became NaN or infinite. The module then holds the last weights that gave a finite loss."""
+
+
+@dataclass
+class Fitted:
+    """What came of a training.
+
+    Attributes:
+        losses: pairs (step, mean training loss since the last pair).
+        validation: pairs (step, validation loss), with the averaged weights if there are any.
+        steps: steps done, earlier parts of a resumed training included.
+        seconds: time spent training, likewise, without start-up.
+        interrupted: whether Ctrl-C ended it early.
+    """
+
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps.
+        lr: peak learning rate of AdamW.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        warmup: share of the training over which the rate rises from 0 to its peak; it then falls to 0 by half a cosine.
+        clip: the gradient's largest norm; ``None`` for no clipping.
+        average: decay of the exponential moving average of the weights, which is what a training ends with; ``None``
+            to end with the last weights.
+        accumulate: batches whose gradients are added up to one step.
+        precision: ``no`` (float32), ``bf16`` or ``fp16``: accelerate's mixed precision.
+        validate_every: steps between validations; the weights of the best one are what a training ends with.
+        patience: validations without an improvement that end a training early; ``None`` for no early end.
+        seconds: end after so much training time even if steps are left, the schedule shortened to match.
+        save_every: seconds between checkpoints.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: float = 0.02
+    clip: float | None = 5.0
+    average: float | None = None
+    accumulate: int = 1
+    precision: str = "no"
+    validate_every: int = 1000
+    patience: int | None = None
+    seconds: float | None = None
+    save_every: float = 60.0
+
+    def __post_init__(self):
+        check_positive(steps=self.steps, lr=self.lr, accumulate=self.accumulate, validate_every=self.validate_every)
+
+    def rate(self, progress: float) -> float:
+        """The learning rate when the share ``progress`` of the training is done."""
+        if progress < self.warmup:
+            return self.lr * progress / self.warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
+
+
+def fit(
+    loss: nn.Module,
+    batch: Callable[[int], Any],
+    recipe: Recipe,
+    *,
+    validate: Callable[[], float] | None = None,
+    describe: Callable[[float], str] = "loss {:.4f}".format,
+    observe: Callable[[int], None] | None = None,
+    directory: Path | None = None,
+    resume: bool = False,
+    accelerator: Accelerator | None = None,
+) -> Fitted:
+    """Train the parameters of ``loss`` in place.
+
+    Args:
+        loss: ``loss(batch)`` is the scalar to minimise.
+        batch: ``batch(i)`` is the i-th batch (i = 0, 1, …): one function of i and the random state, so that a resumed
+            training sees the batches that an uninterrupted one would have seen. It is moved to the device for you.
+        recipe: how to train.
+        validate: the loss on held-out data; lower is better.
+        describe: words for the progress bar, from a loss.
+        observe: called before each step with the number of steps done, for pictures of the training.
+        directory: where checkpoints go; ``None`` for none.
+        resume: go on from the checkpoint in ``directory``.
+        accelerator: device, precision and processes; by default one made from the recipe.
+
+    Raises:
+        NotFinite: when the loss stops being finite, naming the step.
+        FileNotFoundError, ValueError: when there is nothing to resume, or what there is belongs to another training.
+    """
+    accelerator = accelerator or Accelerator(mixed_precision=recipe.precision)
+    module = accelerator.prepare(loss)
+    parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    optimizer = accelerator.prepare(
+        torch.optim.AdamW(parameters, recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    )
+    training = _Training(loss, parameters, optimizer, recipe, directory if accelerator.is_main_process else None)
+    if resume:
+        training.load(directory)
+    bar = tqdm(
+        total=recipe.steps,
+        initial=training.fitted.steps,
+        disable=not accelerator.is_main_process,
+        unit="step",
+        mininterval=0.5,
+        smoothing=0.05,
+        dynamic_ncols=True,
+    )
+    window = []
+    started = saved = shown = time.monotonic() - training.fitted.seconds
+    try:
+        while not training.done():
+            step = training.fitted.steps
+            if observe is not None:
+                observe(step)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(training.progress())
+            optimizer.zero_grad()
+            value = _backward(module, batch, step, recipe.accumulate, accelerator)
+            if not math.isfinite(value):
+                training.restore_snapshot()
+                raise NotFinite(
+                    f"the loss became {value} at step {step + 1}; the weights of step {training.snapshot_step} are kept. "
+                    f"A lower learning rate than {recipe.lr:g} or a smaller clip may help"
+                )
+            if step % SNAPSHOT_EVERY == 0:
+                training.take_snapshot()
+            if recipe.clip is not None:
+                accelerator.clip_grad_norm_(parameters, recipe.clip)
+            optimizer.step()
+            training.average_weights()
+            training.fitted.steps += 1
+            window.append(value)
+            bar.update()
+            now = time.monotonic()
+            training.fitted.seconds = now - started
+            if now - shown > 0.5 or training.done():
+                mean = sum(window) / len(window)
+                bar.set_postfix_str(describe(mean), refresh=False)
+                training.fitted.losses.append((training.fitted.steps, mean))
+                shown, window = now, []
+            if validate is not None and (training.fitted.steps % recipe.validate_every == 0 or training.done()):
+                training.validate(validate)
+                bar.write(f"step {training.fitted.steps}: validation {describe(training.fitted.validation[-1][1])}")
+            if now - saved > recipe.save_every and directory is not None:
+                training.save()
+                saved = now
+    except KeyboardInterrupt:
+        training.fitted.interrupted = True
+        bar.write(f"interrupted at step {training.fitted.steps}: ending with what is trained so far")
+    finally:
+        bar.close()
+    training.save()
+    training.finish()
+    return training.fitted
+
+
+def _backward(module: nn.Module, batch: Callable[[int], Any], step: int, accumulate: int, accelerator) -> float:
+    """Add up the gradients of a step's batches; the mean of their losses."""
+    total = 0.0
+    for i in range(accumulate):
+        with accelerator.no_sync(module) if i < accumulate - 1 else accelerator.autocast():
+            loss = module(_to(batch(step * accumulate + i), accelerator.device))
+            accelerator.backward(loss / accumulate)
+        total += loss.item() / accumulate
+    return total
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    return tuple(None if part is None else part.to(device, non_blocking=True) for part in batch)
+
+
+class _Training:
+    """The state of a training: everything that a checkpoint holds."""
+
+    def __init__(self, module: nn.Module, parameters: list[Tensor], optimizer, recipe: Recipe, directory: Path | None):
+        self.module = module
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.recipe = recipe
+        self.directory = directory
+        self.fitted = Fitted()
+        self.average = None if recipe.average is None else _copy(parameters)
+        self.best = None
+        self.best_validation = math.inf
+        self.since_best = 0
+        self.take_snapshot()
+
+    def progress(self) -> float:
+        share = self.fitted.steps / self.recipe.steps
+        return share if self.recipe.seconds is None else min(1, max(share, self.fitted.seconds / self.recipe.seconds))
+
+    def done(self) -> bool:
+        patience = self.recipe.patience
+        return self.progress() >= 1 or (patience is not None and self.since_best >= patience)
+
+    def take_snapshot(self) -> None:
+        self.snapshot, self.snapshot_step = _copy(self.module.state_dict().values()), self.fitted.steps
+
+    def restore_snapshot(self) -> None:
+        _write(self.module.state_dict().values(), self.snapshot)
+
+    def average_weights(self) -> None:
+        """Move the average; its decay grows from 0 as (1 + n) / (10 + n), so that the first weights are soon forgotten."""
+        if self.average is not None and self.fitted.steps % AVERAGE_EVERY == 0:
+            n = self.fitted.steps / AVERAGE_EVERY
+            decay = min(self.recipe.average**AVERAGE_EVERY, (1 + n) / (10 + n))
+            torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], 1 - decay)
+
+    def validate(self, validate: Callable[[], float]) -> None:
+        """Score the weights that the training would end with now, and keep them if they are the best so far."""
+        current = _copy(self.parameters)
+        if self.average is not None:
+            _write(self.parameters, self.average)
+        self.module.eval()
+        value = validate()
+        self.module.train()
+        self.fitted.validation.append((self.fitted.steps, value))
+        self.since_best += 1
+        if value < self.best_validation:
+            self.best, self.best_validation, self.since_best = _copy(self.parameters), value, 0
+        _write(self.parameters, current)
+
+    def finish(self) -> None:
+        """Leave the module with the best weights, else the averaged ones, else the last."""
+        chosen = self.best if self.best is not None else self.average
+        if chosen is not None:
+            _write(self.parameters, chosen)
+
+    def save(self) -> None:
+        """Write the checkpoint, atomically."""
+        if self.directory is None:
+            return
+        state = {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "best": self.best,
+            "best_validation": self.best_validation,
+            "since_best": self.since_best,
+            "fitted": vars(self.fitted),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        self.directory.mkdir(parents=True, exist_ok=True)
+        unfinished = self.directory / f".{STATE}.unfinished"
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, self.directory / STATE)
+
+    def load(self, directory: Path) -> None:
+        path = directory / STATE
+        if not path.is_file():
+            raise FileNotFoundError(f"nothing to resume: no {STATE} in {directory}")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} is damaged ({error}); start again without --resume") from error
+        try:
+            self.module.load_state_dict(state["module"])
+        except RuntimeError as error:
+            raise ValueError(f"{path} belongs to another model; resume with the arguments it began with") from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        device = self.parameters[0].device
+        self.average, self.best = (
+            None if state[name] is None else [tensor.to(device) for tensor in state[name]] for name in ("average", "best")
+        )
+        self.best_validation, self.since_best = state["best_validation"], state["since_best"]
+        self.fitted = Fitted(**state["fitted"] | {"interrupted": False})
+        torch.set_rng_state(state["random"])
+        if torch.cuda.is_available() and state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        self.take_snapshot()
+
+
+def _copy(tensors) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def _write(targets, sources: list[Tensor]) -> None:
+    with torch.no_grad():
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)

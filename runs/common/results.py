@@ -1,0 +1,79 @@
+"""What a run leaves behind: ``metrics.json`` beside its pictures and its checkpoint, each written whole or not at all."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+LIBRARIES = ("torch", "nflows", "normflows", "zuko", "pyro-ppl", "flow-adapters")
+
+
+def cli(main: Callable) -> None:
+    """Run ``main`` with the command line's arguments; a mistake of the user's is one clear line, not a traceback."""
+    try:
+        tyro.cli(main, description=main.__doc__)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("FLOW_ADAPTERS_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def open_directory(out: Path) -> Path:
+    """Make the run's directory, and make sure now, before any work, that results can be written there.
+
+    Raises:
+        OSError: if it can't be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--out {out} can't be written to ({error.strerror}); choose another directory") from error
+    return out
+
+
+def write_metrics(out: Path, run: str, arguments: dict[str, Any], seed: int, metrics: dict[str, Any]) -> Path:
+    """Write ``metrics.json``: what was run, with what, and what came of it."""
+    record = {
+        "run": run,
+        "arguments": arguments,
+        "seed": seed,
+        "versions": versions(),
+        "metrics": metrics,
+    }
+    return write_text(out / "metrics.json", json.dumps(record, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Python's and each installed library's version, the threads in use and the processor."""
+    found = {"python": platform.python_version(), "threads": str(torch.get_num_threads()), "processor": _processor()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,183 @@
+"""Fit a flow to one of the exercise's two toy densities, and show how well it did.
+
+    python runs/toy.py
+    python runs/toy.py --data chequerboard --flow masked-spline
+"""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adapters import build_flow, save_flow
+from adapters.checks import check_positive
+from adapters.flow import Flow
+from adapters.preprocess import Standardize
+from runs.common import figures
+from runs.common.densities import DENSITIES
+from runs.common.fit import Fitted, NotFinite, Recipe, fit
+from runs.common.results import cli, open_directory, write_metrics
+
+TEST_POINTS = 100_000
+
+
+class NegativeLogLikelihood(nn.Module):
+    """−mean log p(x) in nats: what maximum likelihood minimises."""
+
+    def __init__(self, flow: Flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -self.flow.log_prob(x).mean()
+
+
+def main(
+    data: str = "two-gaussians",
+    flow: str = "masked-affine",
+    layers: int = 12,
+    hidden: tuple[int, ...] = (32, 32),
+    steps: int = 8000,
+    batch_size: int = 512,
+    lr: float = 5e-3,
+    seconds: float | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    animate: bool = False,
+) -> dict[str, float]:
+    """Fit a flow to a toy density by maximum likelihood on fresh samples.
+
+    Args:
+        data: two-gaussians or chequerboard.
+        flow: any name of adapters.flow_names(), e.g. masked-affine, masked-spline, nflows-rqs.
+        layers: layers of the flow.
+        hidden: widths of the hidden layers of each layer's networks.
+        steps: optimiser steps.
+        batch_size: fresh samples a step.
+        lr: peak learning rate.
+        seconds: end after so much training time instead, if that comes first; the schedule is shortened to match.
+        seed: of weights and samples.
+        out: directory for metrics, pictures and checkpoint; by default results/toy/DATA-FLOW.
+        animate: also draw the density forming, as a GIF.
+    """
+    arguments = dict(locals())
+    if data not in DENSITIES:
+        raise ValueError(f"unknown data {data!r}; known: {', '.join(DENSITIES)}")
+    check_positive(steps=steps, batch_size=batch_size, lr=lr)
+    true = DENSITIES[data]()
+    torch.manual_seed(seed)
+    model = build_flow(
+        flow, features=2, layers=layers, hidden_features=hidden, preprocess=Standardize.of(true.sample(TEST_POINTS))
+    )
+    out = open_directory(out or Path("results/toy") / f"{data}-{flow}")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{flow}: {layers} layers, {parameters:,} parameters, on {data}")
+
+    frames: list[Tensor] = []
+    recipe = Recipe(steps=steps, lr=lr, betas=(0.9, 0.99), average=0.999, seconds=seconds)
+    try:
+        fitted = fit(
+            NegativeLogLikelihood(model),
+            lambda step: true.sample(batch_size),
+            recipe,
+            describe="NLL {:.4f} nats".format,
+            observe=_camera(model, frames, steps) if animate else None,
+        )
+    except NotFinite as error:
+        raise NotFinite(f"{error}. They are saved in {save_flow(model, out)}") from error
+    model.eval()
+    metrics = evaluate(model, true) | {
+        "parameters": parameters,
+        "steps": fitted.steps,
+        "train_seconds": round(fitted.seconds, 2),
+    }
+    pictures = draw(model, true, fitted, out)
+    if animate:
+        pictures.append(_film(frames, true, out))
+    save_flow(model, out)
+    write_metrics(out, "toy", arguments, seed, metrics)
+    print(
+        f"nll {metrics['nll']:.4f}   nll_floor {metrics['nll_floor']:.4f}   "
+        f"kl {metrics['kl']:.5f} ± {metrics['kl_stderr']:.5f} nats   ({fitted.seconds:.0f} s of training)"
+    )
+    print(f"round trip, {TEST_POINTS:,} points: median {metrics['round_trip']:.1e}, worst {metrics['round_trip_worst']:.1e}")
+    print("\n".join(f"  {path}" for path in pictures))
+    return metrics
+
+
+@torch.no_grad()
+def evaluate(flow: Flow, true) -> dict[str, float]:
+    """KL(true ‖ flow) and the NLL on fresh points, in nats, and the error of x → noise → x.
+
+    kl is the mean of log p(x) − log q(x): the test NLL minus the exact entropy, with log p as the control variate that
+    takes most of the sampling noise out of it. nll = entropy + kl.
+    """
+    gaps, errors = [], []
+    for x in true.sample(TEST_POINTS).split(10_000):
+        gaps.append(true.log_prob(x) - flow.log_prob(x).double())
+        noise, _ = flow._transform(x)
+        errors.append((flow._transform.inverse(noise)[0] - x).abs().amax(1))
+    gap, error = torch.cat(gaps), torch.cat(errors)
+    return {
+        "nll": true.entropy + gap.mean().item(),
+        "nll_floor": true.entropy,
+        "kl": gap.mean().item(),
+        "kl_stderr": gap.std().item() / math.sqrt(len(gap)),
+        "round_trip": error.median().item(),
+        "round_trip_worst": error.max().item(),
+    }
+
+
+def draw(flow: Flow, true, fitted: Fitted, out: Path) -> list[Path]:
+    """The densities and samples side by side, and the training curve."""
+    top = on_grid(true.log_prob).max()
+    densities = out / "densities.png"
+    with figures.figure(densities, 2, 2, size=(6.6, 6)) as (drawing, axes):
+        figures.density(axes[0, 0], on_grid(true.log_prob), top, "true density")
+        image = figures.density(axes[0, 1], on_grid(flow.log_prob), top, "learned density")
+        drawing.colorbar(image, ax=axes[0], shrink=0.85, label="density")
+        with torch.no_grad():
+            figures.scatter(axes[1, 0], true.sample(6000).numpy(), "samples of the true density")
+            figures.scatter(axes[1, 1], flow.sample(6000).numpy(), "samples of the flow")
+    training = out / "training.png"
+    with figures.figure(training, size=(6, 3)) as (_, axes):
+        steps, losses = zip(*fitted.losses, strict=True)
+        figures.curve(axes, steps, losses, smooth=9, label="training NLL")
+        axes.axhline(true.entropy, color=figures.ACCENT, linewidth=1, linestyle="--", label="entropy: the floor")
+        lowest, highest = np.quantile(losses, [0, 0.98])
+        margin = 0.1 * (highest - true.entropy)
+        axes.set(xlabel="step", ylabel="NLL (nats)", ylim=(min(lowest, true.entropy) - margin, highest + margin))
+        axes.legend()
+    return [densities, training]
+
+
+@torch.no_grad()
+def on_grid(log_prob, size: int = 250) -> np.ndarray:
+    """The density at the centres of a ``size × size`` grid over (0, 1)²."""
+    centre = (torch.arange(size) + 0.5) / size
+    x, y = torch.meshgrid(centre, centre, indexing="xy")
+    return log_prob(torch.stack((x.flatten(), y.flatten()), 1)).exp().view(size, size).numpy()
+
+
+def _camera(flow: Flow, frames: list[np.ndarray], steps: int, count: int = 60):
+    """An observer that takes ``count`` pictures of the learned density, early ones closer together."""
+    when = {round((i / count) ** 2 * steps) for i in range(count)}
+
+    def observe(step: int) -> None:
+        if step in when:
+            frames.append(on_grid(flow.log_prob, 150))
+
+    return observe
+
+
+def _film(frames: list[np.ndarray], true, out: Path) -> Path:
+    path = out / "forming.gif"
+    figures.save_animation(path, frames, on_grid(true.log_prob).max())
+    return path
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,196 @@
+"""The masked coupling layer against the exercise's equations 15, 16 and 17, and its packed form against itself."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from adapters import MaskedCouplingLayer, checkerboard_mask, random_mask
+from adapters.layers.coupling import PackedCouplingLayer
+from adapters.networks import MLP
+from tests.laws import batch, randomise
+
+
+def textbook(mask, context_features=None):
+    D = mask.numel()
+    s, t = (MLP(D, D, (7,), context_features) for _ in range(2))
+    return randomise(MaskedCouplingLayer(s, t, mask))
+
+
+def numpy_networks(layer, masked):
+    with torch.no_grad():
+        return layer.scale_net(torch.from_numpy(masked)).numpy(), layer.translation_net(torch.from_numpy(masked)).numpy()
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), D=st.integers(1, 40), seed=st.integers(0, 999))
+def test_equations_15_16_17(data, D, seed):
+    b = np.array(data.draw(st.lists(st.integers(0, 1), min_size=D, max_size=D).filter(lambda b: not all(b))), float)
+    layer = textbook(torch.from_numpy(b))
+    z = batch(3, D, seed=seed).numpy()
+    s, t = numpy_networks(layer, b * z)
+    equation_15 = b * z + (1 - b) * (z * np.exp(s) + t)
+    equation_16 = b * z + (1 - b) * ((z - t) * np.exp(-s))
+    equation_17 = ((1 - b) * s).sum(1)
+    forward, log_det = layer(torch.from_numpy(z))
+    assert_close(forward.detach().numpy(), equation_15, atol=1e-12, rtol=1e-12)
+    assert_close(log_det.detach().numpy(), equation_17, atol=1e-12, rtol=1e-12)
+    inverse, inverse_log_det = layer.inverse(torch.from_numpy(z))
+    assert_close(inverse.detach().numpy(), equation_16, atol=1e-12, rtol=1e-12)
+    assert_close(inverse_log_det.detach().numpy(), -equation_17, atol=1e-12, rtol=1e-12)
+
+
+class Constant(nn.Module):
+    """A network that says the same number everywhere."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, x):
+        return self.value.expand_as(x)
+
+
+@settings(deadline=None, max_examples=30)
+@given(D=st.integers(2, 20), scale=st.floats(-8, 8), seed=st.integers(0, 999))
+def test_round_trip_over_scales_in_float32(D, scale, seed):
+    layer = MaskedCouplingLayer(Constant(scale), Constant(0.5), random_mask(D, torch.Generator().manual_seed(seed)))
+    z = batch(5, D, seed=seed).float()
+    back, _ = layer.inverse(layer(z)[0])
+    # z' = z e^s + t rounds at the size of t, which e^-s then magnifies.
+    assert_close(back, z, rtol=1e-5, atol=1e-6 * (1 + math.exp(-scale)))
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_masked_positions_are_bitwise_unchanged(bad, direction):
+    """Also where the networks say inf or NaN, also −0.0; and no NaN reaches a gradient from there."""
+    mask = checkerboard_mask(6)
+
+    class BadWhereMasked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+
+        def forward(self, z):
+            return torch.where(mask == 1, bad, 0.1) * self.weight + 0 * z
+
+    layer = MaskedCouplingLayer(BadWhereMasked(), BadWhereMasked(), mask)
+    z = torch.tensor([[-0.0, 1.0, 1e-45, 2.0, 3.3e38, 3.0]], requires_grad=True)
+    y, log_det = getattr(layer, direction)(z)
+    kept = mask == 1
+    assert torch.equal(y[:, kept].view(torch.int32), z[:, kept].view(torch.int32))
+    assert log_det.isfinite().all() and y.isfinite().all()
+    (y[:, ~kept].sum() + log_det.sum()).backward()
+    assert layer.scale_net.weight.grad[~kept].isfinite().all() and z.grad.isfinite().all()
+
+
+def test_an_input_that_is_not_finite_stays_in_its_own_coordinate():
+    layer = textbook(torch.tensor([1.0, 0.0, 0.0]))
+    y, _ = layer(torch.tensor([[0.5, math.inf, 1.0]], dtype=torch.float64))
+    clean, _ = layer(torch.tensor([[0.5, 2.0, 1.0]], dtype=torch.float64))
+    assert y[0, 0] == clean[0, 0] and y[0, 2] == clean[0, 2]
+
+
+def test_mask_is_a_buffer_that_travels():
+    layer = textbook(checkerboard_mask(4))
+    other = MaskedCouplingLayer(MLP(4, 4, (7,)), MLP(4, 4, (7,)), 1 - checkerboard_mask(4)).double()
+    other.load_state_dict(layer.state_dict())
+    z = batch(3, 4)
+    assert_close(other(z), layer(z), atol=0, rtol=0)
+    assert "mask" in dict(layer.named_buffers())
+
+
+def test_1_means_unchanged():
+    mask = torch.tensor([1.0, 0.0])
+    z = batch(8, 2)
+    y, _ = textbook(mask)(z)
+    assert torch.equal(y[:, 0], z[:, 0]) and not torch.isclose(y[:, 1], z[:, 1]).any()
+
+
+def test_all_zeros_mask_is_an_elementwise_affine_map():
+    layer = textbook(torch.zeros(3))
+    y, log_det = layer(batch(4, 3))
+    slope = (y[1:] - y[:-1]) / (batch(4, 3)[1:] - batch(4, 3)[:-1])
+    assert_close(slope, slope[:1].expand(3, 3))
+    assert_close(log_det, slope[:1].log().sum().expand(4))
+
+
+@pytest.mark.parametrize("scale_bound", [None, 1.7])
+@pytest.mark.parametrize("features", [2, 5, 30])
+def test_packed_form_is_the_textbook_form(features, scale_bound):
+    """The packed layer's weights, embedded in full-width networks, give the same outputs and log-determinants."""
+    mask = random_mask(features, torch.Generator().manual_seed(features))
+    unchanged, transformed = int(mask.sum()), int((1 - mask).sum())
+    packed = randomise(PackedCouplingLayer(MLP(unchanged, 2 * transformed, (9,)), mask, scale_bound))
+    first, last = packed.conditioner[0], packed.conditioner[-1]
+
+    def full_width(rows: slice) -> MLP:
+        network = MLP(features, features, (9,)).double()
+        with torch.no_grad():
+            network[0].weight.zero_()
+            network[0].weight[:, mask == 1] = first.weight
+            network[0].bias.copy_(first.bias)
+            network[-1].weight[mask == 0] = last.weight[rows]
+            network[-1].bias[mask == 0] = last.bias[rows]
+        return network
+
+    class Bounded(nn.Sequential):
+        def forward(self, z):
+            if scale_bound is None:
+                return super().forward(z)
+            bound = torch.zeros(features, dtype=z.dtype).index_copy(0, packed.transformed, packed.scale_bound.detach())
+            return bound * super().forward(z).tanh()
+
+    embedded = MaskedCouplingLayer(
+        Bounded(full_width(slice(0, transformed))), full_width(slice(transformed, None)), mask
+    )
+    z = batch(6, features)
+    assert_close(packed(z), embedded(z), atol=1e-12, rtol=1e-12)
+    assert_close(packed.inverse(z), embedded.inverse(z), atol=1e-12, rtol=1e-12)
+
+
+def test_packed_layer_starts_at_the_identity():
+    z = batch(3, 6).float()
+    y, log_det = PackedCouplingLayer(MLP(3, 6), checkerboard_mask(6))(z)
+    assert torch.equal(y, z) and torch.equal(log_det, torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.tensor([]), r"mask is empty \(shape \(0,\)\)"),
+        (torch.tensor([1.0, 0.5]), "holds 0.5"),
+        (torch.tensor([1, 0, 2]), "holds 2"),
+        (torch.tensor([1.0, math.nan]), "holds nan"),
+        (torch.ones(3), "all ones: nothing would be transformed"),
+    ],
+)
+@pytest.mark.parametrize("layer", [lambda mask: MaskedCouplingLayer(MLP(2, 2), MLP(2, 2), mask),
+                                   lambda mask: PackedCouplingLayer(MLP(2, 2), mask)])  # fmt: skip
+def test_bad_masks_are_refused_at_construction(layer, mask, message):
+    with pytest.raises(ValueError, match=message):
+        layer(mask)
+
+
+def test_bad_networks_and_inputs_are_refused():
+    mask = torch.tensor([1.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match=r"scale_net must return shape \(4, 3\), but returned \(4, 1\)"):
+        MaskedCouplingLayer(MLP(3, 1), MLP(3, 3), mask)(torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"translation_net must return shape \(4, 3\), but returned \(4, 2\)"):
+        MaskedCouplingLayer(MLP(3, 3), MLP(3, 2), mask)(torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"conditioner must return shape \(4, 4\), but returned \(4, 3\)"):
+        PackedCouplingLayer(MLP(1, 3), mask)(torch.randn(4, 3))
+    for layer in (MaskedCouplingLayer(MLP(3, 3), MLP(3, 3), mask), PackedCouplingLayer(MLP(1, 4), mask)):
+        for shape in [(4, 2), (3,), (4, 1, 3), ()]:
+            with pytest.raises(ValueError, match=r"takes inputs of shape \(batch, 3\), not"):
+                layer(torch.randn(shape))
+    with pytest.raises(ValueError, match="scale_bound must be positive, not -1"):
+        PackedCouplingLayer(MLP(1, 4), mask, scale_bound=-1)
+    with pytest.raises(TypeError, match=r"context of shape \(4, 2\) was given, but Linear takes no context"):
+        MaskedCouplingLayer(nn.Linear(3, 3), nn.Linear(3, 3), mask)(torch.randn(4, 3), torch.randn(4, 2))
