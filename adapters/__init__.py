@@ -1,5 +1,6 @@
 """Hand-written and library normalizing flows side by side: every flow is an nflows ``Transform`` or ``Flow``."""
 
+from adapters.bridges import as_flow, as_transform, to_library
 from adapters.catalogue import build_flow, flow_names
 from adapters.checkpoint import load_flow, save_flow
 from adapters.layers.coupling import MaskedCouplingLayer
@@ -7,6 +8,8 @@ from adapters.masks import checkerboard_mask, half_mask, random_mask
 
 __all__ = [
     "MaskedCouplingLayer",
+    "as_flow",
+    "as_transform",
     "build_flow",
     "checkerboard_mask",
     "flow_names",
@@ -14,4 +17,5 @@ __all__ = [
     "load_flow",
     "random_mask",
     "save_flow",
+    "to_library",
 ]

@@ -13,7 +13,7 @@ def check_event(inputs: Tensor, event_shape: Sequence[int], what: str) -> None:
 
 
 def check_output(output: Tensor, shape: Sequence[int], network: str) -> Tensor:
-    """The output itself, if it has exactly this shape: a broadcast would falsify the log-determinant. Else a ValueError."""
+    """The output itself; a ValueError unless it has this very shape (a broadcast would falsify the log-determinant)."""
     if output.shape != tuple(shape):
         raise ValueError(f"{network} must return shape {tuple(shape)}, but returned {tuple(output.shape)}")
     return output

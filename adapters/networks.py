@@ -1,6 +1,7 @@
 """Conditioners: the networks inside a coupling layer."""
 
 import inspect
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,7 @@ class MLP(nn.Sequential):
         check_activation(activation)
         widths = [in_features + (context_features or 0), *hidden_features]
         layers = []
-        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+        for width_in, width_out in itertools.pairwise(widths):
             layers += [nn.Linear(width_in, width_out), ACTIVATIONS[activation]()]
             layers += [nn.Dropout(dropout)] if dropout else []
         last = nn.Linear(widths[-1], out_features)

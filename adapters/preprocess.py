@@ -10,6 +10,8 @@ from nflows.transforms import PointwiseAffineTransform, Transform
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from adapters.checks import check_positive
+
 
 class Standardize(PointwiseAffineTransform):
     """y = (x − mean) / std per coordinate.
@@ -34,11 +36,11 @@ class Standardize(PointwiseAffineTransform):
         return cls(data.mean(0), data.std(0))
 
 
-class Logit(Transform):
-    """y = logit(α + (1 − 2α) x / high), for data in [0, high]: Papamakarios et al. (2017), appendix on images.
+class UnitInterval(Transform):
+    """y = g(α + (1 − 2α) x / high) for data in [0, high], with g: (0, 1) → ℝ and α to keep the ends finite.
 
     Args:
-        alpha: α in (0, 1/2), which keeps the ends finite.
+        alpha: α in (0, 1/2).
         high: upper end of the data's range.
 
     Raises:
@@ -48,8 +50,7 @@ class Logit(Transform):
     def __init__(self, alpha: float = 1e-6, high: float = 1.0):
         if not 0 < alpha < 0.5:
             raise ValueError(f"alpha must lie in (0, 1/2), not {alpha}")
-        if not high > 0:
-            raise ValueError(f"high must be positive, not {high}")
+        check_positive(high=high)
         super().__init__()
         self.arguments = {"alpha": alpha, "high": high}
         self.slope = (1 - 2 * alpha) / high
@@ -58,20 +59,46 @@ class Logit(Transform):
         low, high = inputs.aminmax()
         if low < 0 or high > self.arguments["high"]:
             raise ValueError(
-                f"the logit takes data in [0, {self.arguments['high']}], not in [{low.item():g}, {high.item():g}]"
+                f"this flow takes data in [0, {self.arguments['high']}], not in [{low.item():g}, {high.item():g}]"
             )
-        p = self.arguments["alpha"] + self.slope * inputs
-        outputs = p.log() - (-p).log1p()
+        outputs = self.stretch(self.arguments["alpha"] + self.slope * inputs)
         return outputs, self._log_det(outputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        outputs = (inputs.sigmoid() - self.arguments["alpha"]) / self.slope
+        outputs = (self.squash(inputs) - self.arguments["alpha"]) / self.slope
         return outputs, -self._log_det(inputs)
 
     def _log_det(self, y: Tensor) -> Tensor:
-        """Σ log|dy/dx| = Σ log(slope) − log σ'(y), with −log σ'(y) = softplus(y) + softplus(−y) = |y| + 2 softplus(−|y|)."""
+        """Σ log|dy/dx| = Σ (log(slope) − log dg⁻¹(y)/dy)."""
+        return (math.log(self.slope) - self.log_squash_slope(y)).flatten(1).sum(1)
+
+
+class Logit(UnitInterval):
+    """g = logit: Papamakarios et al. (2017), on image data. See ``UnitInterval``."""
+
+    @staticmethod
+    def stretch(p: Tensor) -> Tensor:
+        return p.log() - (-p).log1p()
+
+    squash = staticmethod(torch.sigmoid)
+
+    @staticmethod
+    def log_squash_slope(y: Tensor) -> Tensor:
+        """log σ'(y) = −|y| − 2 softplus(−|y|)."""
         size = y.abs()
-        return (size + 2 * softplus(-size)).flatten(1).sum(1) + math.log(self.slope) * y[0].numel()
+        return -size - 2 * softplus(-size)
 
 
-PREPROCESSORS = {"standardize": Standardize, "logit": Logit}
+class Probit(UnitInterval):
+    """g = Φ⁻¹, the standard normal's quantile function: it makes uniform data standard normal. See ``UnitInterval``."""
+
+    stretch = staticmethod(torch.special.ndtri)
+    squash = staticmethod(torch.special.ndtr)
+
+    @staticmethod
+    def log_squash_slope(y: Tensor) -> Tensor:
+        """log φ(y) = −y²/2 − log(2π)/2."""
+        return -0.5 * y.square() - 0.5 * math.log(2 * math.pi)
+
+
+PREPROCESSORS = {"standardize": Standardize, "logit": Logit, "probit": Probit}

@@ -45,6 +45,15 @@ class Specification:
     activation: str
 
     @property
+    def coupling_masks(self) -> tuple[Tensor, ...]:
+        """The masks; a ValueError if there is only one coordinate, and so nothing to couple it with."""
+        if self.features == 1:
+            raise ValueError(
+                "a coupling flow needs at least 2 features, not 1; an autoregressive one, such as nflows-maf, takes 1"
+            )
+        return self.masks
+
+    @property
     def network(self) -> dict:
         """The keywords of ``networks.MLP`` that follow from the specification."""
         return {

@@ -24,7 +24,9 @@ def textbook(mask, context_features=None):
 
 def numpy_networks(layer, masked):
     with torch.no_grad():
-        return layer.scale_net(torch.from_numpy(masked)).numpy(), layer.translation_net(torch.from_numpy(masked)).numpy()
+        return layer.scale_net(torch.from_numpy(masked)).numpy(), layer.translation_net(
+            torch.from_numpy(masked)
+        ).numpy()
 
 
 @settings(deadline=None, max_examples=40)

@@ -1,7 +1,7 @@
 """nflows: the hub itself, so nothing to convert; its own coupling and autoregressive layers for the catalogue.
 
-nflows applies a layer's ``forward`` data → noise and marks the *transformed* coordinates by 1; ``nflows_mask`` turns our
-masks over, here and nowhere else.
+nflows applies a layer's ``forward`` data → noise and marks the *transformed* coordinates by 1; ``nflows_mask`` turns
+our masks over, here and nowhere else.
 """
 
 from nflows import transforms
@@ -48,7 +48,7 @@ def maf(specification: Specification) -> Transform:
     Its MADE has one width, and one residual block for each hidden width.
     """
     layers = []
-    for _ in specification.masks:
+    for _ in range(specification.layers):
         layers.append(transforms.ReversePermutation(specification.features))
         layers.append(
             transforms.MaskedAffineAutoregressiveTransform(
@@ -69,7 +69,7 @@ def _couplings(specification: Specification, coupling: type, network=None, **opt
         return (network or _mlp)(in_features, out_features, specification)
 
     return CompositeTransform(
-        coupling(nflows_mask(mask), conditioner, **options) for mask in reversed(specification.masks)
+        coupling(nflows_mask(mask), conditioner, **options) for mask in reversed(specification.coupling_masks)
     )
 
 
@@ -92,6 +92,23 @@ def _one_width(specification: Specification) -> int:
     if len(set(specification.hidden_features)) != 1:
         raise ValueError(f"this network has one hidden width, so {specification.hidden_features} must all be equal")
     return specification.hidden_features[0]
+
+
+PACKAGES = LIBRARIES = ("nflows",)
+EXTRA = None
+
+
+def transform_in(thing) -> None:
+    """Nothing of nflows' needs converting but what ``as_transform`` has handed back already."""
+
+
+def flow_in(thing) -> None:
+    """Likewise."""
+
+
+def transform_out(transform: Transform, library: str, event_dim: int, conditional: bool) -> Transform:
+    """The transform itself."""
+    return transform
 
 
 FLOWS = {"nflows-affine": affine, "nflows-rqs": rqs, "nflows-realnvp": realnvp, "nflows-maf": maf}

@@ -153,10 +153,9 @@ def packed_flow(
 ) -> Transform:
     """A stack of ``layer(conditioner, mask)``, one MLP conditioner each."""
     network = dict(specification.network, dropout=dropout)
-    widths = [(int(mask.sum()), parameters_per_coordinate * int((1 - mask).sum())) for mask in specification.masks]
-    return noise_to_data(
-        layer(MLP(*width, **network), mask) for width, mask in zip(widths, specification.masks, strict=True)
-    )
+    masks = specification.coupling_masks
+    widths = [(int(mask.sum()), parameters_per_coordinate * int((1 - mask).sum())) for mask in masks]
+    return noise_to_data(layer(MLP(*width, **network), mask) for width, mask in zip(widths, masks, strict=True))
 
 
 def masked_affine(specification: Specification, scale_bound: float | None = 2.0, dropout: float = 0.0) -> Transform:
@@ -172,7 +171,7 @@ def masked_affine_textbook(specification: Specification) -> Transform:
         return MLP(specification.features, specification.features, **specification.network)
 
     return noise_to_data(
-        MaskedCouplingLayer(network().append(nn.Tanh()), network(), mask) for mask in specification.masks
+        MaskedCouplingLayer(network().append(nn.Tanh()), network(), mask) for mask in specification.coupling_masks
     )
 
 

@@ -84,9 +84,7 @@ def masked_spline(
 FLOWS = {"masked-spline": masked_spline}
 
 EXAMPLES = {
-    "spline": Example(
-        lambda: MaskedSplineCouplingLayer(MLP(3, 2 * spline_parameters(8)), checkerboard_mask(5)), (5,)
-    ),
+    "spline": Example(lambda: MaskedSplineCouplingLayer(MLP(3, 2 * spline_parameters(8)), checkerboard_mask(5)), (5,)),
     "spline-context": Example(
         lambda: MaskedSplineCouplingLayer(
             MLP(2, 2 * spline_parameters(4), context_features=3), torch.tensor([0, 1, 0, 1]), bins=4, tail_bound=1.5

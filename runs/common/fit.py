@@ -154,7 +154,8 @@ def fit(
             if not math.isfinite(value):
                 training.restore_snapshot()
                 raise NotFinite(
-                    f"the loss became {value} at step {step + 1}; the weights of step {training.snapshot_step} are kept. "
+                    f"the loss became {value} at step {step + 1}; "
+                    f"the weights of step {training.snapshot_step} are kept. "
                     f"A lower learning rate than {recipe.lr:g} or a smaller clip may help"
                 )
             if step % SNAPSHOT_EVERY == 0:
@@ -237,7 +238,7 @@ class _Training:
         _write(self.module.state_dict().values(), self.snapshot)
 
     def average_weights(self) -> None:
-        """Move the average; its decay grows from 0 as (1 + n) / (10 + n), so that the first weights are soon forgotten."""
+        """Move the average; its decay grows from 0 as (1 + n) / (10 + n): the first weights are soon forgotten."""
         if self.average is not None and self.fitted.steps % AVERAGE_EVERY == 0:
             n = self.fitted.steps / AVERAGE_EVERY
             decay = min(self.recipe.average**AVERAGE_EVERY, (1 + n) / (10 + n))
@@ -301,7 +302,8 @@ class _Training:
         self.optimizer.load_state_dict(state["optimizer"])
         device = self.parameters[0].device
         self.average, self.best = (
-            None if state[name] is None else [tensor.to(device) for tensor in state[name]] for name in ("average", "best")
+            None if state[name] is None else [tensor.to(device) for tensor in state[name]]
+            for name in ("average", "best")
         )
         self.best_validation, self.since_best = state["best_validation"], state["since_best"]
         self.fitted = Fitted(**state["fitted"] | {"interrupted": False})

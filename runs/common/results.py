@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``metrics.json`` beside its pictures and its checkpoint, each written whole or not at all."""
+"""What a run leaves behind: ``metrics.json`` beside its pictures and checkpoint, each written whole or not at all."""
 
 import importlib.metadata
 import json

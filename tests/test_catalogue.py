@@ -1,0 +1,143 @@
+"""build_flow, save_flow and load_flow: what they make, keep and refuse."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from nflows.flows import Flow as NflowsFlow
+from torch.testing import assert_close
+
+from adapters import build_flow, flow_names, load_flow, random_mask, save_flow
+from adapters.preprocess import Logit, Probit, Standardize
+from tests.laws import autograd_log_det, batch, randomise
+
+
+@pytest.mark.parametrize("name", flow_names())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_saved_flow_comes_back_the_same(name, dtype, tmp_path):
+    masks = [random_mask(4), random_mask(4), random_mask(4)]
+    data = batch(50, 4).float()
+    flow = build_flow(name, 4, 2, 3, (8, 8), masks, "tanh", preprocess=Standardize.of(data))
+    randomise(flow).to(dtype)
+    random_state = torch.get_rng_state()
+    save_flow(flow, tmp_path / "run")
+    loaded = load_flow(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), random_state), "loading must leave the random state alone"
+    x, context = data.to(dtype), batch(50, 2, seed=3).to(dtype)
+    assert_close(loaded.log_prob(x, context), flow.log_prob(x, context), atol=0, rtol=0)
+    assert loaded.sample(3, context).dtype == dtype
+    save_flow(loaded, tmp_path / "again")
+    assert (tmp_path / "again/flow.safetensors").read_bytes() == (tmp_path / "run/flow.safetensors").read_bytes()
+
+
+def test_a_flow_is_an_nflows_flow_and_its_base_keeps_the_dtype():
+    flow = build_flow("masked-affine", 3)
+    assert isinstance(flow, NflowsFlow)
+    assert flow.sample(2).dtype == torch.float32
+    samples, log_prob = flow.double().sample_and_log_prob(2)
+    assert samples.dtype == log_prob.dtype == torch.float64
+
+
+def test_bad_checkpoints_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no flow.safetensors in"):
+        load_flow(tmp_path)
+    path = save_flow(build_flow("masked-affine", 2, layers=2), tmp_path)
+    whole = path.read_bytes()
+    for kept in (0, 5, 200, len(whole) - 3):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match="damaged or truncated"):
+            load_flow(tmp_path)
+    safetensors.torch.save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="holds no flow's recipe"):
+        load_flow(tmp_path)
+    path.write_bytes(whole)
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        recipe = json.loads(file.metadata()["recipe"])
+    safetensors.torch.save_file(tensors, path, {"recipe": json.dumps(recipe | {"hidden_features": [5]})})
+    with pytest.raises(ValueError, match="are those of another flow than masked-affine"):
+        load_flow(tmp_path)
+
+
+def test_a_flow_that_no_recipe_rebuilds_is_not_saved(tmp_path):
+    with pytest.raises(TypeError, match="only a flow made by build_flow"):
+        save_flow(NflowsFlow(None, None), tmp_path)
+
+    class MyTransform(Standardize):
+        pass
+
+    flow = build_flow("masked-affine", 2, preprocess=MyTransform(torch.zeros(2), torch.ones(2)))
+    with pytest.raises(TypeError, match="preprocess of Standardize, Logit, Probit, not MyTransform"):
+        save_flow(flow, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"name": "masked-afine"}, ValueError, "unknown flow 'masked-afine'; known: masked-affine, "),
+        ({"features": 0}, ValueError, "features must be a positive integer, not 0"),
+        ({"layers": 0}, ValueError, "layers must be a positive integer, not 0"),
+        ({"layers": 2.5}, ValueError, "layers must be a positive integer, not 2.5"),
+        ({"hidden_features": (8, -1)}, ValueError, r"hidden_features\[1\] must be a positive integer, not -1"),
+        ({"context_features": 0}, ValueError, "context_features must be a positive integer, not 0"),
+        ({"activation": "rellu"}, ValueError, "unknown activation 'rellu'; known: relu, "),
+        ({"masks": [torch.ones(3)]}, ValueError, r"each mask must have shape \(4,\), but one has \(3,\)"),
+        ({"bins": 8}, TypeError, "masked-affine has no option 'bins'; it has: scale_bound, dropout"),
+        ({"features": 1}, ValueError, "a coupling flow needs at least 2 features, not 1"),
+        ({"name": "masked-spline", "bins": 1}, ValueError, "bins must be at least 2, not 1"),
+        ({"name": "nflows-maf", "hidden_features": (8, 9)}, ValueError, r"\(8, 9\) must all be equal"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        build_flow(**{"name": "masked-affine", "features": 4, **arguments})
+
+
+def test_wrong_shapes_and_contexts_are_refused():
+    plain, conditional = build_flow("masked-affine", 3, layers=1), build_flow("masked-affine", 3, 2, layers=1)
+    x = torch.randn(5, 3)
+    for wrong in (torch.randn(5, 4), torch.randn(3), torch.randn(5, 3, 1)):
+        with pytest.raises(ValueError, match=r"this flow takes inputs of shape \(batch, 3\), not"):
+            plain.log_prob(wrong)
+    with pytest.raises(ValueError, match=r"unconditional, but a context of shape \(5, 2\) was given"):
+        plain.log_prob(x, torch.randn(5, 2))
+    for call in (conditional.log_prob, lambda _: conditional.sample(2), lambda _: conditional.sample_and_log_prob(2)):
+        with pytest.raises(ValueError, match=r"conditional: give a context of shape \(batch, 2\)"):
+            call(x)
+    with pytest.raises(ValueError, match=r"context of this flow takes inputs of shape \(batch, 2\), not \(5, 3\)"):
+        conditional.log_prob(x, torch.randn(5, 3))
+    with pytest.raises(ValueError, match="Number of input items must be equal to number of context items"):
+        conditional.log_prob(x, torch.randn(4, 2))
+
+
+@pytest.mark.parametrize(
+    "transform", [Standardize(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0])), Logit(0.01, 2), Probit(0.01, 2)]
+)
+def test_preprocessing_log_det_is_autograds(transform):
+    transform = transform.double()
+    x = torch.rand(6, 2, dtype=torch.float64) * 2
+    y, log_det = transform(x)
+    assert_close(log_det, autograd_log_det(transform, x, None))
+    back, inverse_log_det = transform.inverse(y)
+    assert_close(back, x)
+    assert_close(inverse_log_det, -log_det)
+
+
+def test_standardize_gives_zero_mean_and_unit_deviation():
+    data = 3 * batch(500, 2) + 7
+    y, _ = Standardize.of(data)(data)
+    assert_close(y.mean(0), torch.zeros(2, dtype=y.dtype), atol=1e-9, rtol=0)
+    assert_close(y.std(0), torch.ones(2, dtype=y.dtype))
+
+
+def test_bad_preprocessing_is_refused():
+    with pytest.raises(ValueError, match="std must be positive and finite, but holds 0"):
+        Standardize(torch.zeros(2), torch.zeros(2))
+    with pytest.raises(ValueError, match="alpha must lie in"):
+        Logit(0.5)
+    with pytest.raises(ValueError, match="high must be positive"):
+        Logit(high=0)
+    with pytest.raises(ValueError, match=r"this flow takes data in \[0, 1.0\], not in \[-1, 0.5\]"):
+        Logit()(torch.tensor([[-1.0, 0.5]]))

@@ -1,0 +1,144 @@
+"""The training loop on a problem whose answer is known."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from runs.common.fit import NotFinite, Recipe, fit
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.*")
+
+
+class Quadratic(nn.Module):
+    """|w − batch|², least at w = the batches' mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(3))
+
+    def forward(self, batch):
+        return (self.w - batch).pow(2).sum()
+
+
+TARGET = torch.tensor([1.0, -2.0, 0.5])
+
+
+def noisy(step):
+    return TARGET + torch.randn(3)
+
+
+def test_finds_the_minimum_and_reports():
+    module = Quadratic()
+    seen = []
+    fitted = fit(module, lambda step: TARGET, Recipe(steps=400, lr=0.1), observe=seen.append)
+    assert_close(module.w.detach(), TARGET, atol=1e-3, rtol=0)
+    assert fitted.steps == 400 and fitted.seconds > 0 and not fitted.interrupted
+    assert fitted.losses[-1][0] == 400 and seen == list(range(400))
+
+
+def test_average_is_steadier_than_the_last_weights():
+    def error(average):
+        torch.manual_seed(0)
+        module = Quadratic()
+        fit(module, noisy, Recipe(steps=3000, lr=0.05, average=average, warmup=1.0))
+        return (module.w.detach() - TARGET).norm()
+
+    assert error(0.99) < 0.5 * error(None)
+
+
+def test_rate_rises_and_falls():
+    recipe = Recipe(steps=10, lr=2.0, warmup=0.1)
+    assert recipe.rate(0) == 0 and recipe.rate(0.05) == pytest.approx(1.0)
+    assert recipe.rate(0.1) == pytest.approx(2.0) and recipe.rate(1.0) == pytest.approx(0.0)
+    assert recipe.rate(0.55) == pytest.approx(1.0)
+
+
+def test_accumulated_batches_give_the_gradient_of_the_whole():
+    def weights(batches, accumulate):
+        module = Quadratic()
+        fit(module, lambda i: batches[i], Recipe(steps=2, lr=0.1, accumulate=accumulate, warmup=0.5))
+        return module.w.detach()
+
+    torch.manual_seed(0)
+    halves = torch.randn(4, 3)
+    whole = halves.view(2, 2, 3).mean(1)
+    assert_close(weights(halves, 2), weights(whole, 1))
+
+
+def test_validation_keeps_the_best_weights_and_ends_early():
+    module = Quadratic()
+    scores = iter([3.0, 1.0, 2.0, 2.0, 2.0])
+    at_best = []
+
+    def validate():
+        score = next(scores)
+        if score == 1.0:
+            at_best.append(module.w.detach().clone())
+        return score
+
+    fitted = fit(module, noisy, Recipe(steps=1000, lr=0.1, validate_every=10, patience=3), validate=validate)
+    assert fitted.steps == 50 and [step for step, _ in fitted.validation] == [10, 20, 30, 40, 50]
+    assert_close(module.w.detach(), at_best[0], atol=0, rtol=0)
+
+
+def test_loss_that_is_not_finite_stops_with_the_step_and_keeps_good_weights():
+    module = Quadratic()
+
+    def batch(step):
+        return TARGET if step < 250 else torch.full((3,), math.nan)
+
+    with pytest.raises(NotFinite, match="became nan at step 251; the weights of step 200 are kept"):
+        fit(module, batch, Recipe(steps=400, lr=0.1))
+    assert module.w.isfinite().all() and module.w.norm() > 1
+
+
+def test_seconds_end_the_training_with_its_schedule():
+    fitted = fit(Quadratic(), lambda step: TARGET, Recipe(steps=10**9, lr=0.1, seconds=0.5))
+    assert 0 < fitted.steps < 10**9 and 0.4 < fitted.seconds < 5
+
+
+def test_resumed_training_ends_bit_identical(tmp_path):
+    recipe = Recipe(steps=60, lr=0.1, average=0.99, validate_every=7)
+
+    def train(directory, stop_at=None, resume=False):
+        module = Quadratic()
+
+        def batch(step):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return noisy(step)
+
+        def validate():
+            return (module.w.detach() - TARGET).norm().item()
+
+        return module, fit(module, batch, recipe, validate=validate, directory=directory, resume=resume)
+
+    torch.manual_seed(0)
+    whole, _ = train(tmp_path / "whole")
+    torch.manual_seed(0)
+    _, first = train(tmp_path / "parts", stop_at=33)
+    assert first.interrupted and first.steps == 33
+    torch.manual_seed(99)
+    resumed, second = train(tmp_path / "parts", resume=True)
+    assert second.steps == 60 and not second.interrupted
+    assert torch.equal(resumed.w, whole.w)
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume: no training.pt"):
+        fit(Quadratic(), noisy, Recipe(steps=2), directory=tmp_path, resume=True)
+    (tmp_path / "training.pt").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(ValueError, match="training.pt is damaged"):
+        fit(Quadratic(), noisy, Recipe(steps=2), directory=tmp_path, resume=True)
+    fit(Quadratic(), noisy, Recipe(steps=2), directory=tmp_path)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        fit(nn.Linear(2, 2), noisy, Recipe(steps=2), directory=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("numbers", [{"steps": 0}, {"steps": 5, "lr": -1.0}, {"steps": 5, "accumulate": 0}])
+def test_numbers_must_be_positive(numbers):
+    with pytest.raises(ValueError, match="must be positive, not"):
+        Recipe(**numbers)

@@ -1,0 +1,92 @@
+"""runs/toy.py, end to end and tiny, and its densities."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from adapters import flow_names, load_flow
+from runs.common.densities import DENSITIES
+from runs.toy import main
+
+TINY = {"layers": 2, "hidden": (8,), "steps": 3, "batch_size": 16}
+
+
+@pytest.mark.parametrize("data", DENSITIES)
+def test_density_integrates_to_one_and_has_its_entropy(data):
+    density = DENSITIES[data]()
+    size = 1800
+    edge = (torch.arange(size, dtype=torch.float64) + 0.5) / size * 3 - 1  # (−1, 2), well beyond both densities
+    log_p = density.log_prob(torch.cartesian_prod(edge, edge))
+    p = log_p.exp() * (3 / size) ** 2
+    assert_close(p.sum().item(), 1.0, atol=1e-9, rtol=0)
+    assert_close(-torch.where(p > 0, p * log_p, 0).sum().item(), density.entropy, atol=1e-9, rtol=0)
+    x = density.sample(50_000)
+    assert_close(-density.log_prob(x).mean().item(), density.entropy, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("data", DENSITIES)
+def test_toy_end_to_end(data, tmp_path, capsys):
+    metrics = main(data=data, out=tmp_path, animate=True, **TINY)
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["run"] == "toy" and record["arguments"]["data"] == data and record["versions"]["nflows"] == "0.14"
+    assert record["metrics"] == metrics
+    assert metrics["steps"] == 3 and metrics["kl_stderr"] > 0
+    assert metrics["kl"] == pytest.approx(metrics["nll"] - metrics["nll_floor"])
+    flow = load_flow(tmp_path)
+    x = DENSITIES[data]().sample(20_000)
+    assert -flow.log_prob(x).mean().item() == pytest.approx(metrics["nll"], abs=0.05)
+    printed = capsys.readouterr().out
+    for picture in ("densities.png", "training.png", "forming.gif"):
+        assert picture in printed
+        with Image.open(tmp_path / picture) as image:
+            image.load()
+            assert picture != "forming.gif" or image.n_frames > 1
+
+
+@pytest.mark.parametrize("flow", [name for name in flow_names() if name != "masked-affine"])
+def test_every_flow_of_the_catalogue_swaps_in(flow, tmp_path):
+    assert math.isfinite(main(flow=flow, out=tmp_path, **TINY)["kl"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data": "three-gaussians"}, "unknown data 'three-gaussians'; known: two-gaussians, chequerboard"),
+        ({"flow": "affine"}, "unknown flow 'affine'; known: masked-affine"),
+        ({"layers": 0}, "layers must be a positive integer, not 0"),
+        ({"steps": 0}, "steps must be positive, not 0"),
+        ({"batch_size": -4}, "batch_size must be positive, not -4"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        main(**arguments, out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_out_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="can't be written to"):
+        main(out=tmp_path / "file", **TINY)
+
+
+def test_command_line_says_a_mistake_in_one_line(tmp_path):
+    script = Path(__file__).parent.parent / "runs/toy.py"
+    done = subprocess.run(
+        [sys.executable, script, "--flow", "nosuch"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: unknown flow 'nosuch'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_nan_keeps_the_last_good_weights(tmp_path):
+    with pytest.raises(RuntimeError, match=r"at step \d+.*saved in .*flow.safetensors"):
+        main(out=tmp_path, **TINY | {"lr": 1e30, "steps": 50})
+    assert all(parameter.isfinite().all() for parameter in load_flow(tmp_path).parameters())
