@@ -16,14 +16,13 @@ from types import ModuleType
 import nflows.flows
 from nflows.transforms import Transform
 
-from adapters.flow import Flow
 from adapters.registry import modules
 
 
 def as_transform(thing) -> Transform:
     """A transform of any of the libraries as an nflows ``Transform``, data → noise; nflows' own are handed back.
 
-    The result computes what ``thing`` computes, with its parameters (not copies), so that training one trains the other.
+    The result computes what ``thing`` computes, with its parameters (not copies): training one trains the other.
 
     Raises:
         TypeError: if ``thing`` is of no known library, or no transform.
