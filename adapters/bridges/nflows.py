@@ -23,7 +23,7 @@ def affine(specification: Specification) -> Transform:
     return _couplings(specification, transforms.AffineCouplingTransform)
 
 
-def rqs(specification: Specification, bins: int = 8, tail_bound: float = 4.0) -> Transform:
+def rqs(specification: Specification, bins: int = 8, tail_bound: float = 4.0, minimum: float = 1e-3) -> Transform:
     """``PiecewiseRationalQuadraticCouplingTransform`` with linear tails."""
     return _couplings(
         specification,
@@ -31,6 +31,9 @@ def rqs(specification: Specification, bins: int = 8, tail_bound: float = 4.0) ->
         num_bins=bins,
         tails="linear",
         tail_bound=tail_bound,
+        min_bin_width=minimum,
+        min_bin_height=minimum,
+        min_derivative=minimum,
     )
 
 

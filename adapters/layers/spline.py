@@ -1,10 +1,11 @@
 """Masked rational-quadratic spline coupling: Durkan et al. (2019), "Neural Spline Flows", section 3, under any mask."""
 
+import math
 from functools import partial
 
 import torch
 from nflows.transforms import Transform
-from nflows.transforms.splines.rational_quadratic import DEFAULT_MIN_DERIVATIVE, rational_quadratic_spline
+from nflows.transforms.splines.rational_quadratic import rational_quadratic_spline
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -26,19 +27,24 @@ class MaskedSplineCouplingLayer(PackedCoupling):
         mask: 1 = unchanged.
         bins: K.
         tail_bound: B, in units of the layer's input.
+        minimum: smallest width and height of a bin, as a share of 2B, and smallest derivative. It limits how sharp an
+            edge and how empty a gap in the density can be.
 
     Raises:
-        ValueError: as ``PackedCoupling``, and unless ``bins`` is at least 2 and ``tail_bound`` positive.
+        ValueError: as ``PackedCoupling``, and unless ``bins`` is at least 2 and the others positive.
     """
 
-    def __init__(self, conditioner: nn.Module, mask: Tensor, bins: int = 8, tail_bound: float = 4.0):
-        check_positive(tail_bound=tail_bound)
+    def __init__(
+        self, conditioner: nn.Module, mask: Tensor, bins: int = 8, tail_bound: float = 4.0, minimum: float = 1e-3
+    ):
+        check_positive(tail_bound=tail_bound, minimum=minimum)
         if bins < 2:
             raise ValueError(f"bins must be at least 2, not {bins}")
         super().__init__(conditioner, mask)
         self.parameters_per_coordinate = spline_parameters(bins)
         self.bins = bins
         self.tail_bound = tail_bound
+        self.minimum = minimum
 
     def elementwise(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         return self._spline(z, parameters, inverse=False)
@@ -49,8 +55,8 @@ class MaskedSplineCouplingLayer(PackedCoupling):
     def _spline(self, z: Tensor, parameters: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         knots = parameters.view(*z.shape, self.parameters_per_coordinate)
         widths, heights, derivatives = knots.split((self.bins, self.bins, self.bins - 1), dim=-1)
-        # softplus(θ + c) = 1 − min_derivative at θ = 0: unit derivatives at the ends, and inside at the start.
-        unit = torch.tensor(1 - DEFAULT_MIN_DERIVATIVE, dtype=torch.float64).expm1().log().item()
+        # softplus(θ + unit) = 1 − minimum at θ = 0: unit derivatives at the ends, and inside at the start.
+        unit = math.log(math.expm1(1 - self.minimum))
         # nflows' own handling of the tails indexes by a boolean mask, several times slower than this clamp and select.
         bound = self.tail_bound
         outputs, log_det = rational_quadratic_spline(
@@ -63,6 +69,9 @@ class MaskedSplineCouplingLayer(PackedCoupling):
             right=bound,
             bottom=-bound,
             top=bound,
+            min_bin_width=self.minimum,
+            min_bin_height=self.minimum,
+            min_derivative=self.minimum,
         )
         inside = z.abs() < bound
         return torch.where(inside, outputs, z), torch.where(inside, log_det, 0).sum(1)
@@ -74,10 +83,10 @@ def spline_parameters(bins: int) -> int:
 
 
 def masked_spline(
-    specification: Specification, bins: int = 8, tail_bound: float = 4.0, dropout: float = 0.0
+    specification: Specification, bins: int = 8, tail_bound: float = 4.0, minimum: float = 1e-3, dropout: float = 0.0
 ) -> Transform:
     """Packed rational-quadratic spline coupling layers."""
-    layer = partial(MaskedSplineCouplingLayer, bins=bins, tail_bound=tail_bound)
+    layer = partial(MaskedSplineCouplingLayer, bins=bins, tail_bound=tail_bound, minimum=minimum)
     return packed_flow(specification, layer, spline_parameters(bins), dropout)
 
 
