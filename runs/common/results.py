@@ -18,7 +18,7 @@ LIBRARIES = ("torch", "nflows", "normflows", "zuko", "pyro-ppl", "flow-adapters"
 def cli(main: Callable) -> None:
     """Run ``main`` with the command line's arguments; a mistake of the user's is one clear line, not a traceback."""
     try:
-        tyro.cli(main, description=main.__doc__)
+        tyro.cli(main, description=main.__doc__.partition("\n")[0])
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("FLOW_ADAPTERS_TRACEBACK"):
             raise
