@@ -57,16 +57,16 @@ def build_flow(
     torch.Size([5, 2])
     """
     hidden_features = (hidden_features,) if isinstance(hidden_features, int) else tuple(hidden_features)
-    make = _flows().get(name)
-    if make is None:
-        raise ValueError(f"unknown flow {name!r}; known: {', '.join(flow_names())}")
+    for option in options:
+        if option not in flow_options(name):
+            known = ", ".join(flow_options(name)) or "none"
+            raise TypeError(f"{name} has no option {option!r}; it has: {known}")
     _check_counts(features=features, layers=layers, context_features=context_features)
     _check_counts(**{f"hidden_features[{i}]": width for i, width in enumerate(hidden_features)})
     check_activation(activation)
-    _check_options(name, make, options)
     masks = _cycle(masks, features, layers)
     specification = Specification(features, layers, hidden_features, context_features, masks, activation)
-    transform = make(specification, **options)
+    transform = _maker(name)(specification, **options)
     if preprocess is not None:
         transform = CompositeTransform([preprocess, transform])
     flow = Flow(transform, StandardNormal([features]), (features,), context_features)
@@ -82,6 +82,24 @@ def build_flow(
         **options,
     }
     return flow
+
+
+def flow_options(name: str) -> list[str]:
+    """The options that this kind of flow has beyond what all have.
+
+    Raises:
+        ValueError: for a name that is not known.
+
+    >>> flow_options("masked-spline")
+    ['bins', 'tail_bound', 'minimum', 'dropout']
+    """
+    return [option for option in inspect.signature(_maker(name)).parameters if option != "specification"]
+
+
+def _maker(name: str) -> Callable[..., Transform]:
+    if name not in _flows():
+        raise ValueError(f"unknown flow {name!r}; known: {', '.join(flow_names())}")
+    return _flows()[name]
 
 
 @cache
@@ -104,10 +122,3 @@ def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and (not isinstance(count, int) or count < 1):
             raise ValueError(f"{name} must be a positive integer, not {count!r}")
-
-
-def _check_options(name: str, make: Callable, options: dict) -> None:
-    known = [option for option in inspect.signature(make).parameters if option != "specification"]
-    for option in options:
-        if option not in known:
-            raise TypeError(f"{name} has no option {option!r}; it has: {', '.join(known) or 'none'}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import build_flow, save_flow
+from adapters.catalogue import flow_options
 from adapters.checks import check_positive
 from adapters.flow import Flow
 from runs.common import figures
@@ -21,11 +22,23 @@ from runs.common.results import cli, open_directory, write_metrics
 
 TEST_POINTS = 100_000
 
-# What each density needs, chosen by its KL on fresh points. Few wide layers suit splines, many narrow ones affine maps.
-DEFAULTS = {
-    "two-gaussians": {"layers": 12, "hidden": (32, 32), "steps": 8000},
-    "chequerboard": {"layers": 16, "hidden": (64, 64), "steps": 20_000},
+AFFINE = {
+    "two-gaussians": {"layers": 12, "hidden": (32, 32), "steps": 5000, "options": {}},
+    "chequerboard": {"layers": 16, "hidden": (64, 64), "steps": 20_000, "options": {}},
 }
+SPLINE = {"layers": 4, "hidden": (128, 128, 128), "steps": 8000, "options": {"bins": 16, "minimum": 1e-5}}
+
+
+def defaults(data: str, flow: str) -> dict:
+    """What each kind of flow needs, chosen by its KL on fresh points.
+
+    Affine maps want layers, the more the harder the density. Splines want few layers, deep networks, many bins, and no
+    minimum that would blunt an edge or fill a gap.
+    """
+    known = flow_options(flow)
+    if "bins" not in known:
+        return AFFINE[data]
+    return SPLINE | {"options": {key: value for key, value in SPLINE["options"].items() if key in known}}
 
 
 class NegativeLogLikelihood(nn.Module):
@@ -45,7 +58,7 @@ def main(
     layers: int | None = None,
     hidden: tuple[int, ...] | None = None,
     steps: int | None = None,
-    batch_size: int = 512,
+    batch_size: int = 1024,
     lr: float = 5e-3,
     options: dict[str, int | float] | None = None,
     seconds: float | None = None,
@@ -58,9 +71,9 @@ def main(
     Args:
         data: two-gaussians or chequerboard.
         flow: any name of adapters.flow_names(), e.g. masked-affine, masked-spline, nflows-rqs.
-        layers: layers of the flow; by default 12 for two-gaussians, 16 for chequerboard.
-        hidden: widths of the hidden layers of each layer's networks; by default 32 32 and 64 64.
-        steps: optimiser steps; by default 8000 and 20000.
+        layers: layers of the flow; where the default is None, it is what suits the density and the kind of flow.
+        hidden: widths of the hidden layers of each layer's networks.
+        steps: optimiser steps.
         batch_size: fresh samples a step.
         lr: peak learning rate.
         options: what this kind of flow has beyond that, e.g. --options bins 16 tail_bound 5.
@@ -72,14 +85,12 @@ def main(
     arguments = dict(locals())
     if data not in DENSITIES:
         raise ValueError(f"unknown data {data!r}; known: {', '.join(DENSITIES)}")
-    layers, hidden, steps = (
-        DEFAULTS[data][key] if given is None else given
-        for key, given in {"layers": layers, "hidden": hidden, "steps": steps}.items()
-    )
+    arguments |= {key: value for key, value in defaults(data, flow).items() if arguments[key] is None}
+    layers, hidden, steps, options = (arguments[key] for key in ("layers", "hidden", "steps", "options"))
     check_positive(steps=steps, batch_size=batch_size, lr=lr)
     true = DENSITIES[data]()
     torch.manual_seed(seed)
-    model = build_flow(flow, 2, layers=layers, hidden_features=hidden, preprocess=true.preprocess(), **(options or {}))
+    model = build_flow(flow, 2, layers=layers, hidden_features=hidden, preprocess=true.preprocess(), **options)
     out = open_directory(out or Path("results/toy") / f"{data}-{flow}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{flow}: {layers} layers, {parameters:,} parameters, on {data}")
