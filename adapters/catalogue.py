@@ -65,7 +65,7 @@ def build_flow(
     _check_counts(**{f"hidden_features[{i}]": width for i, width in enumerate(hidden_features)})
     check_activation(activation)
     masks = _cycle(masks, features, layers)
-    specification = Specification(features, layers, hidden_features, context_features, masks, activation)
+    specification = Specification(features, layers, hidden_features, context_features, masks, activation, preprocess)
     transform = _maker(name)(specification, **options)
     if preprocess is not None:
         transform = CompositeTransform([preprocess, transform])
@@ -91,7 +91,7 @@ def flow_options(name: str) -> list[str]:
         ValueError: for a name that is not known.
 
     >>> flow_options("masked-spline")
-    ['bins', 'tail_bound', 'minimum', 'dropout']
+    ['bins', 'tail_bound', 'minimum', 'net', 'dropout']
     """
     return [option for option in inspect.signature(_maker(name)).parameters if option != "specification"]
 

@@ -53,6 +53,35 @@ def half_mask(features: int) -> Tensor:
     return (torch.arange(features) < features // 2).float()
 
 
+def pyramid_masks(height: int, width: int) -> list[Tensor]:
+    """Masks that transform each pixel once, coarse to fine, noise side first, each flattened to ``height · width``.
+
+    On the data side the odd squares of the chequerboard are transformed, given the even ones; of these the odd rows,
+    which leaves a grid of half the resolution, and so on down to one pixel (Reed et al. 2017).
+
+    Raises:
+        ValueError: if a size is below 1.
+
+    >>> for mask in pyramid_masks(2, 2):
+    ...     print(mask.tolist())
+    [0.0, 1.0, 1.0, 1.0]
+    [1.0, 1.0, 1.0, 0.0]
+    [1.0, 0.0, 0.0, 1.0]
+    """
+    _check_sizes((height, width))
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    left = torch.ones(height, width, dtype=torch.bool)
+    masks, step = [], 1
+    while left.sum() > 1:
+        for odd in ((row // step + column // step) % 2 == 1, (row // step) % 2 == 1):
+            if (left & odd).any():
+                masks.append((~(left & odd)).float().flatten())
+                left = left & ~odd
+        step *= 2
+    masks.append((~left).float().flatten())
+    return masks[::-1]
+
+
 def check_mask(mask: Tensor) -> Tensor:
     """The mask itself, if a coupling layer can use it.
 

@@ -2,10 +2,12 @@
 
 import inspect
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh, "elu": nn.ELU}
 
@@ -34,7 +36,7 @@ class MLP(nn.Sequential):
         dropout: float = 0.0,
     ):
         check_activation(activation)
-        widths = [in_features + (context_features or 0), *hidden_features]
+        widths = [in_features + (context_features or 0) or 1, *hidden_features]
         layers = []
         for width_in, width_out in itertools.pairwise(widths):
             layers += [nn.Linear(width_in, width_out), ACTIVATIONS[activation]()]
@@ -46,7 +48,103 @@ class MLP(nn.Sequential):
         self.hidden_features = widths[-1]  # nflows' splines read it, to scale their bins down for the start
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        return super().forward(inputs if context is None else torch.cat((inputs, context), dim=1))
+        inputs = inputs if context is None else torch.cat((inputs, context), dim=1)
+        if inputs.shape[1] == 0:  # nothing to go by: the network is its bias
+            inputs = inputs.new_zeros(len(inputs), 1)
+        return super().forward(inputs)
+
+
+class ConvNet(nn.Module):
+    """A residual convolutional network from some pixels of a square grey image to parameters of other pixels.
+
+    The pixels are laid out in the image, zero elsewhere, beside a plane that marks them; 2 × 2 squares become channels;
+    then a 3 × 3 convolution, one block a hidden width (3 × 3, activation, 1 × 1, added to its input), and a last 1 × 1
+    convolution, which starts at zero.
+
+    Args:
+        reads, writes: 0/1 vectors over the image's H · W pixels: what the network is given, what it is asked for.
+        parameters_per_coordinate: P, how many numbers it gives for each of the latter.
+        hidden_features: channels of the blocks, all equal.
+        context_features: width of the context, ``(batch, context_features)``, which shifts the first channels.
+        activation, dropout: as for ``MLP``.
+
+    Calling it maps ``(batch, U)`` to ``(batch, P · T)``, as a packed coupling layer wants.
+
+    Raises:
+        ValueError: unless the image is square with an even side, and the channels are equal.
+    """
+
+    def __init__(
+        self,
+        reads: Tensor,
+        writes: Tensor,
+        parameters_per_coordinate: int,
+        hidden_features: Sequence[int] = (64, 64),
+        context_features: int | None = None,
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.side = math.isqrt(reads.numel())
+        if self.side**2 != reads.numel() or self.side % 2:
+            raise ValueError(f"net conv needs square images with an even side, not {reads.numel()} pixels")
+        if len(set(hidden_features)) != 1:
+            raise ValueError(f"net conv has one number of channels, so {tuple(hidden_features)} must all be equal")
+        check_activation(activation)
+        channels = hidden_features[0]
+        self.register_buffer("reads", reads.flatten().nonzero().flatten(), persistent=False)
+        self.register_buffer("writes", writes.flatten().nonzero().flatten(), persistent=False)
+        plane = pixel_unshuffle(reads.view(1, 1, self.side, self.side).to(torch.get_default_dtype()), 2)
+        self.register_buffer("plane", plane, persistent=False)
+        self.first = nn.Conv2d(8, channels, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, channels, 3, padding=1),
+                ACTIVATIONS[activation](),
+                nn.Dropout(dropout),
+                nn.Conv2d(channels, channels, 1),
+            )
+            for _ in hidden_features
+        )
+        self.activation = ACTIVATIONS[activation]()
+        self.context = None if context_features is None else nn.Linear(context_features, channels)
+        self.last = nn.Conv2d(channels, 4 * parameters_per_coordinate, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        image = inputs.new_zeros(len(inputs), self.side**2).index_copy(1, self.reads, inputs)
+        image = pixel_unshuffle(image.view(-1, 1, self.side, self.side), 2)
+        image = torch.cat((image, self.plane.expand(len(image), -1, -1, -1)), dim=1)
+        hidden = self.first(image.contiguous(memory_format=torch.channels_last))
+        if context is not None:
+            hidden = hidden + self.context(context)[:, :, None, None]
+        for block in self.blocks:
+            hidden = hidden + block(self.activation(hidden))
+        outputs = pixel_shuffle(self.last(self.activation(hidden)), 2).flatten(2)
+        return outputs.index_select(2, self.writes).flatten(1)
+
+
+NETS = ("mlp", "conv")
+
+
+def conditioner(net: str, reads: Tensor, writes: Tensor, parameters_per_coordinate: int, **network) -> nn.Module:
+    """The conditioner of a packed coupling layer that reads and writes these coordinates, 0/1 vectors over all D.
+
+    Args:
+        net: ``mlp``, or ``conv`` for the pixels of a square image. Where there is next to nothing to read, ``conv``
+            too is an MLP.
+        network: the keywords of ``MLP`` and ``ConvNet`` alike.
+
+    Raises:
+        ValueError: for a net that is not known.
+    """
+    if net not in NETS:
+        raise ValueError(f"unknown net {net!r}; known: {', '.join(NETS)}")
+    if net == "conv" and reads.sum() >= 49:
+        return ConvNet(reads, writes, parameters_per_coordinate, **network)
+    return MLP(int(reads.sum()), parameters_per_coordinate * int(writes.sum()), **network)
 
 
 def check_activation(activation: str) -> None:

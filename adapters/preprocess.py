@@ -101,4 +101,84 @@ class Probit(UnitInterval):
         return -0.5 * y.square() - 0.5 * math.log(2 * math.pi)
 
 
-PREPROCESSORS = {"standardize": Standardize, "logit": Logit, "probit": Probit}
+class Marginals(Transform):
+    """z_d = Φ⁻¹(α + (1 − 2α) F_d(x_d)): each coordinate alone made standard normal, by its own histogram's CDF F_d.
+
+    For data that come in L levels and were dequantised, x = (level + U(0, 1)) · high / L. What is left for a flow to
+    learn is how the coordinates hang together: their copula.
+
+    Args:
+        masses: the histograms, ``(D, L)``, each row positive and adding up to 1.
+        high: upper end of the data's range.
+        alpha: α in (0, 1/2).
+
+    Raises:
+        ValueError: for masses that are not positive; in a call, for data outside [0, high].
+    """
+
+    def __init__(self, masses: Tensor, high: float = 1.0, alpha: float = 1e-6):
+        super().__init__()
+        masses = torch.as_tensor(masses)
+        if masses.dim() != 2 or not masses.min() > 0:
+            raise ValueError(f"masses must be positive and of shape (D, L), not {tuple(masses.shape)}, {masses.min()}")
+        check_positive(high=high)
+        self.arguments = {"masses": masses, "high": high, "alpha": alpha}
+        self.probit = Probit(alpha)
+        self.width = high / masses.shape[1]
+        exact = masses.double() / masses.double().sum(1, keepdim=True)
+        self.register_buffer("masses", exact.to(torch.get_default_dtype()))
+        self.register_buffer("below", (exact.cumsum(1) - exact).to(torch.get_default_dtype()))
+
+    @classmethod
+    def of(cls, levels: Tensor, number: int = 256, high: float = 256 / 255, prior: float = 100.0) -> "Marginals":
+        """From data as integer levels 0 … L − 1, ``(batch, D)``.
+
+        Args:
+            levels: the data, before their dequantisation.
+            number: L.
+            high: as above.
+            prior: so many observations of the histogram over all coordinates are added to each coordinate's own.
+        """
+        levels = levels.flatten(1).long()
+        counts = torch.zeros(levels.shape[1], number, dtype=torch.float64)
+        counts.scatter_add_(1, levels.T.contiguous(), counts.new_ones(1, 1).expand(levels.shape[::-1]))
+        shared = counts.sum(0) + 1
+        masses = (counts + prior * shared / shared.sum()) / (len(levels) + prior)
+        return cls(masses.float(), high)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        low, high = inputs.aminmax()
+        if low < 0 or high > self.arguments["high"]:
+            raise ValueError(
+                f"this flow takes data in [0, {self.arguments['high']:g}], not in [{low.item():g}, {high.item():g}]"
+            )
+        position = inputs / self.width
+        level = position.long().clamp(max=self.masses.shape[1] - 1)
+        mass = self.masses.gather(1, level.T).T
+        u = self.below.gather(1, level.T).T + (position - level) * mass
+        outputs, log_det = self.probit(u.clamp(0, 1))
+        return outputs, log_det + (mass / self.width).log().sum(1)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        u, log_det = self.probit.inverse(inputs)
+        level = (torch.searchsorted(self.below, u.T.contiguous(), right=True) - 1).clamp(min=0)
+        mass = self.masses.gather(1, level).T
+        inside = ((u - self.below.gather(1, level).T) / mass).clamp(0, 1)
+        return (level.T + inside) * self.width, log_det - (mass / self.width).log().sum(1)
+
+    def edges(self, bins: int) -> Tensor:
+        """F_d at the ends of groups of levels, ``(D, bins − 1)``: about equal in mass over all coordinates together.
+
+        A level with more than its share is a group of its own.
+        """
+        masses = self.arguments["masses"].double()
+        ends, left, group = [], 1.0, 0.0
+        for level, mass in enumerate((masses.sum(0) / len(masses)).tolist()[:-1]):
+            group += mass
+            if len(ends) < bins - 1 and group >= left / (bins - len(ends)) - mass / 2:
+                ends.append(level)
+                left, group = left - group, 0.0
+        return masses.cumsum(1)[:, ends]
+
+
+PREPROCESSORS = {"standardize": Standardize, "logit": Logit, "probit": Probit, "marginals": Marginals}

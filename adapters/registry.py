@@ -35,6 +35,7 @@ class Specification:
         context_features: width of the context; ``None`` for an unconditional flow.
         masks: one mask of D entries a layer, layer by layer from the noise side to the data side; 1 = unchanged.
         activation: name of the conditioners' activation, a key of ``networks.ACTIVATIONS``.
+        preprocess: the fixed transform between the data and these layers, if there is one.
     """
 
     features: int
@@ -43,6 +44,7 @@ class Specification:
     context_features: int | None
     masks: tuple[Tensor, ...]
     activation: str
+    preprocess: Transform | None = None
 
     @property
     def coupling_masks(self) -> tuple[Tensor, ...]:

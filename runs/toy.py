@@ -24,7 +24,7 @@ TEST_POINTS = 100_000
 
 AFFINE = {
     "two-gaussians": {"layers": 12, "hidden": (32, 32), "steps": 5000, "options": {}},
-    "chequerboard": {"layers": 16, "hidden": (64, 64), "steps": 20_000, "options": {}},
+    "chequerboard": {"layers": 12, "hidden": (64, 64, 64), "steps": 12_000, "options": {}},
 }
 SPLINE = {"layers": 4, "hidden": (128, 128, 128), "steps": 8000, "options": {"bins": 16, "minimum": 1e-5}}
 

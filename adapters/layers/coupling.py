@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adapters.checks import check_event, check_output, check_positive
 from adapters.masks import check_mask, checkerboard_mask, random_mask
-from adapters.networks import MLP, condition
+from adapters.networks import MLP, condition, conditioner
 from adapters.registry import Example, Specification
 
 
@@ -77,16 +77,17 @@ class PackedCoupling(Transform):
         conditioner: a module from ``(batch, U)`` to ``(batch, parameters_per_coordinate · T)``, where the mask holds U
             ones and T zeros; it is also handed ``context`` when the layer is given one.
         mask: b, as for ``MaskedCouplingLayer``.
+        reads: 1 = the conditioner sees this coordinate, if it is unchanged; all of these by default.
     """
 
     parameters_per_coordinate: int
 
-    def __init__(self, conditioner: nn.Module, mask: Tensor):
+    def __init__(self, conditioner: nn.Module, mask: Tensor, reads: Tensor | None = None):
         super().__init__()
         mask = check_mask(mask)
         self.conditioner = conditioner
         self.event_shape = tuple(mask.shape)
-        self.register_buffer("unchanged", mask.flatten().nonzero().flatten())
+        self.register_buffer("unchanged", (mask if reads is None else mask * reads).flatten().nonzero().flatten())
         self.register_buffer("transformed", (mask == 0).flatten().nonzero().flatten())
 
     def elementwise(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +98,10 @@ class PackedCoupling(Transform):
         """f⁻¹(z) and Σ_d log|∂f⁻¹(z)/∂z|_d."""
         raise NotImplementedError(f"{type(self).__name__} must define elementwise_inverse")
 
+    def read(self, unchanged: Tensor) -> Tensor:
+        """What the conditioner is shown of the unchanged coordinates: these themselves."""
+        return unchanged
+
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._couple(self.elementwise, z, context)
 
@@ -106,7 +111,7 @@ class PackedCoupling(Transform):
     def _couple(self, function, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         check_event(z, self.event_shape, "this layer")
         flat = z.flatten(1)
-        parameters = condition(self.conditioner, flat.index_select(1, self.unchanged), context)
+        parameters = condition(self.conditioner, self.read(flat.index_select(1, self.unchanged)), context)
         check_output(parameters, (len(z), self.parameters_per_coordinate * len(self.transformed)), "conditioner")
         transformed, log_det = function(flat.index_select(1, self.transformed), parameters)
         return flat.index_copy(1, self.transformed, transformed).view(z.shape), log_det
@@ -123,8 +128,10 @@ class PackedCouplingLayer(PackedCoupling):
 
     parameters_per_coordinate = 2
 
-    def __init__(self, conditioner: nn.Module, mask: Tensor, scale_bound: float | None = 2.0):
-        super().__init__(conditioner, mask)
+    def __init__(
+        self, conditioner: nn.Module, mask: Tensor, scale_bound: float | None = 2.0, reads: Tensor | None = None
+    ):
+        super().__init__(conditioner, mask, reads)
         if scale_bound is not None:
             check_positive(scale_bound=scale_bound)
             scale_bound = nn.Parameter(torch.full((len(self.transformed),), float(scale_bound)))
@@ -149,19 +156,29 @@ def noise_to_data(layers: Iterable[Transform]) -> Transform:
 
 
 def packed_flow(
-    specification: Specification, layer: Callable[..., PackedCoupling], parameters_per_coordinate: int, dropout: float
+    specification: Specification,
+    layer: Callable[..., PackedCoupling],
+    parameters_per_coordinate: int,
+    net: str = "mlp",
+    dropout: float = 0.0,
+    reads: Iterable[Tensor] | None = None,
 ) -> Transform:
-    """A stack of ``layer(conditioner, mask)``, one MLP conditioner each."""
-    network = dict(specification.network, dropout=dropout)
+    """A stack of ``layer(conditioner, mask, reads=…)``, with one conditioner of kind ``net`` each, noise side first."""
     masks = specification.coupling_masks
-    widths = [(int(mask.sum()), parameters_per_coordinate * int((1 - mask).sum())) for mask in masks]
-    return noise_to_data(layer(MLP(*width, **network), mask) for width, mask in zip(widths, masks, strict=True))
+    reads = [torch.ones_like(mask) for mask in masks] if reads is None else reads
+    network = dict(specification.network, dropout=dropout)
+    return noise_to_data(
+        layer(conditioner(net, mask * seen, 1 - mask, parameters_per_coordinate, **network), mask, reads=seen)
+        for mask, seen in zip(masks, reads, strict=True)
+    )
 
 
-def masked_affine(specification: Specification, scale_bound: float | None = 2.0, dropout: float = 0.0) -> Transform:
+def masked_affine(
+    specification: Specification, scale_bound: float | None = 2.0, net: str = "mlp", dropout: float = 0.0
+) -> Transform:
     """Packed affine coupling layers: equations 15 to 17, fast."""
     layer = partial(PackedCouplingLayer, scale_bound=scale_bound)
-    return packed_flow(specification, layer, PackedCouplingLayer.parameters_per_coordinate, dropout)
+    return packed_flow(specification, layer, PackedCouplingLayer.parameters_per_coordinate, net, dropout)
 
 
 def masked_affine_textbook(specification: Specification) -> Transform:

@@ -23,24 +23,31 @@ class MaskedSplineCouplingLayer(PackedCoupling):
     inner derivatives (softplus), so θ_d has 3K − 1 entries; zeros give equal bins and unit derivatives: the identity.
 
     Args:
-        conditioner: ``(batch, U)`` → ``(batch, T · (3K − 1))``; see ``PackedCoupling``.
+        conditioner: ``(batch, U)`` → ``(batch, (3K − 1) · T)``; see ``PackedCoupling``.
         mask: 1 = unchanged.
         bins: K.
         tail_bound: B, in units of the layer's input.
         minimum: smallest width and height of a bin, as a share of 2B, and smallest derivative. It limits how sharp an
             edge and how empty a gap in the density can be.
+        reads: see ``PackedCoupling``.
 
     Raises:
         ValueError: as ``PackedCoupling``, and unless ``bins`` is at least 2 and the others positive.
     """
 
     def __init__(
-        self, conditioner: nn.Module, mask: Tensor, bins: int = 8, tail_bound: float = 4.0, minimum: float = 1e-3
+        self,
+        conditioner: nn.Module,
+        mask: Tensor,
+        bins: int = 8,
+        tail_bound: float = 4.0,
+        minimum: float = 1e-3,
+        reads: Tensor | None = None,
     ):
         check_positive(tail_bound=tail_bound, minimum=minimum)
         if bins < 2:
             raise ValueError(f"bins must be at least 2, not {bins}")
-        super().__init__(conditioner, mask)
+        super().__init__(conditioner, mask, reads)
         self.parameters_per_coordinate = spline_parameters(bins)
         self.bins = bins
         self.tail_bound = tail_bound
@@ -53,7 +60,7 @@ class MaskedSplineCouplingLayer(PackedCoupling):
         return self._spline(z, parameters, inverse=True)
 
     def _spline(self, z: Tensor, parameters: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        knots = parameters.view(*z.shape, self.parameters_per_coordinate)
+        knots = parameters.view(len(z), self.parameters_per_coordinate, z.shape[1]).transpose(1, 2)
         widths, heights, derivatives = knots.split((self.bins, self.bins, self.bins - 1), dim=-1)
         # softplus(θ + unit) = 1 − minimum at θ = 0: unit derivatives at the ends, and inside at the start.
         unit = math.log(math.expm1(1 - self.minimum))
@@ -83,11 +90,16 @@ def spline_parameters(bins: int) -> int:
 
 
 def masked_spline(
-    specification: Specification, bins: int = 8, tail_bound: float = 4.0, minimum: float = 1e-3, dropout: float = 0.0
+    specification: Specification,
+    bins: int = 8,
+    tail_bound: float = 4.0,
+    minimum: float = 1e-3,
+    net: str = "mlp",
+    dropout: float = 0.0,
 ) -> Transform:
     """Packed rational-quadratic spline coupling layers."""
     layer = partial(MaskedSplineCouplingLayer, bins=bins, tail_bound=tail_bound, minimum=minimum)
-    return packed_flow(specification, layer, spline_parameters(bins), dropout)
+    return packed_flow(specification, layer, spline_parameters(bins), net, dropout)
 
 
 FLOWS = {"masked-spline": masked_spline}
