@@ -23,7 +23,7 @@ from runs.common.results import cli, open_directory, write_metrics
 TEST_POINTS = 100_000
 
 AFFINE = {
-    "two-gaussians": {"layers": 12, "hidden": (32, 32), "steps": 5000, "options": {}},
+    "two-gaussians": {"layers": 12, "hidden": (32, 32), "steps": 4000, "options": {}},
     "chequerboard": {"layers": 12, "hidden": (64, 64, 64), "steps": 12_000, "options": {}},
 }
 SPLINE = {"layers": 4, "hidden": (128, 128, 128), "steps": 8000, "options": {"bins": 16, "minimum": 1e-5}}

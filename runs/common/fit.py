@@ -6,6 +6,7 @@ nothing of flows, images or Pyro.
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -136,7 +137,7 @@ def fit(
         initial=training.fitted.steps,
         disable=not accelerator.is_main_process,
         unit="step",
-        mininterval=0.5,
+        mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants few lines
         smoothing=0.05,
         dynamic_ncols=True,
     )
