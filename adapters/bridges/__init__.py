@@ -7,7 +7,9 @@ A bridge is a module with
 - ``transform_in(thing)`` → nflows ``Transform`` data → noise, or ``None`` for a thing that is no transform;
 - ``flow_in(thing)`` → ``adapters.flow.Flow``, or ``None`` for a thing that is no flow;
 - ``transform_out(transform, library, event_dim, conditional)`` → the library's own transform type;
-- ``EXAMPLES`` and ``FLOWS``: see ``adapters.registry``.
+- ``native_log_prob(exported, inputs, context)`` → log-density of the library's own flow class around an exported
+  transform and a standard normal: what the tests hold against nflows' (law 3);
+- ``EXAMPLES``, ``MODELS`` and ``FLOWS``: see ``adapters.registry``.
 """
 
 import importlib.util
