@@ -337,7 +337,9 @@ def _check_bijective(steps: list[tuple[nn.Module, bool]]) -> None:
                 f"{_name(layer)} runs noise → data only, so it cannot score data; "
                 "normflows.flows.Reverse turns it into a flow that scores, and cannot sample"
             )
-    one_tensor_only = "takes or gives two tensors; only Split, AffineCoupling, Merge in a row, or AffineCouplingBlock, do"
+    one_tensor_only = (
+        "takes or gives two tensors; only Split, AffineCoupling, Merge in a row, or AffineCouplingBlock, do"
+    )
     for (layer, backwards), end in zip(steps[:1] + steps[-1:], (0, 1), strict=False):
         many = _two_tensors(layer)[end != backwards]
         if many:
@@ -402,7 +404,9 @@ def _one_width(widths: Iterable[Width]) -> Width:
     found = dict.fromkeys(width for width in widths if width is not None)
     known = [width for width in found if width is not ...]
     if len(known) > 1:
-        raise ValueError(f"one context goes to every part of a flow, but they take {' and '.join(map(str, known))} wide")
+        raise ValueError(
+            f"one context goes to every part of a flow, but they take {' and '.join(map(str, known))} wide"
+        )
     return known[0] if known else (... if found else None)
 
 
@@ -604,9 +608,7 @@ EXAMPLES = {
     "planar": Example(lambda: _layer("Planar", 3, act="leaky_relu"), (3,)),
     "maf": Example(lambda: _layer("MaskedAffineAutoregressive", 3, 8), (3,)),
     "maf-context": Example(lambda: _layer("MaskedAffineAutoregressive", 3, 8, context_features=2), (3,), 2),
-    "rqs-context": Example(
-        lambda: _layer("CoupledRationalQuadraticSpline", 4, 1, 8, num_context_channels=2), (4,), 2
-    ),
+    "rqs-context": Example(lambda: _layer("CoupledRationalQuadraticSpline", 4, 1, 8, num_context_channels=2), (4,), 2),
     "autoregressive-rqs": Example(lambda: _layer("AutoregressiveRationalQuadraticSpline", 3, 1, 8), (3,)),
     "conv": Example(lambda: _layer("Invertible1x1Conv", 3, use_lu=True), (3, 2, 2)),
     "glow": Example(_glow, (1, 4, 4)),
