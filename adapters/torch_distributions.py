@@ -9,7 +9,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from types import EllipsisType, MethodType
 
 import nflows.distributions
@@ -17,6 +17,7 @@ import nflows.transforms
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
+from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import lazy_property
 
 from adapters.checks import check_event
@@ -36,6 +37,9 @@ class Held(nn.Module):
         thing: a transform, a distribution or a list of them, modules or not.
         kinds: the classes to look into, beside lists, tuples, dictionaries, partial functions and methods.
 
+    Attributes:
+        caching: the transforms inside that keep something from their last call: see ``clear_caches``.
+
     Raises:
         ValueError: for a tensor computed from parameters: it would not follow them, and its graph is good for one
             backward pass only.
@@ -43,16 +47,20 @@ class Held(nn.Module):
 
     def __init__(self, thing, kinds: tuple[type, ...] = (Transform, Distribution)):
         super().__init__()
-        self.thing = thing
-        self.kinds = kinds
-        self.slots = []
-        self.caching = [t for t in _reachable(thing, kinds) if isinstance(t, Transform) and t._cache_size]
+        self.thing, self.kinds, self.slots = thing, kinds, []
+        inside = [owner for owner, _ in _walk(thing, kinds) if isinstance(owner, Transform)]
+        self.inverses = [transform for transform in inside if isinstance(transform, _InverseTransform)]
+        self.caching = [transform for transform in inside if any(map(_is_cache, vars(transform)))]
         clear_caches(self.caching)
-        for owner, key, name, value in list(_members(thing, kinds)):
-            if isinstance(value, Tensor):
-                self._register(owner, key, name, value)
-            elif all(value is not module for module in self.modules()):
+        self._forget(Transform)
+        members = list(_members(thing, kinds))
+        for _, _, name, value in members:
+            if isinstance(value, nn.Module) and all(value is not module for module in self.modules()):
                 self.add_module(name, value)
+        known = {id(tensor) for tensor in (*self.parameters(), *self.buffers())}
+        for owner, key, name, value in members:
+            if isinstance(value, Tensor) and id(value) not in known:
+                self._register(owner, key, name, value)
         self._fill()
 
     def forward(self, context: Tensor | None = None):
@@ -71,35 +79,51 @@ class Held(nn.Module):
             leaf._is_param = True  # torch's own mark: a plain leaf tensor can then be registered without a copy
             self.register_parameter(name, leaf)
         else:
-            derived = isinstance(getattr(type(owner), str(key), None), lazy_property) and not leaf.is_floating_point()
-            self.register_buffer(name, leaf.contiguous(), persistent=not derived)
+            self.register_buffer(name, leaf.contiguous())
         self.slots.append((owner, key, name, geometry))
 
     @torch.enable_grad()
     def _fill(self) -> None:
         """Put the registered tensors into the thing."""
         for owner, key, name, geometry in self.slots:
-            _put(owner, key, _view(getattr(self, name), geometry))
+            tensor = getattr(self, name)
+            _put(owner, key, tensor if geometry is None else tensor.as_strided(*geometry))
+
+    def _forget(self, kind: type = object) -> None:
+        """Drop what was computed on demand from the tensors, as ``Permute.inv_permutation``, where they may change."""
+        slots = {(id(owner), key) for owner, key, _, _ in self.slots}
+        for owner, key, _, value in list(_members(self.thing, self.kinds)):
+            lazy = isinstance(getattr(type(owner), str(key), None), lazy_property)
+            if lazy and isinstance(value, Tensor) and isinstance(owner, kind) and (id(owner), key) not in slots:
+                del vars(owner)[key]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Held":
         super()._apply(fn, recurse)
         clear_caches(self.caching)
+        self._forget()
         self._fill()
-        slots = {(id(owner), key) for owner, key, _, _ in self.slots}
-        for owner, key, _, value in list(_members(self.thing, self.kinds)):
-            if isinstance(value, Tensor) and (id(owner), key) not in slots:  # computed on demand since, and kept there
-                _put(owner, key, fn(value))
         return self
 
-    @torch.enable_grad()
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._forget()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._fill()
+
     def __deepcopy__(self, memo: dict) -> "Held":
-        """A caches's tensors and views cannot be copied: drop the former, make the latter from the copied parameters."""
+        """Views and caches cannot be copied, and an inverse forgets what it inverts: each is made anew in the copy."""
         clear_caches(self.caching)
-        new = memo[id(self)] = type(self).__new__(type(self))
-        for owner, key, name, geometry in self.slots:
+        for owner, key, _, geometry in self.slots:
             if geometry is not None:
-                memo[id(_get(owner, key))] = _view(copy.deepcopy(getattr(self, name), memo), geometry)
+                _put(owner, key, None)
+        new = memo[id(self)] = type(self).__new__(type(self))
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for inverse, copied in zip(self.inverses, new.inverses, strict=True):
+            copied._inv = copy.deepcopy(inverse._inv, memo)
+        self._fill()
+        new._fill()
         return new
 
 
@@ -151,8 +175,9 @@ class ExportedTransform(Transform, nn.Module):
         data_to_noise: which way ``__call__`` runs.
 
     Raises:
-        ValueError: for a negative ``event_dim``; in a call, for an input of fewer dimensions, or a context whose batch
-            does not broadcast with the input's.
+        ValueError: for a negative ``event_dim``; in a call, for an input of fewer dimensions, or a context that is
+            missing or of another width, where the transform says which, or whose batch does not broadcast with the
+            inputs.
     """
 
     bijective = True
@@ -174,8 +199,14 @@ class ExportedTransform(Transform, nn.Module):
         self.data_to_noise = data_to_noise
         self.dimensions = event_dim
         self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
-        self.watched = tuple(transform.parameters())
         self.memo = None
+
+    def condition(self, context: Tensor) -> "ExportedTransform":
+        """The same transform, of the same parameters, with this context."""
+        self.watched  # noqa: B018, so that it is looked up once for all contexts
+        conditioned = copy.copy(self)
+        vars(conditioned)["context"] = context
+        return conditioned
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y and log|det dy/dx|, from one pass."""
@@ -186,12 +217,12 @@ class ExportedTransform(Transform, nn.Module):
 
     def _inverse(self, y: Tensor) -> Tensor:
         x, log_det = self._run(y, to_noise=not self.data_to_noise)
-        self.memo = weakref.ref(x), weakref.ref(y), self._versions(x, y), -log_det
+        self.memo = weakref.ref(x), weakref.ref(y), self._state(x, y), -log_det
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         memo, self.memo = self.memo, None
-        if memo is not None and memo[0]() is x and memo[1]() is y and memo[2] == self._versions(x, y):
+        if memo is not None and memo[0]() is x and memo[1]() is y and memo[2] == self._state(x, y):
             return memo[3]
         # data → noise is the direction that every transform of a flow has
         return self._run(x, to_noise=True)[1] if self.data_to_noise else -self._run(y, to_noise=True)[1]
@@ -203,8 +234,13 @@ class ExportedTransform(Transform, nn.Module):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_inv": None, "memo": None}
 
-    def _versions(self, *tensors: Tensor) -> tuple[int, ...]:
-        return tuple(0 if t.is_inference() else t._version for t in (*tensors, *self.watched))
+    @cached_property
+    def watched(self) -> tuple[Tensor, ...]:
+        return tuple(self.transform.parameters())
+
+    def _state(self, *tensors: Tensor) -> tuple:
+        versions = (0 if tensor.is_inference() else tensor._version for tensor in (*tensors, *self.watched))
+        return torch.is_grad_enabled(), *versions
 
     def _run(self, value: Tensor, to_noise: bool) -> tuple[Tensor, Tensor]:
         if value.dim() < self.dimensions:
@@ -215,7 +251,11 @@ class ExportedTransform(Transform, nn.Module):
             batch = _broadcast(batch, context)
             context = context.expand(*batch, context.shape[-1]).reshape(math.prod(batch), context.shape[-1])
         flat = value.expand(*batch, *event).reshape(math.prod(batch), *event)
-        outputs, log_det = (self.transform if to_noise else self.transform.inverse)(flat, context)
+        try:
+            outputs, log_det = (self.transform if to_noise else self.transform.inverse)(flat, context)
+        except RuntimeError as error:  # from deep below, as of matrices whose shapes do not fit
+            _explain(self.transform, context, error)
+            raise
         return outputs.reshape(*batch, *outputs.shape[1:]), log_det.reshape(batch)
 
 
@@ -253,8 +293,27 @@ def clear_caches(transforms: Iterable[Transform]) -> None:
     """Forget what these transforms keep from their last call: ``_cached_x_y``, ``_cached_log_scale`` and so on."""
     for transform in transforms:
         state = vars(transform)
-        for key in [key for key in state if key.startswith("_cache") and key != "_cache_size"]:
-            state[key] = (None, None) if key == "_cached_x_y" else None
+        for key in state:
+            if _is_cache(key):
+                state[key] = (None, None) if key == "_cached_x_y" else None
+
+
+def _is_cache(key: str) -> bool:
+    return key.startswith(("_cache", "_weight_cache")) and key != "_cache_size"
+
+
+def _explain(transform: nn.Module, context: Tensor | None, error: RuntimeError) -> None:
+    """Raise a ValueError instead if some part of the transform says that it takes another context."""
+    widths = (getattr(module, "context_features", None) for module in transform.modules())
+    width = next((width for width in widths if isinstance(width, int)), None)
+    if width is not None and context is None:
+        raise ValueError(
+            f"this transform is conditional: give it a context of shape (*batch, {width}) by .condition(context)"
+        ) from error
+    if width is not None and context.shape[-1] != width:
+        raise ValueError(
+            f"this transform takes a context of shape (*batch, {width}), not {tuple(context.shape)}"
+        ) from error
 
 
 def _sum_rows(values: Tensor) -> Tensor:
@@ -278,11 +337,8 @@ def _members(thing, kinds: tuple[type, ...]) -> Iterator[tuple]:
                 yield owner, key, f"{path}{key}", value
 
 
-def _reachable(thing, kinds: tuple[type, ...]) -> list:
-    return [owner for owner, _ in _walk(thing, kinds)]
-
-
 def _walk(thing, kinds: tuple[type, ...]) -> Iterator[tuple]:
+    """The thing and everything inside it that may hold tensors, each with the path to it."""
     todo, seen = [(thing, "")], set()
     while todo:
         owner, path = todo.pop()
@@ -303,17 +359,11 @@ def _entries(owner) -> list[tuple]:
             return [("func", owner.func), *enumerate(owner.args), *owner.keywords.items()]
         case MethodType():
             return [("self", owner.__self__)]
-        case nn.Module() if not hasattr(type(owner), "__dict__"):
-            return []
-    state = getattr(owner, "__dict__", {})
+    state = vars(owner)
     for key, value in state.items():
-        if type(value) is tuple and any(isinstance(entry, Tensor) for entry in value) and not key.startswith("_cache"):
+        if type(value) is tuple and any(isinstance(entry, Tensor) for entry in value) and not _is_cache(key):
             state[key] = list(value)  # so that its tensors can be replaced
-    return [(k, v) for k, v in state.items() if k not in ("_parameters", "_buffers") and not k.startswith("_cache")]
-
-
-def _get(owner, key):
-    return dict(_entries(owner))[key]
+    return [(k, v) for k, v in state.items() if k not in ("_parameters", "_buffers") and not _is_cache(k)]
 
 
 def _put(owner, key, value: Tensor) -> None:
@@ -325,7 +375,3 @@ def _put(owner, key, value: Tensor) -> None:
         owner[key] = value
     else:
         vars(owner)[key] = value
-
-
-def _view(tensor: Tensor, geometry: tuple | None) -> Tensor:
-    return tensor if geometry is None else tensor.as_strided(*geometry)

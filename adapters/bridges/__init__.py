@@ -15,7 +15,7 @@ A bridge is a module with
 import importlib.util
 from types import ModuleType
 
-import nflows.flows
+from nflows.flows import Flow
 from nflows.transforms import Transform
 
 from adapters.registry import modules
@@ -38,13 +38,13 @@ def as_transform(thing) -> Transform:
     return transform
 
 
-def as_flow(thing) -> nflows.flows.Flow:
+def as_flow(thing) -> Flow:
     """A flow of any of the libraries, transform and base, as an nflows ``Flow``; nflows' own are handed back.
 
     Raises:
         TypeError: if ``thing`` is of no known library, or no flow.
     """
-    if isinstance(thing, nflows.flows.Flow):
+    if isinstance(thing, Flow):
         return thing
     flow = None if isinstance(thing, Transform) else _bridge_of(thing).flow_in(thing)
     if flow is None:

@@ -8,7 +8,6 @@ A context has the shape ``(batch, width)``. A class-conditional base takes the o
 """
 
 import inspect
-import math
 from collections.abc import Iterable, Iterator
 from functools import cache
 from types import EllipsisType
@@ -18,10 +17,10 @@ import torch
 from nflows.transforms import CompositeTransform, InverseNotAvailable, ReversePermutation, Transform
 from torch import Tensor, nn
 
-from adapters.checks import check_event
+from adapters.checks import check_context, check_event
 from adapters.flow import Flow
 from adapters.networks import ACTIVATIONS, MLP
-from adapters.registry import Example, Specification
+from adapters.registry import Example, Model, Specification
 
 PACKAGES = LIBRARIES = ("normflows",)
 EXTRA = "normflows"
@@ -59,12 +58,13 @@ class NormflowsTransform(Transform):
         self.reads_context = [width is not None for width in widths]
         self.context_features = _one_width([context_features, *widths])
         self.keeps_shape = not any(isinstance(layer, Squeeze) for layer in self.layers)
-        self.channels = _channels(self.layers)
+        self.channels = _channels(steps)
         self.actnorms = [module for module in self.layers.modules() if isinstance(module, ActNorm)]
+        self.name = "normflows' " + ", ".join(dict.fromkeys(_name(layer) for layer in self.layers))
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.channels is not None and inputs.shape[1:2] != (self.channels,):
-            raise ValueError(f"{self._names()} take {self.channels} features, not an input of {tuple(inputs.shape)}")
+            raise ValueError(f"{self.name} takes {self.channels} features, not inputs of shape {tuple(inputs.shape)}")
         return self._run(inputs, context, to_noise=True)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -73,8 +73,8 @@ class NormflowsTransform(Transform):
         return self._run(inputs, context, to_noise=False)
 
     def _run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
-        self._check_context(inputs, context)
-        held = [] if not self.actnorms else self._hold_actnorms(to_noise)
+        check_context(context, self.context_features, inputs, self.name)
+        held = self._hold_actnorms(to_noise)
         steps = list(zip(self.layers, self.backwards, self.reads_context, strict=True))
         outputs, log_det = inputs, 0.0
         try:
@@ -86,7 +86,7 @@ class NormflowsTransform(Transform):
             for actnorm in held:
                 actnorm.data_dep_init_done = torch.zeros_like(actnorm.data_dep_init_done)
         if self.keeps_shape and outputs.shape != inputs.shape:
-            raise ValueError(f"{self._names()} do not take inputs of shape {tuple(inputs.shape)}")
+            raise ValueError(f"{self.name} takes no inputs of shape {tuple(inputs.shape)}")
         return outputs, _per_row(log_det, inputs)
 
     def _hold_actnorms(self, to_noise: bool) -> list[nn.Module]:
@@ -95,22 +95,6 @@ class NormflowsTransform(Transform):
         for actnorm in held:
             actnorm.data_dep_init_done = torch.ones_like(actnorm.data_dep_init_done)
         return held
-
-    def _check_context(self, inputs: Tensor, context: Tensor | None) -> None:
-        width = self.context_features
-        if context is None:
-            if width not in (None, ...):
-                raise ValueError(f"{self._names()} need a context of shape (batch, {width}), but there is none")
-        elif width is None:
-            raise ValueError(f"a context of shape {tuple(context.shape)} was given, but {self._names()} take none")
-        else:
-            if width is not ...:
-                check_event(context, (width,), f"the context of {self._names()}")
-            if len(context) != len(inputs):
-                raise ValueError(f"the context has {len(context)} rows for {len(inputs)} inputs")
-
-    def _names(self) -> str:
-        return "normflows' " + ", ".join(dict.fromkeys(_name(layer) for layer in self.layers))
 
 
 class MultiscaleTransform(Transform):
@@ -187,24 +171,6 @@ class NormflowsBase(nflows.distributions.Distribution):
         return samples.unflatten(0, (rows, num_samples)), log_prob.unflatten(0, (rows, num_samples))
 
 
-class UniformBase(nflows.distributions.Distribution):
-    """normflows' ``Uniform``, whose own log_prob is float32 whatever it is given: U(low, high) in each coordinate."""
-
-    def __init__(self, q0: nn.Module, like: Tensor):
-        super().__init__()
-        self.shape, self.low, self.high = q0.shape, q0.low.item(), q0.high.item()
-        self.register_buffer("_like", like.new_empty(0), persistent=False)
-
-    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
-        inside = ((inputs >= self.low) & (inputs <= self.high)).flatten(1).all(1)
-        log_density = -math.prod(self.shape) * math.log(self.high - self.low)
-        return torch.where(inside, log_density, -math.inf).to(inputs.dtype)
-
-    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
-        leading = (num_samples,) if context is None else (len(context), num_samples)
-        return self._like.new_empty(*leading, *self.shape).uniform_(self.low, self.high)
-
-
 class MultiscaleBase(nflows.distributions.Distribution):
     """Independent bases side by side, each flattened, as ``MultiscaleTransform`` lays its noise out."""
 
@@ -246,7 +212,7 @@ def flow_in(thing) -> Flow | None:
         ValueError: for ``GaussianPCA``, whose log_prob in normflows is not normalised; for parts that disagree on the
             width of the context; and as ``NormflowsTransform``.
     """
-    from normflows import ClassCondFlow, MultiscaleFlow, NormalizingFlow
+    from normflows import ClassCondFlow, ConditionalNormalizingFlow, MultiscaleFlow, NormalizingFlow
 
     if isinstance(thing, MultiscaleFlow):
         return _multiscale_flow(thing)
@@ -254,12 +220,25 @@ def flow_in(thing) -> Flow | None:
         return None
     transform = NormflowsTransform(thing.flows, _context_of_base(thing.q0))
     event_shape = _data_shape(_shape(thing.q0), transform)
-    return _flow(transform, _base(thing.q0, _like(thing)), event_shape, transform.context_features)
+    width = transform.context_features
+    if width is ... and not isinstance(thing, ConditionalNormalizingFlow):
+        width = None  # layers that may take a context, in a model that has none to give
+    return _flow(transform, _base(thing.q0, _like(thing)), event_shape, width)
 
 
 def transform_out(transform: Transform, library: str, event_dim: int, conditional: bool) -> nn.Module:
     """A ``normflows.flows.Flow`` for ``NormalizingFlow`` and, with context, ``ConditionalNormalizingFlow``."""
     return _exported()(transform)
+
+
+def native_log_prob(exported: nn.Module, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+    """Of normflows' ``NormalizingFlow`` and, with context, ``ConditionalNormalizingFlow``."""
+    from normflows import ConditionalNormalizingFlow, NormalizingFlow
+    from normflows.distributions import DiagGaussian
+
+    base = DiagGaussian(tuple(inputs.shape[1:]), trainable=False).to(inputs)
+    kind = NormalizingFlow if context is None else ConditionalNormalizingFlow
+    return _log_prob(kind(base, [exported]), inputs, context)
 
 
 @cache
@@ -300,11 +279,11 @@ def _flow(transform: Transform, base, event_shape: torch.Size, context_features:
 
 
 def _base(q0: nn.Module, like: Tensor) -> nflows.distributions.Distribution:
-    from normflows.distributions.base import GaussianPCA, Uniform
+    from normflows.distributions.base import GaussianPCA
 
     if isinstance(q0, GaussianPCA):
         raise ValueError("GaussianPCA cannot be a base: normflows' log_prob of it has wrong signs and no logarithm")
-    return UniformBase(q0, like) if isinstance(q0, Uniform) else NormflowsBase(q0, like)
+    return NormflowsBase(q0, like)
 
 
 def _steps(flow: nn.Module, backwards: bool = False) -> Iterator[tuple[nn.Module, bool]]:
@@ -325,11 +304,13 @@ def _check_bijective(steps: list[tuple[nn.Module, bool]]) -> None:
 
     for layer, backwards in steps:
         for module in layer.modules():
-            if isinstance(module, flows.Residual):
+            if isinstance(module, flows.Residual):  # with exact_trace too: the series is cut at a random term
                 raise ValueError(
                     "Residual cannot score data: its log-determinant is a random estimate, in eval mode too (exact "
                     "for 2 features only), and its inverse stops at an error of 3e-3"
                 )
+            if isinstance(module, flows.BatchNorm):
+                raise ValueError("BatchNorm normalises by the batch at hand, in eval mode too: no datum has a density")
             if isinstance(module, flows.MetropolisHastings | flows.HamiltonianMonteCarlo):
                 raise ValueError(f"{_name(module)} is a random walk, not a bijection: it has no density of its own")
         if not backwards and not _has_inverse(layer):
@@ -337,13 +318,9 @@ def _check_bijective(steps: list[tuple[nn.Module, bool]]) -> None:
                 f"{_name(layer)} runs noise → data only, so it cannot score data; "
                 "normflows.flows.Reverse turns it into a flow that scores, and cannot sample"
             )
-    one_tensor_only = (
-        "takes or gives two tensors; only Split, AffineCoupling, Merge in a row, or AffineCouplingBlock, do"
-    )
     for (layer, backwards), end in zip(steps[:1] + steps[-1:], (0, 1), strict=False):
-        many = _two_tensors(layer)[end != backwards]
-        if many:
-            raise ValueError(f"{_name(layer)} {one_tensor_only}")
+        if _two_tensors(layer)[end != backwards]:
+            raise ValueError(f"{_name(layer)} takes or gives two tensors at an end of the flow, where there is one")
 
 
 def _two_tensors(layer: nn.Module) -> tuple[bool, bool]:
@@ -410,20 +387,24 @@ def _one_width(widths: Iterable[Width]) -> Width:
     return known[0] if known else (... if found else None)
 
 
-def _channels(layers: Iterable[nn.Module]) -> int | None:
-    """Size of dimension 1 of the data, as the layers nearest to it know it; ``None`` if they do not."""
-    from normflows.flows import Squeeze
+def _channels(steps: list[tuple[nn.Module, bool]]) -> int | None:
+    """Size of dimension 1 of the data, as the layers nearest to it know it; ``None`` if none does."""
+    from normflows.flows import AffineConstFlow, MaskedAffineFlow, Planar, Squeeze
 
-    for layer in reversed(list(layers)):
+    scale = 1.0  # from the size at this layer to the size at the data
+    for layer, backwards in reversed(steps):
         if isinstance(layer, Squeeze):
-            return None
+            scale *= 4 if backwards else 1 / 4
+        for kind, tensor in ((AffineConstFlow, "s"), (MaskedAffineFlow, "b"), (Planar, "w")):
+            if isinstance(layer, kind):
+                return int(scale * getattr(layer, tensor).shape[1])
         for module in layer.modules():
             if type(module).__module__.startswith("normflows.flows."):
                 for name in ("features", "num_channels"):
                     if isinstance(getattr(module, name, None), int):
-                        return getattr(module, name)
+                        return int(scale * getattr(module, name))
             if type(module).__module__ == "normflows.nets.made" and hasattr(module, "initial_layer"):
-                return module.initial_layer.in_features
+                return int(scale * module.initial_layer.in_features)
     return None
 
 
@@ -490,14 +471,15 @@ class ContextAsCoordinates(Transform):
         self.features = features
         self.context_features = context_features
 
-    def forward(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_to(self.transform, inputs, context)
 
-    def inverse(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_to(self.transform.inverse, inputs, context)
 
-    def _apply_to(self, function, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        check_event(context, (self.context_features,), "the context of this transform")
+    def _apply_to(self, function, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        check_event(inputs, (self.features,), "this transform")
+        check_context(context, self.context_features, inputs, "this transform")
         outputs, log_det = function(torch.cat((inputs, context), dim=1))
         return outputs[:, : self.features], log_det
 
@@ -573,17 +555,23 @@ def maf(specification: Specification) -> Transform:
     return CompositeTransform(layers)
 
 
-def _masked_and_linear() -> Transform:
+def _masked() -> list[nn.Module]:
+    from normflows import flows
+
+    mask = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    return [flows.MaskedAffineFlow(b, t=MLP(4, 4, (8,)), s=MLP(4, 4, (8,))) for b in (mask, 1 - mask)]
+
+
+def _composite() -> Transform:
     """Layers whose log-determinants are a vector, of no dimension, and in float32."""
     from normflows import flows
 
-    mask = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
     layers = [
-        flows.AffineConstFlow(5),
-        flows.MaskedAffineFlow(mask, t=MLP(5, 5), s=MLP(5, 5)),
-        flows.Permute(5, mode="swap"),
-        flows.Reverse(flows.LULinearPermute(5)),
-        flows.InvertibleAffine(5),
+        flows.AffineConstFlow(4),
+        *_masked(),
+        flows.Permute(4, mode="swap"),
+        flows.Reverse(flows.LULinearPermute(4)),
+        flows.InvertibleAffine(4, use_lu=False),
     ]
     return transform_in(flows.Composite(layers))
 
@@ -592,7 +580,8 @@ def _glow() -> Transform:
     """A Glow block on four channels, between a squeeze and its inverse: an image to an image."""
     from normflows import flows
 
-    return transform_in(flows.Composite([flows.Reverse(flows.Squeeze()), flows.GlowBlock(4, 8), flows.Squeeze()]))
+    block = flows.GlowBlock(4, 8, use_lu=False)
+    return transform_in(flows.Composite([flows.Reverse(flows.Squeeze()), block, flows.Squeeze()]))
 
 
 def _layer(name: str, *arguments, **options) -> Transform:
@@ -601,15 +590,78 @@ def _layer(name: str, *arguments, **options) -> Transform:
     return transform_in(getattr(flows, name)(*arguments, **options))
 
 
+def _model(base: str, *arguments, **options) -> nn.Module:
+    import normflows
+
+    return normflows.NormalizingFlow(getattr(normflows.distributions.base, base)(*arguments, **options), _masked())
+
+
+def _conditional_model() -> nn.Module:
+    """A context for the base and for layers of two kinds, and layers that take one only to ignore it."""
+    import normflows
+    from normflows import flows
+
+    layers = [
+        flows.MaskedAffineAutoregressive(4, 8, context_features=2),
+        flows.LULinearPermute(4),
+        flows.CoupledRationalQuadraticSpline(4, 1, 8, num_context_channels=2),
+    ]
+    base = normflows.distributions.base.ConditionalDiagGaussian(4, nn.Linear(2, 8))
+    return normflows.ConditionalNormalizingFlow(base, layers)
+
+
+def _class_conditional_model() -> nn.Module:
+    import normflows
+
+    return normflows.ClassCondFlow(normflows.distributions.ClassCondDiagGaussian(4, 3), _masked())
+
+
+def _multiscale_model(classes: int | None = None) -> nn.Module:
+    """Two levels of an image of one channel, each squeezed to four."""
+    import normflows
+    from normflows import flows
+
+    def level(channels: int) -> list[nn.Module]:
+        network = nn.Conv2d(channels // 2, channels, 3, padding=1)
+        return [flows.Invertible1x1Conv(channels), flows.AffineCouplingBlock(network), flows.Squeeze()]
+
+    bases = [normflows.distributions.GlowBase(shape, classes) for shape in ((8, 1, 1), (2, 2, 2))]
+    return normflows.MultiscaleFlow(bases, [level(8), level(4)], [flows.Merge()], class_cond=classes is not None)
+
+
+def _one_way_model() -> nn.Module:
+    """A planar flow turned round: it scores, and cannot sample."""
+    import normflows
+    from normflows import flows
+
+    layers = [flows.Reverse(flows.Planar(3)), flows.Reverse(flows.Planar(3))]
+    return normflows.NormalizingFlow(normflows.distributions.DiagGaussian(3, trainable=False), layers)
+
+
+def _log_prob(model: nn.Module, inputs: Tensor, context: Tensor | None) -> Tensor:
+    """By the library's own method."""
+    return model.log_prob(inputs) if context is None else model.log_prob(inputs, context)
+
+
 FLOWS = {"normflows-affine": affine, "normflows-rqs": rqs, "normflows-maf": maf}
 
 EXAMPLES = {
-    "composite": Example(_masked_and_linear, (5,)),
+    "composite": Example(_composite, (4,)),
     "planar": Example(lambda: _layer("Planar", 3, act="leaky_relu"), (3,)),
     "maf": Example(lambda: _layer("MaskedAffineAutoregressive", 3, 8), (3,)),
     "maf-context": Example(lambda: _layer("MaskedAffineAutoregressive", 3, 8, context_features=2), (3,), 2),
     "rqs-context": Example(lambda: _layer("CoupledRationalQuadraticSpline", 4, 1, 8, num_context_channels=2), (4,), 2),
     "autoregressive-rqs": Example(lambda: _layer("AutoregressiveRationalQuadraticSpline", 3, 1, 8), (3,)),
-    "conv": Example(lambda: _layer("Invertible1x1Conv", 3, use_lu=True), (3, 2, 2)),
+    "conv": Example(lambda: _layer("Invertible1x1Conv", 3), (3, 2, 2)),
     "glow": Example(_glow, (1, 4, 4)),
+}
+
+MODELS = {
+    "NormalizingFlow": Model(lambda: _model("DiagGaussian", 4), _log_prob, (4,)),
+    "GaussianMixture": Model(lambda: _model("GaussianMixture", 3, 4), _log_prob, (4,)),
+    "ConditionalNormalizingFlow": Model(_conditional_model, _log_prob, (4,), 2),
+    "ClassCondFlow": Model(_class_conditional_model, _log_prob, (4,), 3),
+    "MultiscaleFlow": Model(_multiscale_model, lambda model, *inputs: model.log_prob(*inputs), (1, 4, 4)),
+    "MultiscaleFlow-classes": Model(lambda: _multiscale_model(3), _log_prob, (1, 4, 4), 3),
+    "planar": Model(_one_way_model, _log_prob, (3,), samples=False),
 }
