@@ -1,6 +1,7 @@
 """What layers and flows check about the tensors they meet: once, and with the offending value in the message."""
 
 from collections.abc import Sequence
+from types import EllipsisType
 
 from torch import Tensor
 
@@ -24,3 +25,21 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive, not {value}")
+
+
+def check_context(context: Tensor | None, width: int | EllipsisType | None, inputs: Tensor, what: str) -> None:
+    """Raise a ValueError unless ``context`` is one that ``what`` takes together with ``inputs``.
+
+    Args:
+        width: of a context row; ``None`` if it takes no context, ``...`` if it does not say.
+    """
+    if context is None:
+        if width not in (None, ...):
+            raise ValueError(f"{what} is conditional: give a context of shape (batch, {width})")
+        return
+    if width is None:
+        raise ValueError(f"{what} is unconditional, but a context of shape {tuple(context.shape)} was given")
+    if width is not ...:
+        check_event(context, (width,), f"the context of {what}")
+    if len(context) != len(inputs):
+        raise ValueError(f"the context of {what} has {len(context)} rows for {len(inputs)} inputs")

@@ -52,6 +52,8 @@ class Flow(nflows.flows.Flow):
         """log p(x | context) in nats: ``(batch, *event)`` → ``(batch,)``."""
         check_event(inputs, self.event_shape, "this flow")
         self._check_context(context)
+        if context is not None and len(context) != len(inputs):
+            raise ValueError(f"the context of this flow has {len(context)} rows for {len(inputs)} inputs")
         return super().log_prob(inputs, context)
 
     def sample(self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None) -> Tensor:

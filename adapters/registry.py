@@ -1,6 +1,7 @@
 """How files make themselves known: each layer and bridge carries an ``EXAMPLES`` and a ``FLOWS``, found by presence.
 
 ``EXAMPLES: dict[str, Example]`` are transforms that the tests hold against the laws.
+``MODELS: dict[str, Model]``, in a bridge, are whole models of the library, scored by the library's own code.
 ``FLOWS: dict[str, Callable[[Specification, …], Transform]]`` are the flows of ``build_flow``: each makes the transform
 data → noise that the specification asks for.
 """
@@ -10,7 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nflows.transforms import Transform
 from torch import Tensor
@@ -22,6 +23,24 @@ class Example(NamedTuple):
     make: Callable[[], Transform]
     event_shape: tuple[int, ...]
     context_features: int | None = None
+
+
+class Model(NamedTuple):
+    """A library's own flow, base and all, to hold ``as_flow`` of it against what the library itself computes.
+
+    Attributes:
+        make: makes the library's flow.
+        log_prob: ``log_prob(flow, x, context)`` is the library's own log-density, ``(batch, *event)`` → ``(batch,)``.
+        event_shape: shape of one datum.
+        context_features: width of the context; ``None`` for an unconditional flow.
+        samples: whether it can draw samples.
+    """
+
+    make: Callable[[], Any]
+    log_prob: Callable[[Any, Tensor, Tensor | None], Tensor]
+    event_shape: tuple[int, ...]
+    context_features: int | None = None
+    samples: bool = True
 
 
 @dataclass(frozen=True)

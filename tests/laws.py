@@ -14,11 +14,11 @@ EXAMPLES: dict[str, Example] = {
 
 
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
-    """The module in float64 with every parameter moved by N(0, scale²): nothing passes because it is the identity."""
+    """The module in float64, trained parameters moved by N(0, scale²): nothing passes because it is the identity."""
     generator = torch.Generator().manual_seed(seed)
     module.double()
     with torch.no_grad():
-        for parameter in module.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters()):
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return module
 

@@ -7,13 +7,15 @@ A bridge is a module with
 - ``transform_in(thing)`` → nflows ``Transform`` data → noise, or ``None`` for a thing that is no transform;
 - ``flow_in(thing)`` → ``adapters.flow.Flow``, or ``None`` for a thing that is no flow;
 - ``transform_out(transform, library, event_dim, conditional)`` → the library's own transform type;
-- ``EXAMPLES`` and ``FLOWS``: see ``adapters.registry``.
+- ``native_log_prob(exported, inputs, context)`` → log-density of the library's own flow class around an exported
+  transform and a standard normal: what the tests hold against nflows' (law 3);
+- ``EXAMPLES``, ``MODELS`` and ``FLOWS``: see ``adapters.registry``.
 """
 
 import importlib.util
 from types import ModuleType
 
-import nflows.flows
+from nflows.flows import Flow
 from nflows.transforms import Transform
 
 from adapters.registry import modules
@@ -36,13 +38,13 @@ def as_transform(thing) -> Transform:
     return transform
 
 
-def as_flow(thing) -> nflows.flows.Flow:
+def as_flow(thing) -> Flow:
     """A flow of any of the libraries, transform and base, as an nflows ``Flow``; nflows' own are handed back.
 
     Raises:
         TypeError: if ``thing`` is of no known library, or no flow.
     """
-    if isinstance(thing, nflows.flows.Flow):
+    if isinstance(thing, Flow):
         return thing
     flow = None if isinstance(thing, Transform) else _bridge_of(thing).flow_in(thing)
     if flow is None:

@@ -5,10 +5,12 @@ our masks over, here and nowhere else.
 """
 
 from nflows import transforms
+from nflows.flows import Flow
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor
 
+from adapters.flow import StandardNormal
 from adapters.networks import ACTIVATIONS, MLP
 from adapters.registry import Specification
 
@@ -114,5 +116,10 @@ def transform_out(transform: Transform, library: str, event_dim: int, conditiona
     return transform
 
 
+def native_log_prob(exported: Transform, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+    """Of nflows' own ``Flow``."""
+    return Flow(exported, StandardNormal(inputs.shape[1:])).log_prob(inputs, context)
+
+
 FLOWS = {"nflows-affine": affine, "nflows-rqs": rqs, "nflows-realnvp": realnvp, "nflows-maf": maf}
-EXAMPLES = {}
+EXAMPLES, MODELS = {}, {}

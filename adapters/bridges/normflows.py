@@ -1,0 +1,667 @@
+"""normflows: its flow layers and its whole models in, any transform out, and its layers for the catalogue.
+
+normflows runs noise → data and lists the noise side first; ``NormflowsTransform`` turns that round. It runs the layers
+itself, one by one, for three reasons: normflows' own loops add up log-determinants in float32; some of its layers give
+a log-determinant of no dimension, or a number; and its unconditional models drop a context that their layers take.
+
+A context has the shape ``(batch, width)``. A class-conditional base takes the one-hot class as its context.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from functools import cache
+from types import EllipsisType
+
+import nflows.distributions
+import torch
+from nflows.transforms import CompositeTransform, InverseNotAvailable, ReversePermutation, Transform
+from torch import Tensor, nn
+
+from adapters.checks import check_context, check_event
+from adapters.flow import Flow
+from adapters.networks import ACTIVATIONS, MLP
+from adapters.registry import Example, Model, Specification
+
+PACKAGES = LIBRARIES = ("normflows",)
+EXTRA = "normflows"
+
+# Width of the context that something reads: None if it reads none, ... if it does not say.
+Width = int | EllipsisType | None
+
+
+class NormflowsTransform(Transform):
+    """normflows layers f₁ … f_n, noise side first, as one transform: x = f_n(… f₁(z)), ``forward`` runs x ↦ z.
+
+    Args:
+        flows: the layers; ``Composite`` and ``Reverse`` are taken apart, since they drop the context.
+        context_features: width of the context, where something beside the layers, such as a base, reads one.
+
+    An ``ActNorm`` that is not yet initialised follows nflows' rule, not its own: it takes its scale and shift from the
+    first data it meets in training; until then, and for noise, it uses the parameters it has.
+
+    Raises:
+        InverseNotAvailable: for a layer without the direction data → noise; in ``inverse``, without the other one.
+        ValueError: for a layer that is no bijection or whose log-determinant is random; in a call, for a context that
+            is missing, superfluous or of another shape, or an input of another width.
+    """
+
+    def __init__(self, flows: Iterable[nn.Module], context_features: Width = None):
+        from normflows.flows import ActNorm, Squeeze
+
+        super().__init__()
+        steps = [step for flow in flows for step in _steps(flow)]
+        self.layers = nn.ModuleList(layer for layer, _ in steps)
+        self.backwards = [backwards for _, backwards in steps]
+        _check_bijective(steps)
+        self.one_way = [_name(layer) for layer, backwards in steps if backwards and not _has_inverse(layer)]
+        widths = [_context_of(layer) for layer in self.layers]
+        self.reads_context = [width is not None for width in widths]
+        self.context_features = _one_width([context_features, *widths])
+        self.keeps_shape = not any(isinstance(layer, Squeeze) for layer in self.layers)
+        self.channels = _channels(steps)
+        self.actnorms = [module for module in self.layers.modules() if isinstance(module, ActNorm)]
+        self.name = "normflows' " + ", ".join(dict.fromkeys(_name(layer) for layer in self.layers))
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.channels is not None and inputs.shape[1:2] != (self.channels,):
+            raise ValueError(f"{self.name} takes {self.channels} features, not inputs of shape {tuple(inputs.shape)}")
+        return self._run(inputs, context, to_noise=True)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.one_way:
+            raise InverseNotAvailable(f"{', '.join(self.one_way)} has no inverse, so this flow cannot sample")
+        return self._run(inputs, context, to_noise=False)
+
+    def _run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
+        check_context(context, self.context_features, inputs, self.name)
+        held = self._hold_actnorms(to_noise)
+        steps = list(zip(self.layers, self.backwards, self.reads_context, strict=True))
+        outputs, log_det = inputs, 0.0
+        try:
+            for layer, backwards, reads_context in reversed(steps) if to_noise else steps:
+                function = layer if backwards == to_noise else layer.inverse
+                outputs, step = function(outputs, context) if reads_context else function(outputs)
+                log_det = log_det + step
+        finally:
+            for actnorm in held:
+                actnorm.data_dep_init_done = torch.zeros_like(actnorm.data_dep_init_done)
+        if self.keeps_shape and outputs.shape != inputs.shape:
+            raise ValueError(f"{self.name} takes no inputs of shape {tuple(inputs.shape)}")
+        return outputs, _per_row(log_det, inputs)
+
+    def _hold_actnorms(self, to_noise: bool) -> list[nn.Module]:
+        """Keep every ActNorm from initialising itself in this call that should not; the caller lets them go."""
+        held = [a for a in self.actnorms if not a.data_dep_init_done and not (to_noise and a.training)]
+        for actnorm in held:
+            actnorm.data_dep_init_done = torch.ones_like(actnorm.data_dep_init_done)
+        return held
+
+
+class MultiscaleTransform(Transform):
+    """The layers of a ``MultiscaleFlow``: an image ↦ the noise of all its levels, flattened, coarsest first.
+
+    Args:
+        model: the normflows model.
+        shapes: the shape of each level's noise.
+        context_features: width of the context of the bases; the layers read none.
+    """
+
+    def __init__(self, model: nn.Module, shapes: list[torch.Size], context_features: Width):
+        super().__init__()
+        flows = [list(level) for level in model.flows]
+        if model.transform is not None:
+            flows[-1].append(model.transform)
+        self.levels = nn.ModuleList(NormflowsTransform(level, context_features) for level in flows)
+        self.merges = model.merges
+        self.shapes = shapes
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        outputs, log_det, noise = inputs, 0.0, []
+        for i in range(len(self.levels) - 1, -1, -1):
+            outputs, step = self.levels[i](outputs, context)
+            log_det = log_det + step
+            if i > 0:
+                (outputs, split), step = self.merges[i - 1].inverse(outputs)
+                log_det = log_det + step
+                noise.append(split)
+        noise.append(outputs)
+        return torch.cat([z.flatten(1) for z in reversed(noise)], dim=1), _per_row(log_det, inputs)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        outputs, log_det = None, 0.0
+        for i, noise in enumerate(_split(inputs, self.shapes)):
+            if i > 0:
+                noise, step = self.merges[i - 1]([outputs, noise])
+                log_det = log_det + step
+            outputs, step = self.levels[i].inverse(noise, context)
+            log_det = log_det + step
+        return outputs, _per_row(log_det, inputs)
+
+
+class NormflowsBase(nflows.distributions.Distribution):
+    """A base distribution of normflows, with its parameters, which normflows trains unless told otherwise.
+
+    Args:
+        q0: the base.
+        like: a tensor of the flow's dtype and device; samples come in these (a ``GaussianMixture``'s own are float64).
+    """
+
+    def __init__(self, q0: nn.Module, like: Tensor):
+        super().__init__()
+        self.q0 = q0
+        self.reads_context = _context_of_base(q0) is not None
+        self.register_buffer("_like", like.new_empty(0), persistent=False)
+
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        log_prob = self.q0.log_prob(inputs, context) if self.reads_context else self.q0.log_prob(inputs)
+        return log_prob.to(inputs.dtype)
+
+    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        return self.sample_and_log_prob(num_samples, context)[0]
+
+    def sample_and_log_prob(self, num_samples: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        rows = 1 if context is None else len(context)
+        if self.reads_context:
+            drawn = self.q0(rows * num_samples, context.repeat_interleave(num_samples, dim=0))
+        else:
+            drawn = self.q0(rows * num_samples)
+        samples, log_prob = (values.to(self._like) for values in drawn)
+        if context is None:
+            return samples, log_prob
+        return samples.unflatten(0, (rows, num_samples)), log_prob.unflatten(0, (rows, num_samples))
+
+
+class MultiscaleBase(nflows.distributions.Distribution):
+    """Independent bases side by side, each flattened, as ``MultiscaleTransform`` lays its noise out."""
+
+    def __init__(self, bases: Iterable[nflows.distributions.Distribution], shapes: list[torch.Size]):
+        super().__init__()
+        self.bases = nn.ModuleList(bases)
+        self.shapes = shapes
+
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        parts = zip(self.bases, _split(inputs, self.shapes), strict=True)
+        return sum(base.log_prob(part, context) for base, part in parts)
+
+    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        leading = 1 if context is None else 2
+        return torch.cat([base.sample(num_samples, context).flatten(leading) for base in self.bases], dim=-1)
+
+
+class AnyContextFlow(Flow):
+    """A ``Flow`` whose context may have any shape but for its first dimension: its parts do not say which one."""
+
+    def _check_context(self, context: Tensor | None) -> None:
+        if context is None:
+            raise ValueError("this flow is conditional: give a context of shape (batch, …)")
+
+
+def transform_in(thing) -> Transform | None:
+    """A flow layer, or layers in a ``Composite``; an exported transform comes back as it went."""
+    from normflows.flows import Flow as Layer
+
+    if not isinstance(thing, Layer):
+        return None
+    return thing.transform if isinstance(thing, _exported()) else NormflowsTransform([thing])
+
+
+def flow_in(thing) -> Flow | None:
+    """A ``NormalizingFlow``, ``ConditionalNormalizingFlow``, ``ClassCondFlow`` or ``MultiscaleFlow``, with its base.
+
+    Raises:
+        ValueError: for ``GaussianPCA``, whose log_prob in normflows is not normalised; for parts that disagree on the
+            width of the context; and as ``NormflowsTransform``.
+    """
+    from normflows import ClassCondFlow, ConditionalNormalizingFlow, MultiscaleFlow, NormalizingFlow
+
+    if isinstance(thing, MultiscaleFlow):
+        return _multiscale_flow(thing)
+    if not isinstance(thing, NormalizingFlow | ClassCondFlow):
+        return None
+    transform = NormflowsTransform(thing.flows, _context_of_base(thing.q0))
+    event_shape = _data_shape(_shape(thing.q0), transform)
+    width = transform.context_features
+    if width is ... and not isinstance(thing, ConditionalNormalizingFlow):
+        width = None  # layers that may take a context, in a model that has none to give
+    return _flow(transform, _base(thing.q0, _like(thing)), event_shape, width)
+
+
+def transform_out(transform: Transform, library: str, event_dim: int, conditional: bool) -> nn.Module:
+    """A ``normflows.flows.Flow`` for ``NormalizingFlow`` and, with context, ``ConditionalNormalizingFlow``."""
+    return _exported()(transform)
+
+
+def native_log_prob(exported: nn.Module, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+    """Of normflows' ``NormalizingFlow`` and, with context, ``ConditionalNormalizingFlow``."""
+    from normflows import ConditionalNormalizingFlow, NormalizingFlow
+    from normflows.distributions import DiagGaussian
+
+    base = DiagGaussian(tuple(inputs.shape[1:]), trainable=False).to(inputs)
+    kind = NormalizingFlow if context is None else ConditionalNormalizingFlow
+    return _log_prob(kind(base, [exported]), inputs, context)
+
+
+@cache
+def _exported() -> type:
+    """The class of exported transforms: it exists once normflows, its parent, has been imported."""
+    from normflows.flows import Flow as Layer
+
+    class NflowsLayer(Layer):
+        """An nflows transform, data → noise, as a normflows layer, noise → data."""
+
+        def __init__(self, transform: Transform):
+            super().__init__()
+            self.transform = transform
+
+        def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return self.transform.inverse(z, context)
+
+        def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return self.transform(z, context)
+
+    return NflowsLayer
+
+
+def _multiscale_flow(model) -> Flow:
+    shapes = [_shape(q0) for q0 in model.q0]
+    context_features = _one_width([_context_of_base(q0) for q0 in model.q0]) if model.class_cond else None
+    transform = MultiscaleTransform(model, shapes, context_features)
+    like = _like(model)
+    base = MultiscaleBase([_base(q0, like) for q0 in model.q0], shapes)
+    event_shape = _data_shape(shapes[0], transform.levels[0])
+    for level, merge, shape in zip(transform.levels[1:], model.merges, shapes[1:], strict=True):
+        event_shape = _data_shape(_merged(event_shape, shape, merge), level)
+    return _flow(transform, base, event_shape, context_features)
+
+
+def _flow(transform: Transform, base, event_shape: torch.Size, context_features: Width) -> Flow:
+    return (AnyContextFlow if context_features is ... else Flow)(transform, base, event_shape, context_features)
+
+
+def _base(q0: nn.Module, like: Tensor) -> nflows.distributions.Distribution:
+    from normflows.distributions.base import GaussianPCA
+
+    if isinstance(q0, GaussianPCA):
+        raise ValueError("GaussianPCA cannot be a base: normflows' log_prob of it has wrong signs and no logarithm")
+    return NormflowsBase(q0, like)
+
+
+def _steps(flow: nn.Module, backwards: bool = False) -> Iterator[tuple[nn.Module, bool]]:
+    """The single layers, noise side first, each with whether it runs backwards (noise → data by its ``inverse``)."""
+    from normflows.flows import Composite, Reverse
+
+    if type(flow) is Composite:
+        for inner in reversed(flow._flows) if backwards else flow._flows:
+            yield from _steps(inner, backwards)
+    elif type(flow) is Reverse:
+        yield from _steps(flow.flow, not backwards)
+    else:
+        yield flow, backwards
+
+
+def _check_bijective(steps: list[tuple[nn.Module, bool]]) -> None:
+    from normflows import flows
+
+    for layer, backwards in steps:
+        for module in layer.modules():
+            if isinstance(module, flows.Residual):  # with exact_trace too: the series is cut at a random term
+                raise ValueError(
+                    "Residual cannot score data: its log-determinant is a random estimate, in eval mode too (exact "
+                    "for 2 features only), and its inverse stops at an error of 3e-3"
+                )
+            if isinstance(module, flows.BatchNorm):
+                raise ValueError("BatchNorm normalises by the batch at hand, in eval mode too: no datum has a density")
+            if isinstance(module, flows.MetropolisHastings | flows.HamiltonianMonteCarlo):
+                raise ValueError(f"{_name(module)} is a random walk, not a bijection: it has no density of its own")
+        if not backwards and not _has_inverse(layer):
+            raise InverseNotAvailable(
+                f"{_name(layer)} runs noise → data only, so it cannot score data; "
+                "normflows.flows.Reverse turns it into a flow that scores, and cannot sample"
+            )
+    for (layer, backwards), end in zip(steps[:1] + steps[-1:], (0, 1), strict=False):
+        if _two_tensors(layer)[end != backwards]:
+            raise ValueError(f"{_name(layer)} takes or gives two tensors at an end of the flow, where there is one")
+
+
+def _two_tensors(layer: nn.Module) -> tuple[bool, bool]:
+    """Whether a layer takes, and whether it gives, a list of two tensors, in its own forward."""
+    from normflows.flows import AffineCoupling, Merge, Split
+
+    if isinstance(layer, AffineCoupling):
+        return True, True
+    return isinstance(layer, Merge), isinstance(layer, Split) and not isinstance(layer, Merge)
+
+
+def _has_inverse(layer: nn.Module) -> bool:
+    from normflows import flows
+
+    if isinstance(layer, flows.Planar):
+        return layer.act == "leaky_relu"
+    return type(layer).inverse is not flows.Flow.inverse
+
+
+def _context_of(layer: nn.Module) -> Width:
+    """The context a layer reads. normflows' own take one by signature, but read it only if their network was built so.
+
+    A network built for a context, given none, either fails deep below or, MADE, silently does without.
+    """
+    from normflows.flows import CCAffineConst, mixing
+    from normflows.nets.made import MADE
+    from normflows.nets.resnet import ResidualNet
+
+    if isinstance(layer, CCAffineConst):
+        return len(layer.s_cc)
+    if len(inspect.signature(layer.inverse).parameters) < 2 or type(layer).__module__ == mixing.__name__:
+        return None
+    networks = [module for module in layer.modules() if isinstance(module, MADE | ResidualNet)]
+    if not networks:
+        return ...
+    contexts = [getattr(network, "context_layer", None) for network in networks if isinstance(network, MADE)]
+    widths = [context.in_features for context in contexts if context is not None]
+    widths += [network.context_features for network in networks if isinstance(network, ResidualNet)]
+    return _one_width(widths)
+
+
+def _context_of_base(q0: nn.Module) -> Width:
+    from normflows.distributions.base import ConditionalDiagGaussian
+
+    if isinstance(q0, ConditionalDiagGaussian):
+        first = next(q0.context_encoder.modules(), None)
+        while isinstance(first, nn.Sequential):
+            first = first[0]
+        return first.in_features if isinstance(first, nn.Linear) else ...
+    if isinstance(getattr(q0, "num_classes", None), int):
+        return q0.num_classes
+    foreign = not type(q0).__module__.startswith("normflows.")
+    return ... if foreign and len(inspect.signature(q0.log_prob).parameters) > 1 else None
+
+
+def _one_width(widths: Iterable[Width]) -> Width:
+    """What all agree on; a ValueError if two say different numbers."""
+    found = dict.fromkeys(width for width in widths if width is not None)
+    known = [width for width in found if width is not ...]
+    if len(known) > 1:
+        raise ValueError(
+            f"one context goes to every part of a flow, but they take {' and '.join(map(str, known))} wide"
+        )
+    return known[0] if known else (... if found else None)
+
+
+def _channels(steps: list[tuple[nn.Module, bool]]) -> int | None:
+    """Size of dimension 1 of the data, as the layers nearest to it know it; ``None`` if none does."""
+    from normflows.flows import AffineConstFlow, MaskedAffineFlow, Planar, Squeeze
+
+    scale = 1.0  # from the size at this layer to the size at the data
+    for layer, backwards in reversed(steps):
+        if isinstance(layer, Squeeze):
+            scale *= 4 if backwards else 1 / 4
+        for kind, tensor in ((AffineConstFlow, "s"), (MaskedAffineFlow, "b"), (Planar, "w")):
+            if isinstance(layer, kind):
+                return int(scale * getattr(layer, tensor).shape[1])
+        for module in layer.modules():
+            if type(module).__module__.startswith("normflows.flows."):
+                for name in ("features", "num_channels"):
+                    if isinstance(getattr(module, name, None), int):
+                        return int(scale * getattr(module, name))
+            if type(module).__module__ == "normflows.nets.made" and hasattr(module, "initial_layer"):
+                return int(scale * module.initial_layer.in_features)
+    return None
+
+
+def _shape(q0: nn.Module) -> torch.Size:
+    """The shape of one draw from a base."""
+    for name in ("shape", "ndim", "dim"):
+        if hasattr(q0, name):
+            shape = getattr(q0, name)
+            return torch.Size((shape,) if isinstance(shape, int) else shape)
+    return q0(1)[0].shape[1:]
+
+
+def _data_shape(noise_shape: torch.Size, transform: NormflowsTransform) -> torch.Size:
+    """The shape of the data that layers make of noise: of normflows' own layers, only ``Squeeze`` changes it."""
+    from normflows.flows import Squeeze
+
+    shape = noise_shape
+    for layer, backwards in zip(transform.layers, transform.backwards, strict=True):
+        if isinstance(layer, Squeeze):
+            c, h, w = shape
+            shape = torch.Size((4 * c, h // 2, w // 2) if backwards else (c // 4, 2 * h, 2 * w))
+    return shape
+
+
+def _merged(first: torch.Size, second: torch.Size, merge: nn.Module) -> torch.Size:
+    if "checkerboard" in merge.mode:
+        return torch.Size((*first[:-1], 2 * first[-1]))
+    return torch.Size((first[0] + second[0], *first[1:]))
+
+
+def _split(noise: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    parts = noise.split([shape.numel() for shape in shapes], dim=1)
+    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _per_row(log_det: Tensor | float, inputs: Tensor) -> Tensor:
+    """A log-determinant, whatever its shape, as one number for each input."""
+    return torch.as_tensor(log_det, dtype=inputs.dtype, device=inputs.device).expand(len(inputs))
+
+
+def _like(model: nn.Module) -> Tensor:
+    """A tensor of the dtype and device of the layers; of the default ones, if nothing in them has any."""
+    return next((p for p in model.flows.parameters() if p.is_floating_point()), torch.empty(0))
+
+
+def _name(thing) -> str:
+    return type(thing).__name__
+
+
+class ContextAsCoordinates(Transform):
+    """A coupling transform of x and a context side by side, whose masks leave the context's coordinates unchanged.
+
+    Unchanged coordinates are what the networks read: so layers that know of no context become conditional, and the
+    log-determinant over x and context is that over x alone.
+
+    Args:
+        transform: of ``(batch, features + context_features)``.
+        features, context_features: how many coordinates of each.
+    """
+
+    def __init__(self, transform: Transform, features: int, context_features: int):
+        super().__init__()
+        self.transform = transform
+        self.features = features
+        self.context_features = context_features
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_to(self.transform, inputs, context)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_to(self.transform.inverse, inputs, context)
+
+    def _apply_to(self, function, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        check_event(inputs, (self.features,), "this transform")
+        check_context(context, self.context_features, inputs, "this transform")
+        outputs, log_det = function(torch.cat((inputs, context), dim=1))
+        return outputs[:, : self.features], log_det
+
+
+def affine(specification: Specification) -> Transform:
+    """``MaskedAffineFlow``: two full-width networks a layer, the scale exp(s) without a bound, from the identity on.
+
+    The layer takes no context of its own; here the context joins the coordinates that it leaves unchanged.
+    """
+    from normflows.flows import MaskedAffineFlow
+
+    features, context_features = specification.features, specification.context_features or 0
+
+    def network() -> nn.Module:
+        mlp = MLP(features + context_features, features, specification.hidden_features, None, specification.activation)
+        return mlp.append(nn.ConstantPad1d((0, context_features), 0.0)) if context_features else mlp
+
+    transform = NormflowsTransform(
+        MaskedAffineFlow(torch.cat((mask, mask.new_ones(context_features))), t=network(), s=network())
+        for mask in specification.coupling_masks
+    )
+    return ContextAsCoordinates(transform, features, context_features) if context_features else transform
+
+
+def rqs(specification: Specification, bins: int = 8, tail_bound: float = 4.0) -> Transform:
+    """The coupling inside ``CoupledRationalQuadraticSpline``, with linear tails, under our masks and networks.
+
+    As there, the unchanged coordinates too go through a spline, one that depends on nothing. The library's own class
+    knows the alternating mask only, has residual networks of one width, and bounds its tails at 3.
+    """
+    from normflows.flows import Reverse
+    from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
+
+    def network(in_features: int, out_features: int) -> MLP:
+        return MLP(in_features, out_features, **specification.network)
+
+    return NormflowsTransform(
+        Reverse(
+            PiecewiseRationalQuadraticCoupling(
+                1 - mask,  # normflows' spline couplings mark the transformed coordinates by 1
+                network,
+                num_bins=bins,
+                tails="linear",
+                tail_bound=tail_bound,
+                apply_unconditional_transform=True,
+            )
+        )
+        for mask in specification.coupling_masks
+    )
+
+
+def maf(specification: Specification) -> Transform:
+    """``MaskedAffineAutoregressive`` turned round, so that log_prob is the fast direction, after a reversal each.
+
+    The library's own direction samples fast. The scale, data → noise, is σ(· + 2) + 0.001: at most 1.001. Its MADE has
+    one width, and one residual block for each hidden width.
+    """
+    from normflows.flows import MaskedAffineAutoregressive, Reverse
+
+    widths = specification.hidden_features
+    if len(set(widths)) != 1:
+        raise ValueError(f"this network has one hidden width, so {widths} must all be equal")
+    layers = []
+    for _ in range(specification.layers):
+        layer = MaskedAffineAutoregressive(
+            specification.features,
+            widths[0],
+            context_features=specification.context_features,
+            num_blocks=len(widths),
+            activation=ACTIVATIONS[specification.activation](),
+        )
+        layers += [ReversePermutation(specification.features), NormflowsTransform([Reverse(layer)])]
+    return CompositeTransform(layers)
+
+
+def _masked() -> list[nn.Module]:
+    from normflows import flows
+
+    mask = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    return [flows.MaskedAffineFlow(b, t=MLP(4, 4, (8,)), s=MLP(4, 4, (8,))) for b in (mask, 1 - mask)]
+
+
+def _composite() -> Transform:
+    """Layers whose log-determinants are a vector, of no dimension, and in float32."""
+    from normflows import flows
+
+    layers = [
+        flows.AffineConstFlow(4),
+        *_masked(),
+        flows.Permute(4, mode="swap"),
+        flows.Reverse(flows.LULinearPermute(4)),
+        flows.InvertibleAffine(4, use_lu=False),
+    ]
+    return transform_in(flows.Composite(layers))
+
+
+def _glow() -> Transform:
+    """A Glow block on four channels, between a squeeze and its inverse: an image to an image."""
+    from normflows import flows
+
+    block = flows.GlowBlock(4, 8, use_lu=False)
+    return transform_in(flows.Composite([flows.Reverse(flows.Squeeze()), block, flows.Squeeze()]))
+
+
+def _layer(name: str, *arguments, **options) -> Transform:
+    from normflows import flows
+
+    return transform_in(getattr(flows, name)(*arguments, **options))
+
+
+def _model(base: str, *arguments, **options) -> nn.Module:
+    import normflows
+
+    return normflows.NormalizingFlow(getattr(normflows.distributions.base, base)(*arguments, **options), _masked())
+
+
+def _conditional_model() -> nn.Module:
+    """A context for the base and for layers of two kinds, and layers that take one only to ignore it."""
+    import normflows
+    from normflows import flows
+
+    layers = [
+        flows.MaskedAffineAutoregressive(4, 8, context_features=2),
+        flows.LULinearPermute(4),
+        flows.CoupledRationalQuadraticSpline(4, 1, 8, num_context_channels=2),
+    ]
+    base = normflows.distributions.base.ConditionalDiagGaussian(4, nn.Linear(2, 8))
+    return normflows.ConditionalNormalizingFlow(base, layers)
+
+
+def _class_conditional_model() -> nn.Module:
+    import normflows
+
+    return normflows.ClassCondFlow(normflows.distributions.ClassCondDiagGaussian(4, 3), _masked())
+
+
+def _multiscale_model(classes: int | None = None) -> nn.Module:
+    """Two levels of an image of one channel, each squeezed to four."""
+    import normflows
+    from normflows import flows
+
+    def level(channels: int) -> list[nn.Module]:
+        network = nn.Conv2d(channels // 2, channels, 3, padding=1)
+        return [flows.Invertible1x1Conv(channels), flows.AffineCouplingBlock(network), flows.Squeeze()]
+
+    bases = [normflows.distributions.GlowBase(shape, classes) for shape in ((8, 1, 1), (2, 2, 2))]
+    return normflows.MultiscaleFlow(bases, [level(8), level(4)], [flows.Merge()], class_cond=classes is not None)
+
+
+def _one_way_model() -> nn.Module:
+    """A planar flow turned round: it scores, and cannot sample."""
+    import normflows
+    from normflows import flows
+
+    layers = [flows.Reverse(flows.Planar(3)), flows.Reverse(flows.Planar(3))]
+    return normflows.NormalizingFlow(normflows.distributions.DiagGaussian(3, trainable=False), layers)
+
+
+def _log_prob(model: nn.Module, inputs: Tensor, context: Tensor | None) -> Tensor:
+    """By the library's own method."""
+    return model.log_prob(inputs) if context is None else model.log_prob(inputs, context)
+
+
+FLOWS = {"normflows-affine": affine, "normflows-rqs": rqs, "normflows-maf": maf}
+
+EXAMPLES = {
+    "composite": Example(_composite, (4,)),
+    "planar": Example(lambda: _layer("Planar", 3, act="leaky_relu"), (3,)),
+    "maf": Example(lambda: _layer("MaskedAffineAutoregressive", 3, 8), (3,)),
+    "maf-context": Example(lambda: _layer("MaskedAffineAutoregressive", 3, 8, context_features=2), (3,), 2),
+    "rqs-context": Example(lambda: _layer("CoupledRationalQuadraticSpline", 4, 1, 8, num_context_channels=2), (4,), 2),
+    "autoregressive-rqs": Example(lambda: _layer("AutoregressiveRationalQuadraticSpline", 3, 1, 8), (3,)),
+    "conv": Example(lambda: _layer("Invertible1x1Conv", 3), (3, 2, 2)),
+    "glow": Example(_glow, (1, 4, 4)),
+}
+
+MODELS = {
+    "NormalizingFlow": Model(lambda: _model("DiagGaussian", 4), _log_prob, (4,)),
+    "GaussianMixture": Model(lambda: _model("GaussianMixture", 3, 4), _log_prob, (4,)),
+    "ConditionalNormalizingFlow": Model(_conditional_model, _log_prob, (4,), 2),
+    "ClassCondFlow": Model(_class_conditional_model, _log_prob, (4,), 3),
+    "MultiscaleFlow": Model(_multiscale_model, lambda model, *inputs: model.log_prob(*inputs), (1, 4, 4)),
+    "MultiscaleFlow-classes": Model(lambda: _multiscale_model(3), _log_prob, (1, 4, 4), 3),
+    "planar": Model(_one_way_model, _log_prob, (3,), samples=False),
+}

@@ -1,0 +1,607 @@
+"""Pyro and torch.distributions: their transforms and transformed distributions in, any transform out, for both.
+
+Both run noise → data and list the noise side first; ``TorchTransform`` turns that round. It asks each transform for its
+log-determinant right after its value, while the transform still keeps what both share, so that a network runs once; and
+it clears what a transform keeps before and after, since that knows nothing of parameters that have changed.
+
+A context has the shape ``(batch, width)``. A datum of a distribution is its batch and event shape together.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+from nflows.transforms import InverseNotAvailable, Transform
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, TransformedDistribution, transforms
+from torch.overrides import TorchFunctionMode
+
+from adapters.checks import check_event
+from adapters.flow import Flow
+from adapters.masks import check_mask
+from adapters.networks import ACTIVATIONS
+from adapters.registry import Example, Model, Specification
+from adapters.torch_distributions import (
+    ExportedTransform,
+    ForeignFlow,
+    Held,
+    TorchBase,
+    Width,
+    check_context,
+    clear_caches,
+    one_width,
+    rows,
+)
+
+PACKAGES = ("pyro", "torch.distributions")
+LIBRARIES = ("pyro", "torch")
+EXTRA = None
+
+# Pyro's transforms that run noise → data only: they score a value by remembering how they made it.
+ONE_WAY = {
+    "BlockAutoregressive",
+    "ConditionalNeuralAutoregressive",
+    "ConditionalPlanar",
+    "ConditionalRadial",
+    "NeuralAutoregressive",
+    "ConditionedPlanar",
+    "Polynomial",
+    "ConditionedRadial",
+    "Sylvester",
+}
+
+
+class TorchTransform(Transform):
+    """Transforms f₁ … f_n of torch or Pyro, noise side first, as one: x = f_n(… f₁(z)); ``forward`` runs x ↦ z.
+
+    Elementwise transforms are summed over the datum. Those with ``condition`` are conditioned on the context, anew in
+    every call. Compositions and inverses are taken apart.
+
+    Pyro's ``BatchNorm`` has hidden state: data → noise it normalises, in training, by the batch at hand, and updates
+    its running statistics; noise → data it uses the latter, so that it has an inverse in eval mode only. Its
+    ``MatrixExponential`` is a truncated series, with an inverse as exact as that.
+
+    Args:
+        parts: the transforms.
+        context_features: width of the context, where something beside the transforms, such as a base, reads one.
+
+    Raises:
+        InverseNotAvailable: for a transform without the direction data → noise; in ``inverse``, without the other one.
+        ValueError: for one that is no bijection; in a call, for a context that is missing, superfluous or of another
+            shape, or an input of another width.
+    """
+
+    def __init__(self, parts: list, context_features: Width = None):
+        super().__init__()
+        steps = [step for part in parts for step in _steps(part)]
+        _check_bijective(steps)
+        self.name = ", ".join(dict.fromkeys(_name(part) for part, _ in steps)) or "an empty composition"
+        self.parts = Held([part for part, _ in steps], _kinds())
+        self.backwards = [backwards for _, backwards in steps]
+        self.one_way = [_name(part) for part, backwards in steps if backwards and not _has_inverse(part)]
+        widths = [context_features, *(_context_of(part) for part, _ in steps)]
+        widths = [width for width in widths if width is not None]
+        self.context_features = one_width(widths, f"the context of {self.name}") if widths else None
+        self.features = next((width for width in (_features(part) for part, _ in reversed(steps)) if width), None)
+        self.keeps_shape = not any(_changes_shape(part) for part, _ in steps)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(inputs, context, to_noise=True)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.one_way:
+            raise InverseNotAvailable(f"{', '.join(self.one_way)} has no inverse, so this flow cannot sample")
+        return self._run(inputs, context, to_noise=False)
+
+    def _run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
+        check_context(context, self.context_features, inputs, self.name)
+        if self.keeps_shape and self.features is not None and inputs.shape[-1] != self.features:
+            raise ValueError(f"{self.name} takes {self.features} features, not an input of {tuple(inputs.shape)}")
+        steps = list(self._conditioned(context))
+        cached = self.parts.caching if context is None else [*self.parts.caching, *(part for part, _ in steps)]
+        clear_caches(cached)
+        outputs, log_det = inputs, inputs.new_zeros(len(inputs))
+        try:
+            for part, backwards in reversed(steps) if to_noise else steps:
+                # a part keeps its last pair (x, y), and with it what the log-determinant at these very tensors needs
+                if backwards == to_noise:
+                    x, y = outputs, part(outputs)
+                    log_det = log_det + rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
+                    outputs = y
+                else:
+                    x, y = _inverse(part, outputs), outputs
+                    log_det = log_det - rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
+                    outputs = x
+        finally:
+            clear_caches(cached)
+        if self.keeps_shape and outputs.shape != inputs.shape:
+            raise ValueError(f"{self.name} does not take inputs of shape {tuple(inputs.shape)}")
+        return outputs, log_det
+
+    def _conditioned(self, context: Tensor | None) -> Iterator[tuple]:
+        for part, backwards in zip(self.parts(), self.backwards, strict=True):
+            if not _reads_context(part):
+                yield part, backwards
+                continue
+            for step, reverse in _steps(part.condition(context), backwards):
+                if _is(step, "ConditionedMatrixExponential") and callable(step.weights):
+                    step.weights = step.weights()  # else its network runs for the value and again for the log-det
+                yield step, reverse
+
+
+class ConditionedBase(Held):
+    """A ``ConditionalDistribution`` of Pyro; calling it on a context gives the distribution."""
+
+    def forward(self, context: Tensor | None = None) -> Distribution:
+        return self.thing.condition(context)
+
+
+class ContextAsCoordinates(Transform):
+    """A transform of x and a context side by side that leaves the context unchanged, as a conditional one of x.
+
+    Args:
+        transform: of ``(batch, features + context_features)``.
+        features, context_features: how many coordinates of each.
+    """
+
+    def __init__(self, transform: Transform, features: int, context_features: int):
+        super().__init__()
+        self.transform, self.features, self.context_features = transform, features, context_features
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_to(self.transform, inputs, context)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_to(self.transform.inverse, inputs, context)
+
+    def _apply_to(self, function: Callable, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        check_event(inputs, (self.features,), "this transform")
+        check_context(context, self.context_features, inputs, "this transform")
+        outputs, log_det = function(torch.cat((inputs, context), dim=1))
+        return outputs[:, : self.features], log_det
+
+
+def transform_in(thing) -> Transform | None:
+    """A transform, conditional or not; an exported one comes back as it went.
+
+    Raises: as ``TorchTransform``.
+    """
+    thing = thing.export if _is(thing, "ConditionalExport") else thing
+    if isinstance(thing, ExportedTransform):
+        if thing.context is None:
+            return thing.transform
+        thing = thing.inv if thing.data_to_noise else thing
+    conditional = _conditional()
+    known = transforms.Transform if conditional is None else transforms.Transform | conditional.ConditionalTransform
+    return TorchTransform([thing]) if isinstance(thing, known) else None
+
+
+def flow_in(thing) -> Flow | None:
+    """A ``TransformedDistribution`` of torch or Pyro, or Pyro's ``ConditionalTransformedDistribution``, with its base.
+
+    Raises:
+        ValueError: for a tensor in it that was computed from parameters; for a base that reads a context, if nothing
+            says its width; and as ``TorchTransform``.
+    """
+    conditional = _conditional()
+    while isinstance(thing, Independent):
+        thing = thing.base_dist
+    if isinstance(thing, TransformedDistribution):
+        shape, transform = thing.batch_shape + thing.event_shape, TorchTransform(thing.transforms)
+        base = TorchBase(Held(thing.base_dist, _kinds()), thing.base_dist.batch_shape + thing.base_dist.event_shape)
+    elif conditional is not None and isinstance(thing, conditional.ConditionalTransformedDistribution):
+        base, reads = thing.base_dist, None
+        if not isinstance(base, conditional.ConstantConditionalDistribution):
+            reads = _context_of(base)
+        transform = TorchTransform(thing.transforms, reads)
+        noise_shape, shape = _shapes(thing, transform.context_features)
+        source = ConditionedBase(base, _kinds()) if reads else Held(base.base_dist, _kinds())
+        base = TorchBase(source, noise_shape)
+    else:
+        return None
+    flow = ForeignFlow if transform.context_features is ... else Flow
+    return flow(transform, base, shape, transform.context_features)
+
+
+def transform_out(transform: Transform, library: str, event_dim: int, conditional: bool):
+    """torch's ``Transform``; for Pyro its ``TransformModule`` or, conditional, its ``ConditionalTransformModule``.
+
+    torch knows no conditional transforms; what it gets has ``.condition(context)`` all the same.
+    """
+    if library == "torch":
+        return ExportedTransform(transform, event_dim)
+    plain, conditioned = _exports()
+    return (conditioned if conditional else plain)(transform, event_dim)
+
+
+def native_log_prob(exported, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+    """Of the ``TransformedDistribution`` of Pyro, or of torch if that is what the transform was exported to."""
+    shape = inputs.shape[1:]
+    base = Independent(Normal(inputs.new_zeros(shape), inputs.new_ones(shape)), len(shape))
+    if _reads_context(exported):
+        flow = _pyro().ConditionalTransformedDistribution(base, [exported])
+        return flow.condition(context).log_prob(inputs)
+    exported = exported if context is None else exported.condition(context)
+    flow = _pyro().TransformedDistribution if _is(exported, "TransformModule") else TransformedDistribution
+    return flow(base, [exported]).log_prob(inputs)
+
+
+@cache
+def _pyro():
+    """``pyro.distributions``. Its import switches argument validation on; here it is left as it was found."""
+    found = Distribution._validate_args
+    import pyro.distributions
+
+    Distribution.set_default_validate_args(found)
+    return pyro.distributions
+
+
+def _pyro_nn():
+    _pyro()
+    import pyro.nn
+
+    return pyro.nn
+
+
+def _conditional():
+    """Pyro's module of conditional things; ``None`` if nobody has imported Pyro, so that there can be none."""
+    return sys.modules.get("pyro.distributions.conditional")
+
+
+@cache
+def _exports() -> tuple[type, type]:
+    pyro = _pyro()
+
+    class Export(ExportedTransform, pyro.torch_transform.TransformModule):
+        __doc__ = ExportedTransform.__doc__
+        __hash__ = ExportedTransform.__hash__
+
+    class ConditionalExport(pyro.conditional.ConditionalTransformModule):
+        """An nflows transform that takes a context as Pyro's: ``condition(context)`` is a torch transform."""
+
+        bijective = True
+
+        def __init__(self, transform: Transform, event_dim: int):
+            super().__init__()
+            self.export = Export(transform, event_dim)
+            self.domain = self.codomain = self.export.domain
+
+        def condition(self, context: Tensor) -> Export:
+            return self.export.condition(context)
+
+    return Export, ConditionalExport
+
+
+def _inverse(part, y: Tensor) -> Tensor:
+    """x of y. Pyro's autoregressive inverse starts from zeros of the default dtype: here they are of the flow's."""
+    if y.dtype == torch.get_default_dtype() or not _is(part, "AffineAutoregressive"):
+        return part._inv_call(y)
+    with _Zeros(y.dtype):
+        return part._inv_call(y)
+
+
+class _Zeros(TorchFunctionMode):
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.zeros:
+            kwargs.setdefault("dtype", self.dtype)
+        return function(*args, **kwargs)
+
+
+def _steps(thing, backwards: bool = False) -> Iterator[tuple]:
+    """The single transforms, noise side first, each with whether it runs backwards (noise → data by its inverse)."""
+    conditional = _conditional()
+    match thing:
+        case transforms.ComposeTransform():
+            parts = thing.parts
+        case transforms.IndependentTransform():
+            parts = [thing.base_transform]
+        case transforms._InverseTransform():
+            yield from _steps(thing.inv, not backwards)
+            return
+        case _ if conditional is not None and isinstance(thing, conditional.ConditionalComposeTransformModule):
+            parts = thing.transforms
+        case _ if conditional is not None and isinstance(thing, conditional._ConditionalInverseTransformModule):
+            yield from _steps(thing.inv, not backwards)
+            return
+        case _ if conditional is not None and isinstance(thing, conditional.ConstantConditionalTransform):
+            parts = [thing.transform]
+        case _:
+            yield thing, backwards
+            return
+    for part in reversed(parts) if backwards else parts:
+        yield from _steps(part, backwards)
+
+
+def _check_bijective(steps: list[tuple]) -> None:
+    for part, backwards in steps:
+        if _is(part, "ConditionalGeneralizedChannelPermute"):
+            raise ValueError(
+                f"{_name(part)} has no log-determinant for a batch of contexts: Pyro takes the diagonal of one matrix"
+            )
+        if _is(part, "Sylvester") and backwards:
+            raise ValueError(
+                "Sylvester has a wrong log-determinant in Pyro: that of x + A tanh(Bx + b), while its value is "
+                "x + Aᵀ tanh(Bᵀx + b)"
+            )
+        if not _reads_context(part) and not part.bijective:
+            raise ValueError(f"{_name(part)} is no bijection, so no flow can use it")
+        if not backwards and not _has_inverse(part):
+            raise InverseNotAvailable(
+                f"{_name(part)} runs noise → data only and cannot score a value that it did not sample itself; "
+                "its .inv makes a flow that scores, and cannot sample"
+            )
+
+
+def _has_inverse(part) -> bool:
+    return not _is(part, *ONE_WAY) and getattr(type(part), "_inverse", None) is not transforms.Transform._inverse
+
+
+def _changes_shape(part) -> bool:
+    kinds = transforms.ReshapeTransform | transforms.StickBreakingTransform | transforms.CorrCholeskyTransform
+    return isinstance(part, kinds) or _is(part, "CorrLCholeskyTransform", "SimplexToOrderedTransform")
+
+
+def _reads_context(part) -> bool:
+    return _is(part, "ConditionalTransform", "ConditionalDistribution")
+
+
+def _context_of(part) -> Width:
+    """Width of the context that something conditional reads: its own ``context_dim``, or its network's."""
+    if not _reads_context(part):
+        return None
+    for thing in (part, getattr(part, "nn", None)):
+        if getattr(thing, "context_dim", None):
+            return thing.context_dim
+    network = getattr(part, "nn", None)
+    return network.input_dim if _is(network, "DenseNN") else ...
+
+
+def _features(part) -> int | None:
+    """Size of the last dimension of the values, if the transform shows it."""
+    if hasattr(part, "split_dim"):
+        if hasattr(part, "upper_spline"):
+            return part.split_dim + part.upper_spline.input_dim
+        dim = part.kwargs.get("dim", -1) if hasattr(part, "kwargs") else part.dim
+        return part.split_dim + part.nn.param_dims[0] if dim == -1 and hasattr(part.nn, "param_dims") else None
+    for thing in (part, getattr(part, "arn", None), getattr(part, "nn", None)):
+        if isinstance(getattr(thing, "input_dim", None), int) and not _is(thing, "DenseNN"):
+            return thing.input_dim
+    return len(part.permutation) if _is(part, "Permute") and part.dim == -1 else None
+
+
+def _shapes(flow, context_features: Width) -> tuple[torch.Size, torch.Size]:
+    """The shapes of one noise and one datum of a ``ConditionalTransformedDistribution``, found by conditioning it."""
+    if context_features is ...:
+        raise ValueError(
+            "nothing says how wide a context this distribution takes; give what reads it an attribute context_dim"
+        )
+    modules = [part for part in (flow.base_dist, *flow.transforms) if isinstance(part, nn.Module)]
+    like = next((p for module in modules for p in module.parameters()), torch.empty(0))
+    with torch.no_grad():
+        conditioned = flow.condition(like.new_zeros(context_features or 0))
+    base = conditioned.base_dist
+    return base.batch_shape + base.event_shape, conditioned.batch_shape + conditioned.event_shape
+
+
+def _kinds() -> tuple[type, ...]:
+    conditional = _conditional()
+    found = () if conditional is None else (conditional.ConditionalTransform, conditional.ConditionalDistribution)
+    return (transforms.Transform, Distribution, *found)
+
+
+def _is(thing, *names: str) -> bool:
+    """Whether the thing is of a class of one of these names, or derived from one; so no import is needed to ask."""
+    return any(kind.__name__ in names for kind in type(thing).__mro__)
+
+
+def _name(thing) -> str:
+    return type(thing).__name__
+
+
+def affine(specification: Specification) -> Transform:
+    """``AffineCoupling``: log-scale clamped to [−5, 3], noise → data, with the gradient of no clamp.
+
+    The library's coupling leaves the first coordinates unchanged; here a ``Permute`` before and its inverse after make
+    that any mask. Its networks, ``DenseNN``, start at random, not at the identity.
+    """
+    pyro = _pyro().transforms
+    context = specification.context_features
+
+    def coupling(unchanged: int, transformed: int):
+        network = _network(specification, unchanged, [transformed, transformed], context)
+        return (pyro.ConditionalAffineCoupling if context else pyro.AffineCoupling)(unchanged, network)
+
+    return TorchTransform(_couplings(specification, coupling))
+
+
+def spline(specification: Specification, bins: int = 8, tail_bound: float = 4.0, order: str = "quadratic") -> Transform:
+    """``SplineCoupling``, rational quadratic, or linear as is the library's default; its tails are linear.
+
+    Permuted, and started at random, as ``affine``. The coordinates that a mask leaves unchanged stay so, as with the
+    other libraries' couplings (``identity=True``). The library has no conditional one: the context joins the unchanged
+    coordinates. Bins are at least 0.001 of the box wide and high, slopes at least 0.001.
+    """
+    if order not in ("linear", "quadratic"):
+        raise ValueError(f"order must be 'linear' or 'quadratic', not {order!r}")
+    features, context_features = specification.features, specification.context_features or 0
+
+    def coupling(unchanged: int, transformed: int):
+        widths = [bins, bins, bins - 1, bins][: 3 if order == "quadratic" else 4]
+        network = _network(specification, unchanged, [transformed * width for width in widths])
+        width = unchanged + transformed
+        layer = _pyro().transforms.SplineCoupling(width, unchanged, network, bins, tail_bound, order, identity=True)
+        del layer.lower_spline  # of the unchanged coordinates, which identity=True never uses
+        return layer
+
+    transform = TorchTransform(_couplings(specification, coupling, context_features))
+    return ContextAsCoordinates(transform, features, context_features) if context_features else transform
+
+
+def maf(specification: Specification) -> Transform:
+    """``AffineAutoregressive`` turned round, so that log_prob is the fast direction, after a reversal each.
+
+    The library's own direction samples fast. The log-scale, data → noise, is clamped to [−5, 3], with the gradient of
+    no clamp. Its network, ``AutoRegressiveNN``, starts at random and has no hidden layer narrower than the data.
+    """
+    pyro, nn_ = _pyro().transforms, _pyro_nn()
+    features, widths = specification.features, list(specification.hidden_features)
+    if not widths or min(widths) < features:
+        raise ValueError(
+            f"Pyro's autoregressive network takes hidden layers no narrower than the {features} features, not {widths}"
+        )
+    if features == 1:
+        raise ValueError("Pyro's autoregressive network takes at least 2 features, not 1; nflows-maf takes 1")
+    options = {"permutation": torch.arange(features), "nonlinearity": ACTIVATIONS[specification.activation]()}
+    parts = []
+    for _ in range(specification.layers):
+        if specification.context_features:
+            network = nn_.ConditionalAutoRegressiveNN(features, specification.context_features, widths, **options)
+            layer = pyro.ConditionalAffineAutoregressive(network)
+        else:
+            layer = pyro.AffineAutoregressive(nn_.AutoRegressiveNN(features, widths, **options))
+        parts += [layer.inv, pyro.Permute(torch.arange(features).flip(0))]
+    return TorchTransform(parts)
+
+
+def _couplings(specification: Specification, coupling: Callable, context_features: int = 0) -> list:
+    """Couplings that leave the first coordinates unchanged, each between permutations that make it follow its mask.
+
+    A context follows the data as further coordinates, unchanged under every mask.
+    """
+    permute, parts = _pyro().transforms.Permute, []
+    for mask in specification.coupling_masks:
+        check_mask(mask)
+        mask = torch.cat((mask, mask.new_ones(context_features)))
+        unchanged, transformed = (mask == 1).nonzero().flatten(), (mask == 0).nonzero().flatten()
+        order = torch.cat((unchanged, transformed))
+        parts += [permute(order), coupling(len(unchanged), len(transformed)), permute(order.argsort())]
+    return parts
+
+
+def _network(specification: Specification, in_features: int, widths: list[int], context: int | None = None):
+    if not specification.hidden_features:
+        raise ValueError("Pyro's networks take at least one hidden layer, but hidden_features is empty")
+    hidden, activation = list(specification.hidden_features), ACTIVATIONS[specification.activation]()
+    if context:
+        return _pyro_nn().ConditionalDenseNN(in_features, context, hidden, widths, activation)
+    return _pyro_nn().DenseNN(in_features, hidden, widths, activation)
+
+
+def _example(*parts: str | tuple) -> Transform:
+    """Transforms of Pyro, noise side first, composed as Pyro composes them."""
+    made = [_make(part) for part in parts]
+    if len(made) == 1:
+        return transform_in(made[0])
+    if any(_reads_context(part) for part in made):
+        return transform_in(_pyro().conditional.ConditionalComposeTransformModule(made))
+    return transform_in(_pyro().torch_transform.ComposeTransformModule(made))
+
+
+def _make(part: tuple):
+    """``("affine_coupling", 5)``, or ``("inv", …)`` for the inverse of one."""
+    name, *arguments = part
+    if name == "inv":
+        return _make(tuple(arguments)).inv
+    options = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
+    return getattr(_pyro().transforms, name)(*arguments, **options)
+
+
+def _affine(event_dim: int) -> transforms.Transform:
+    loc, scale = nn.Parameter(torch.tensor([0.5, -1.0, 0.0])), nn.Parameter(torch.tensor([0.5, 2.0, -3.0]))
+    return transforms.AffineTransform(loc, scale, event_dim)
+
+
+def _elementwise() -> Transform:
+    """ℝ → (0, 1) → ℝ, each coordinate for itself."""
+    sigmoid, power = transforms.SigmoidTransform(), transforms.PowerTransform(torch.tensor([0.8, 1.5, 3.0]))
+    return transform_in(transforms.ComposeTransform([_affine(0), sigmoid, power, sigmoid.inv]))
+
+
+def _normal(features: int, trainable: bool = False) -> Distribution:
+    loc, scale = torch.linspace(-1, 1, features), torch.linspace(0.5, 1.5, features)
+    return _pyro().Normal(*(nn.Parameter(t) if trainable else t for t in (loc, scale))).to_event(1)
+
+
+def _model(base: Callable[[], Distribution], *parts: tuple):
+    made = [_make(part) for part in parts]
+    kind = "ConditionalTransformedDistribution" if any(_reads_context(p) for p in made) else "TransformedDistribution"
+    return getattr(_pyro(), kind)(base(), made)
+
+
+def _log_prob(flow, x: Tensor, context: Tensor | None) -> Tensor:
+    """What Pyro or torch itself computes; batch dimensions of the distribution belong to the datum."""
+    log_prob = (flow if context is None else flow.condition(context)).log_prob(x)
+    return log_prob.reshape(len(x), -1).sum(1)
+
+
+FLOWS = {"pyro-affine": affine, "pyro-spline": spline, "pyro-maf": maf}
+
+EXAMPLES = {
+    "affine": Example(lambda: transform_in(_affine(1)), (3,)),
+    "elementwise": Example(_elementwise, (3,)),
+    "coupling": Example(lambda: _example(("affine_coupling", 5, [8])), (5,)),
+    "coupling-image": Example(lambda: _example(("affine_coupling", (3, 2, 2), [8], None, -3)), (3, 2, 2)),
+    "channels": Example(lambda: _example(("generalized_channel_permute", {"channels": 3})), (3, 2, 2)),
+    "spline": Example(lambda: _example(("spline", 3)), (3,)),
+    "spline-quadratic": Example(lambda: _example(("Spline", 3, 4, 3.0, "quadratic")), (3,)),
+    "spline-coupling": Example(lambda: _example(("spline_coupling", 5, 2, [8])), (5,)),
+    "autoregressive": Example(lambda: _example(("affine_autoregressive", 3, [8])), (3,)),
+    "autoregressive-stable": Example(lambda: _example(("affine_autoregressive", 3, [8], {"stable": True})), (3,)),
+    "autoregressive-inverse": Example(lambda: _example(("inv", "affine_autoregressive", 3, [8])), (3,)),
+    "autoregressive-spline": Example(lambda: _example(("spline_autoregressive", 3, [8])), (3,)),
+    "composed": Example(
+        lambda: _example(
+            ("affine_coupling", 4, [8]),
+            ("permute", 4, torch.tensor([2, 0, 3, 1])),
+            ("inv", "spline_coupling", 4, 2, [8]),
+            ("householder", 4, 2),
+            ("batchnorm", 4),
+            ("leaky_relu",),
+        ),
+        (4,),
+    ),
+    "conditional-coupling": Example(lambda: _example(("conditional_affine_coupling", 5, 2, [8])), (5,), 2),
+    "conditional-spline": Example(lambda: _example(("conditional_spline", 3, 2, [8], 4, 3.0, "quadratic")), (3,), 2),
+    "conditional-composed": Example(
+        lambda: _example(
+            ("inv", "conditional_affine_autoregressive", 3, 2, [8]),
+            ("permute", 3, torch.tensor([2, 0, 1])),
+            ("conditional_spline_autoregressive", 3, 2, [8]),
+            ("conditional_matrix_exponential", 3, 2, [8], 30),
+        ),
+        (3,),
+        2,
+    ),
+}
+
+MODELS = {
+    "torch-elementwise": Model(
+        lambda: TransformedDistribution(Normal(torch.zeros(3), torch.ones(3)), [_affine(0)]), _log_prob, (3,)
+    ),
+    "pyro-coupling": Model(
+        lambda: _model(lambda: _normal(4), ("affine_coupling", 4, [8]), ("spline_coupling", 4, 2, [8])), _log_prob, (4,)
+    ),
+    "pyro-trainable-base": Model(
+        lambda: _model(lambda: _normal(3, trainable=True), ("inv", "affine_autoregressive", 3, [8])), _log_prob, (3,)
+    ),
+    "pyro-planar-inverse": Model(
+        lambda: _model(lambda: _normal(3), ("inv", "planar", 3)), _log_prob, (3,), None, False
+    ),
+    "pyro-conditional": Model(
+        lambda: _model(
+            lambda: _normal(4),
+            ("conditional_affine_coupling", 4, 2, [8]),
+            ("permute", 4, torch.tensor([2, 0, 3, 1])),
+            ("inv", "conditional_affine_autoregressive", 4, 2, [8]),
+        ),
+        _log_prob,
+        (4,),
+        2,
+    ),
+}

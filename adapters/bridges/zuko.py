@@ -1,0 +1,563 @@
+"""zuko: its lazy transforms and flows in, any transform out, and its layers for the catalogue.
+
+zuko runs data → noise and lists the data side first, as nflows does, so nothing is turned round. A call of a lazy
+transform on a context gives a torch ``Transform``, whose ``call_and_ladj`` gives both halves of a flow's density.
+
+What ``import zuko`` does to the whole process, ``import_zuko`` undoes; nothing else here imports it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from types import ModuleType
+
+import torch
+from nflows.transforms import IdentityTransform, InverseNotAvailable, Transform
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from adapters.checks import check_event, check_positive
+from adapters.flow import Flow
+from adapters.networks import ACTIVATIONS
+from adapters.registry import Example, Model, Specification
+from adapters.torch_distributions import (
+    ExportedTransform,
+    ForeignFlow,
+    Held,
+    TorchBase,
+    Width,
+    check_context,
+    one_width,
+    rows,
+)
+
+PACKAGES = LIBRARIES = ("zuko",)
+EXTRA = "zuko"
+
+
+@cache
+def import_zuko() -> ModuleType:
+    """zuko, imported so that torch.distributions validates arguments as it did before.
+
+    zuko turns validation off and empties ``arg_constraints`` for every distribution. Its own ones need that (some set
+    their parameters only after torch would have checked them), so they, and they alone, keep it. What zuko adds to
+    torch's ``Transform``, the method ``call_and_ladj``, stays: it changes nothing that torch does. Where zuko has been
+    imported before, by somebody else, torch.distributions stays as that left it.
+    """
+    before = {name: vars(Distribution)[name] for name in ("_validate_args", "arg_constraints")}
+    try:
+        import zuko
+    finally:
+        for name, value in before.items():
+            setattr(Distribution, name, value)
+    for kind in vars(zuko.distributions).values():
+        if isinstance(kind, type) and kind.__module__ == zuko.distributions.__name__:
+            kind._validate_args = False
+            kind.arg_constraints = vars(kind).get("arg_constraints", {})
+    return zuko
+
+
+class ZukoTransform(Transform):
+    """A lazy transform of zuko, x ↦ f(x | c), as an nflows one: ``forward`` calls f, ``inverse`` its inverse.
+
+    Each is one evaluation of every conditioner (autoregressive inverses: one for each pass), with its log-determinant.
+    In eval mode zuko cuts the weights of ``MNN``, ``UMNN`` and ``FFJTransform`` out of the graph. Here gradients reach
+    them in either mode: the flag is held at "training", which changes nothing else in these three.
+
+    Args:
+        lazy: a module whose call on a context, or None, gives a torch ``Transform``.
+        widths: the contexts that something beside it, such as a base, reads.
+
+    Raises:
+        InverseNotAvailable: for a transform that is no bijection.
+        ValueError: for one whose log-determinant is random; in a call, for a context that is missing, superfluous or of
+            another shape, or an input of another width.
+    """
+
+    def __init__(self, lazy: nn.Module, widths: Iterable[Width] = ()):
+        super().__init__()
+        zuko = import_zuko()
+        self.lazy = lazy
+        self.name = f"zuko's {type(lazy.thing if isinstance(lazy, Held) else lazy).__name__}"
+        parts = [_reads(part) for part in _parts(lazy)]
+        self.features = parts[0][0], parts[-1][0]
+        self.context_features = _one_width([*widths, *(width for _, read in parts for width in read)])
+        if self.context_features is not ...:
+            _check_bijective(lazy(_some_context(lazy, self.context_features)))
+        gradient_cutting = zuko.flows.neural.MNN, zuko.flows.neural.UMNN, zuko.flows.FFJTransform
+        self.gradient_cutting = [module for module in lazy.modules() if isinstance(module, gradient_cutting)]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ZukoTransform":
+        super().train(mode)
+        for module in self.gradient_cutting:
+            module.training = True
+        return self
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _call(self._transform(inputs, context, self.features[0]), inputs)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _invert(self._transform(inputs, context, self.features[1]), inputs)
+
+    def _transform(self, inputs: Tensor, context: Tensor | None, features: int | None):
+        if features is not None:
+            check_event(inputs, (features,), self.name)
+        check_context(context, self.context_features, inputs, self.name)
+        return self.lazy(context)
+
+
+def _call(transform, x: Tensor) -> tuple[Tensor, Tensor]:
+    """y = f(x) and log|det dy/dx| as ``(batch,)``, each network of f evaluated once, behind an ``.inv`` too."""
+    if type(transform) is import_zuko().transforms.ComposedTransform:
+        return _chain(_call, transform.transforms, x)
+    if type(transform) is torch.distributions.transforms._InverseTransform:
+        return _invert(transform.inv, x)
+    y, log_det = transform.call_and_ladj(x)
+    return y, rows(log_det, x, transform.domain.event_dim)
+
+
+def _invert(transform, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x = f⁻¹(y) and log|det dx/dy| as ``(batch,)``; zuko itself would run each network again for the latter."""
+    transforms = import_zuko().transforms
+    kind = type(transform)
+    if kind is transforms.ComposedTransform:
+        return _chain(_invert, reversed(transform.transforms), y)
+    if kind is torch.distributions.transforms._InverseTransform:
+        return _call(transform.inv, y)
+    if kind is transforms.CouplingTransform:
+        y_a, y_b = transform.split(y)
+        x_b, log_det = _invert(transform.meta(y_a), y_b)
+        return transform.merge(y_a, x_b, y.shape), log_det
+    if kind is transforms.AutoregressiveTransform:
+        x = torch.zeros_like(y)
+        for _ in range(transform.passes - 1):
+            x = transform.meta(x).inv(y)
+        return _invert(transform.meta(x), y)  # all that a coordinate of the last pass depends on is already final
+    x, log_det = transform.inv.call_and_ladj(y)
+    return x, rows(log_det, y, transform.codomain.event_dim)
+
+
+def _chain(function: Callable, transforms: Iterable, value: Tensor) -> tuple[Tensor, Tensor]:
+    total = 0.0
+    for transform in transforms:
+        value, log_det = function(transform, value)
+        total = total + log_det
+    return value, total
+
+
+def transform_in(thing) -> Transform | None:
+    """A lazy transform, or a transform that needs no call; an exported one comes back as it went.
+
+    Raises:
+        InverseNotAvailable, ValueError: as ``ZukoTransform``.
+    """
+    if isinstance(thing, _exported()):
+        return thing.transform
+    if isinstance(thing, torch.distributions.Transform):
+        return ZukoTransform(Held(thing))
+    return ZukoTransform(thing) if isinstance(thing, import_zuko().lazy.LazyTransform) else None
+
+
+def flow_in(thing) -> Flow | None:
+    """A lazy flow or another lazy distribution, such as ``GMM``, or a distribution that needs no call.
+
+    The event shape and the width of the context are read off its parts. A flow none of whose parts says what context
+    it reads hands it on unchecked.
+
+    Raises:
+        InverseNotAvailable, ValueError: as ``ZukoTransform``; for parts that disagree on the width of the context; for
+            a flow that a batch of contexts is already bound to.
+    """
+    zuko = import_zuko()
+    transform = None
+    if isinstance(thing, zuko.lazy.Flow):
+        transform, base = thing.transform, thing.base
+    elif isinstance(thing, zuko.lazy.LazyDistribution):
+        base = thing
+    elif isinstance(thing, zuko.distributions.NormalizingFlow):
+        if thing.batch_shape:
+            raise ValueError(
+                f"this NormalizingFlow has a batch shape of {tuple(thing.batch_shape)}: its context, if any, is bound "
+                "to it; as_flow takes the lazy flow that made it, and the context in each call"
+            )
+        transform, base = Held(thing.transform), Held(thing.base)
+    elif isinstance(thing, Distribution):
+        base = Held(thing)
+    else:
+        return None
+    widths = _reads(base)[1]
+    if transform is None:
+        width, inner = _one_width(widths), IdentityTransform()
+    else:
+        inner = ZukoTransform(transform, widths)
+        width = inner.context_features
+    context = _some_context(thing if isinstance(thing, nn.Module) else base, width)
+    try:
+        distribution = base(context)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{type(base).__name__} gives no distribution without a context, and does not say how wide a context it "
+            "takes; give it an attribute context_features"
+        ) from error
+    if context is None:
+        shape = distribution.batch_shape + distribution.event_shape
+    else:
+        shape = distribution.expand((1,)).event_shape
+    event_shape = shape if transform is None or width is ... else transform(context).inverse_shape(shape)
+    return (ForeignFlow if width is ... else Flow)(inner, TorchBase(base, shape), event_shape, width)
+
+
+def transform_out(transform: Transform, library: str, event_dim: int, conditional: bool) -> nn.Module:
+    """A ``zuko.lazy.LazyTransform``, for ``zuko.lazy.Flow``; any leading dimensions, broadcast with the context's."""
+    return _exported()(transform, event_dim)
+
+
+def native_log_prob(exported: nn.Module, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+    """Of ``zuko.lazy.Flow`` on a ``DiagNormal`` N(0, I)."""
+    zuko = import_zuko()
+    zero = torch.zeros_like(inputs[0])
+    normal = zuko.distributions.DiagNormal
+    base = zuko.lazy.UnconditionalDistribution(normal, zero, torch.ones_like(zero), ndims=zero.dim(), buffer=True)
+    return zuko.lazy.Flow(exported, base)(context).log_prob(inputs)
+
+
+@cache
+def _exported() -> type:
+    """The class of exported transforms: it exists once zuko, its parent, has been imported."""
+
+    class NflowsTransform(import_zuko().lazy.LazyTransform):
+        """An nflows transform, data → noise, as a lazy one."""
+
+        def __init__(self, transform: Transform, event_dim: int):
+            super().__init__()
+            self.transform = transform
+            self.event_dim = event_dim
+
+        def forward(self, c: Tensor | None = None) -> torch.distributions.Transform:
+            return ExportedTransform(self.transform, self.event_dim, c, data_to_noise=True)
+
+    return NflowsTransform
+
+
+def _parts(lazy: nn.Module) -> Iterator[nn.Module]:
+    """The single transforms of a lazy one, data side first."""
+    zuko = import_zuko()
+    if type(lazy) is zuko.lazy.LazyComposedTransform:
+        for transform in lazy.transforms:
+            yield from _parts(transform)
+    elif type(lazy) is zuko.lazy.LazyInverse:
+        yield from reversed(list(_parts(lazy.transform)))
+    else:
+        yield lazy
+
+
+def _reads(part: nn.Module) -> tuple[int | None, list[Width]]:
+    """The width of the data that one transform or base takes, ``None`` if unknown, and the contexts it reads.
+
+    No context in the list means that whatever is given is ignored; ``None`` in it, that there must be none. A layer of
+    a user's own may say it by an attribute ``context_features``.
+    """
+    zuko = import_zuko()
+    flows, lazy = zuko.flows, zuko.lazy
+    if isinstance(part, Held | lazy.UnconditionalTransform | lazy.UnconditionalDistribution | lazy.Unconditional):
+        return None, []
+    if isinstance(part, _exported()):
+        return None, [getattr(part.transform, "context_features", ...)]
+    if isinstance(part, lazy.Flow):
+        return None, [width for inner in (*_parts(part.transform), part.base) for width in _reads(inner)[1]]
+    try:
+        if isinstance(part, flows.MaskedAutoregressiveTransform):
+            features = part.hyper.out_features // part.total
+            context = part.hyper.in_features - features
+        elif isinstance(part, flows.GeneralCouplingTransform):
+            features = len(part.mask)
+            context = part.hyper.in_features - int(part.mask.sum())
+        elif isinstance(part, flows.FFJTransform):
+            features = part.ode.out_features
+            context = part.ode.in_features - features - 2 * len(part.freqs)
+        elif isinstance(part, flows.ElementWiseTransform | zuko.mixtures.GMM):
+            elementwise = isinstance(part, flows.ElementWiseTransform)
+            unconditional = not hasattr(part, "hyper")
+            width = part.phi[0].shape[0] if unconditional else part.hyper.out_features // part.total
+            features = width if elementwise else None
+            context = 0 if unconditional else part.hyper.in_features
+        else:
+            return None, [getattr(part, "context_features", ...)]
+    except AttributeError:  # another network in the place of zuko's own: it need not say its widths
+        return None, [...]
+    return features, [context or None]
+
+
+def _one_width(widths: list[Width]) -> Width:
+    return one_width(widths, "the context of a zuko flow") if widths else None
+
+
+def _some_context(module: nn.Module, width: Width) -> Tensor | None:
+    """One row of context, to ask for shapes with."""
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    return None if width in (None, ...) else like.new_zeros(1, width)
+
+
+def _check_bijective(transform) -> None:
+    transforms = import_zuko().transforms
+    if isinstance(transform, transforms.ComposedTransform):
+        for inner in transform.transforms:
+            _check_bijective(inner)
+    elif isinstance(transform, transforms.DependentTransform):
+        _check_bijective(transform.base)
+    elif not transform.bijective:
+        raise InverseNotAvailable(f"{type(transform).__name__} is no bijection, so no flow can use it")
+    elif isinstance(transform, transforms.FreeFormJacobianTransform) and not transform.exact:
+        raise ValueError("the log-determinant of this transform is a random estimate; build it with exact=True")
+
+
+class Bracket(nn.Module):
+    """Sets where a ``MonotonicTransform`` looks for its inverse, x in [−bound, bound], and how closely, ±eps.
+
+    ``Sequential(MNN(…), Bracket(…))`` is a univariate of zuko's, whose ``MNN`` itself fixes them at 10 and 1e-6.
+    """
+
+    def __init__(self, bound: float, eps: float):
+        super().__init__()
+        check_positive(bound=bound, eps=eps)
+        self.bound, self.eps = bound, eps
+
+    def forward(self, transform):
+        transform.bound, transform.eps = self.bound, self.eps
+        return transform
+
+
+def realnvp(specification: Specification) -> Transform:
+    """``GeneralCouplingTransform`` with ``MonotonicAffineTransform``: its scale, data → noise, is in (0.001, 1000).
+
+    That is e^s with s soft-clipped. The networks have our widths and zuko's start, which is not at the identity.
+    """
+    return _couplings(specification)
+
+
+def nsf(specification: Specification, bins: int = 8, tail_bound: float = 4.0, minimum: float = 1e-3) -> Transform:
+    """``GeneralCouplingTransform`` with ``MonotonicRQSTransform``: the splines of ``zuko.flows.NSF`` in couplings.
+
+    ``zuko.flows.NSF`` itself is autoregressive and bounds its tails at 5. Outside [−tail_bound, tail_bound] nothing is
+    transformed. The slopes at the knots are in (minimum, 1/minimum), and so are the ratios of bin sizes.
+    """
+    check_positive(tail_bound=tail_bound, minimum=minimum)
+    transforms = import_zuko().transforms
+    return _couplings(
+        specification,
+        univariate=partial(transforms.MonotonicRQSTransform, bound=tail_bound, slope=minimum),
+        shapes=[(bins,), (bins,), (bins - 1,)],
+    )
+
+
+def maf(specification: Specification) -> Transform:
+    """The layers of ``zuko.flows.MAF``, in ascending and descending order by turns: fast log_prob.
+
+    The scale, data → noise, is in (0.001, 1000), as in ``realnvp``. There are no masks to choose.
+    """
+    return _autoregressive(specification)
+
+
+def bpf(specification: Specification, degree: int = 16, tail_bound: float = 4.0, eps: float = 1e-9) -> Transform:
+    """The layers of ``zuko.flows.BPF``, ``BoundedBernsteinTransform``, autoregressive as ``maf``.
+
+    Outside [−tail_bound, tail_bound] (zuko: 5) only a shift by 2·tail_bound·eps is left. That is the polynomial's jump
+    at its ends, too, and ``eps`` is the error of the inverse, a bisection: at zuko's 1e-6, samples of a few layers
+    carry a log_prob that is not theirs.
+    """
+    check_positive(tail_bound=tail_bound, eps=eps)
+    transforms = import_zuko().transforms
+    univariate = partial(transforms.BoundedBernsteinTransform, bound=tail_bound, eps=eps)
+    return _autoregressive(specification, lambda: univariate, shapes=[(degree + 1,)])
+
+
+def naf(specification: Specification, signal: int = 16, bound: float = 1e6, eps: float = 1e-9) -> Transform:
+    """The layers of ``zuko.flows.NAF``, ``MNN``, autoregressive as ``maf``, with nothing in between.
+
+    ``zuko.flows.NAF`` soft-clips to (−11, 11) between layers. The last layer then maps onto an interval only, noise
+    beyond it has no datum, and the density integrates to less than 1. Without the clips it is exactly normalised, but
+    a datum may lie anywhere: the inverse, a bisection, looks in [−bound, bound] (zuko: 10) down to ±eps (1e-6).
+    The hidden widths are those of the conditioners and of the monotonic networks, whose activation is zuko's. The
+    latter start at a mean slope of 1 around 0, where zuko's own, of some 0.1, would take eight layers to 1e-8.
+    """
+    return _autoregressive(
+        specification, lambda: _monotonic_network(specification, signal, bound, eps), shapes=[(signal,)]
+    )
+
+
+def _monotonic_network(specification: Specification, signal: int, bound: float, eps: float) -> nn.Module:
+    hidden, features = specification.hidden_features, specification.features
+    network = import_zuko().flows.neural.MNN(signal=signal, stack=features, hidden_features=hidden)
+    with torch.no_grad():
+        ends = [network.f(torch.zeros(features, signal), torch.full((features,), x)) for x in (-1.0, 1.0)]
+        last, slope = network.network[-1], (ends[1] - ends[0]) / 2
+        last.weight /= slope[:, None, None]
+        last.bias.sub_((ends[0] + ends[1])[:, None] / 2).div_(slope[:, None])
+    return nn.Sequential(network, Bracket(bound, eps))
+
+
+def _couplings(specification: Specification, **options) -> Transform:
+    """Coupling layers under the specification's masks, data side first as zuko lists them."""
+    zuko = import_zuko()
+    return ZukoTransform(
+        zuko.lazy.LazyComposedTransform(
+            *(
+                zuko.flows.GeneralCouplingTransform(mask=mask, **_common(specification), **options)
+                for mask in reversed(specification.coupling_masks)
+            )
+        )
+    )
+
+
+def _autoregressive(specification: Specification, univariate: Callable | None = None, **options) -> Transform:
+    """Autoregressive layers; ``univariate`` makes the univariate transform of one layer."""
+    zuko = import_zuko()
+    order = torch.arange(specification.features)
+    layers = []
+    for i in range(specification.layers):
+        own = {} if univariate is None else {"univariate": univariate()}
+        layers.append(
+            zuko.flows.MaskedAutoregressiveTransform(
+                order=order.flip(0) if i % 2 else order, **_common(specification), **own, **options
+            )
+        )
+    return ZukoTransform(zuko.lazy.LazyComposedTransform(*layers))
+
+
+def _common(specification: Specification) -> dict:
+    """What zuko's layers call the specification's numbers."""
+    return {
+        "features": specification.features,
+        "context": specification.context_features or 0,
+        "hidden_features": specification.hidden_features,
+        "activation": ACTIVATIONS[specification.activation],
+    }
+
+
+def _lazy(name: str, *arguments, **options) -> nn.Module:
+    return getattr(import_zuko().flows, name)(*arguments, **options)
+
+
+def _spline() -> dict:
+    return {"univariate": import_zuko().transforms.MonotonicRQSTransform, "shapes": [(4,), (4,), (3,)]}
+
+
+def _masked_couplings(context: int) -> Transform:
+    mask = torch.tensor([1, 0, 0, 1, 0])
+    layers = [_lazy("GeneralCouplingTransform", 5, context, mask=m, hidden_features=(8,)) for m in (mask, 1 - mask)]
+    return transform_in(import_zuko().lazy.LazyComposedTransform(*layers))
+
+
+def _composed() -> Transform:
+    """Constant, elementwise and zero log-determinants, an inverted chain, and layers that ignore the context."""
+    zuko = import_zuko()
+    constant = zuko.lazy.UnconditionalTransform
+    turned = zuko.lazy.LazyComposedTransform(
+        _lazy("GeneralCouplingTransform", 4, 2, hidden_features=(8,)),
+        _lazy("MaskedAutoregressiveTransform", 4, 2, hidden_features=(8,)),
+    )
+    return transform_in(
+        zuko.lazy.LazyComposedTransform(
+            constant(zuko.transforms.LULinearTransform, torch.randn(4, 4) + 2 * torch.eye(4)),
+            constant(zuko.transforms.PermutationTransform, torch.tensor([2, 0, 3, 1]), buffer=True),
+            turned.inv,
+            constant(zuko.transforms.RotationTransform, torch.randn(4, 4)),
+            constant(zuko.transforms.SoftclipTransform, bound=50.0),
+            _lazy("ElementWiseTransform", 4, 2, hidden_features=(8,)),
+        )
+    )
+
+
+def _bernstein() -> Transform:
+    univariate = partial(import_zuko().transforms.BoundedBernsteinTransform, eps=1e-9)
+    layer = _lazy("MaskedAutoregressiveTransform", 3, univariate=univariate, shapes=[(6,)], hidden_features=(8,))
+    return transform_in(layer)
+
+
+def _monotonic() -> Transform:
+    return naf(Specification(3, 1, (8,), 2, (), "relu"))
+
+
+def _small_ode(atol: float, rtol: float) -> dict:
+    """At zuko's tolerances the inverse is off by 1e-5. None finer than the dtype: its solver would never end."""
+    return {"freqs": 1, "hidden_features": (4,), "activation": nn.Tanh, "atol": atol, "rtol": rtol}
+
+
+def _continuous() -> Transform:
+    return transform_in(_lazy("FFJTransform", 2, 1, **_small_ode(1e-11, 1e-10)))
+
+
+def _continuous_flow() -> nn.Module:
+    return _lazy("CNF", 2, **_small_ode(1e-9, 1e-8))
+
+
+def _image() -> Transform:
+    affine = import_zuko().transforms.MonotonicAffineTransform
+    return transform_in(
+        import_zuko().lazy.UnconditionalTransform(affine, shift=torch.randn(2, 3, 3), scale=torch.randn(2, 3, 3))
+    )
+
+
+def _uncalled() -> Transform:
+    """A transform that is no module: its tensors are held as parameters and buffers."""
+    transforms = import_zuko().transforms
+    return transform_in(
+        transforms.ComposedTransform(
+            transforms.MonotonicRQSTransform(torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 3)),
+            transforms.LULinearTransform(torch.randn(3, 3) + 2 * torch.eye(3)),
+            transforms.AdditiveTransform(torch.randn(3, requires_grad=True)),
+        )
+    )
+
+
+def _on_gaussian(transform: nn.Module, trainable: bool) -> nn.Module:
+    zuko = import_zuko()
+    normal = zuko.distributions.DiagNormal
+    base = zuko.lazy.UnconditionalDistribution(normal, torch.randn(3), torch.rand(3) + 0.5, buffer=not trainable)
+    return zuko.lazy.Flow(transform, base)
+
+
+def _on_mixture() -> nn.Module:
+    layer = _lazy("MaskedAutoregressiveTransform", 3, 2, hidden_features=(8,))
+    return import_zuko().lazy.Flow(layer, _lazy("GMM", 3, 2, hidden_features=(8,)))
+
+
+def _own_log_prob(flow, inputs: Tensor, context: Tensor | None) -> Tensor:
+    return flow(context).log_prob(inputs)
+
+
+def _model(make: Callable, features: int, context_features: int | None = None) -> Model:
+    return Model(make, _own_log_prob, (features,), context_features)
+
+
+FLOWS = {"zuko-realnvp": realnvp, "zuko-nsf": nsf, "zuko-maf": maf, "zuko-bpf": bpf, "zuko-naf": naf}
+
+EXAMPLES = {
+    "coupling": Example(lambda: _masked_couplings(0), (5,)),
+    "coupling-context": Example(lambda: _masked_couplings(2), (5,), 2),
+    "autoregressive": Example(
+        lambda: transform_in(_lazy("MaskedAutoregressiveTransform", 3, hidden_features=(8,))), (3,)
+    ),
+    "spline-context": Example(
+        lambda: transform_in(_lazy("MaskedAutoregressiveTransform", 3, 2, hidden_features=(8,), **_spline())), (3,), 2
+    ),
+    "one-feature": Example(
+        lambda: transform_in(_lazy("MaskedAutoregressiveTransform", 1, 2, hidden_features=(8,), **_spline())), (1,), 2
+    ),
+    "composed-context": Example(_composed, (4,), 2),
+    "bernstein": Example(_bernstein, (3,)),
+    "monotonic-context": Example(_monotonic, (3,), 2),
+    "continuous-context": Example(_continuous, (2,), 1),
+    "image": Example(_image, (2, 3, 3)),
+    "uncalled": Example(_uncalled, (3,)),
+}
+
+MODELS = {
+    "realnvp": _model(lambda: _lazy("RealNVP", 4, hidden_features=(8,)), 4),
+    "nsf-context": _model(lambda: _lazy("NSF", 3, 2, hidden_features=(8,)), 3, 2),
+    "maf-context": _model(lambda: _lazy("MAF", 4, 2, hidden_features=(8,)), 4, 2),
+    "trainable-base": _model(lambda: _on_gaussian(_lazy("NSF", 3, hidden_features=(8,)).transform, True), 3),
+    "conditional-base": _model(_on_mixture, 3, 2),
+    "mixture": _model(lambda: _lazy("GMM", 3, components=4), 3),
+    "continuous": _model(_continuous_flow, 2),
+}

@@ -1,0 +1,377 @@
+"""torch.distributions' objects as modules, and nflows' transforms as theirs: what the bridges of zuko and Pyro share.
+
+torch's ``Transform`` and ``Distribution`` are no modules. ``Held`` makes one of them, so that their tensors move, train
+and are saved like any others; ``TorchBase`` is a torch distribution as the base of an nflows ``Flow``;
+``ExportedTransform`` is an nflows transform as torch's ``Transform``.
+"""
+
+import copy
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
+from types import EllipsisType, MethodType
+
+import nflows.distributions
+import nflows.transforms
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform, constraints
+from torch.distributions.transforms import _InverseTransform
+from torch.distributions.utils import lazy_property
+
+from adapters.checks import check_event
+from adapters.flow import Flow
+
+# Width of the context that something reads: None if it reads none, ... if it does not say.
+Width = int | EllipsisType | None
+
+
+class Held(nn.Module):
+    """A thing made of torch's transforms and distributions as a module; calling it gives the thing.
+
+    Modules inside it become submodules, leaf tensors that require a gradient become parameters (the very tensors) and
+    other tensors buffers. What ``.to`` makes of them goes back into the thing.
+
+    Args:
+        thing: a transform, a distribution or a list of them, modules or not.
+        kinds: the classes to look into, beside lists, tuples, dictionaries, partial functions and methods.
+
+    Attributes:
+        caching: the transforms inside that keep something from their last call: see ``clear_caches``.
+
+    Raises:
+        ValueError: for a tensor computed from parameters: it would not follow them, and its graph is good for one
+            backward pass only.
+    """
+
+    def __init__(self, thing, kinds: tuple[type, ...] = (Transform, Distribution)):
+        super().__init__()
+        self.thing, self.kinds, self.slots = thing, kinds, []
+        inside = [owner for owner, _ in _walk(thing, kinds) if isinstance(owner, Transform)]
+        self.inverses = [transform for transform in inside if isinstance(transform, _InverseTransform)]
+        self.caching = [transform for transform in inside if any(map(_is_cache, vars(transform)))]
+        clear_caches(self.caching)
+        self._forget(Transform)
+        members = list(_members(thing, kinds))
+        for _, _, name, value in members:
+            if isinstance(value, nn.Module) and all(value is not module for module in self.modules()):
+                self.add_module(name, value)
+        known = {id(tensor) for tensor in (*self.parameters(), *self.buffers())}
+        for owner, key, name, value in members:
+            if isinstance(value, Tensor) and id(value) not in known:
+                self._register(owner, key, name, value)
+        self._fill()
+
+    def forward(self, context: Tensor | None = None):
+        return self.thing
+
+    def _register(self, owner, key, name: str, value: Tensor) -> None:
+        leaf, geometry = value, None
+        if value.grad_fn is not None:  # Normal(loc, 1.0) broadcasts its arguments: views of parameters are made anew
+            leaf, geometry = value._base, (value.size(), value.stride(), value.storage_offset())
+            if leaf is None or not leaf.is_leaf:
+                raise ValueError(
+                    f"{type(owner).__name__} holds a tensor ({key}) that was computed from parameters and would not "
+                    "follow them; build it from the parameters themselves, or detach the tensor"
+                )
+        if leaf.requires_grad:
+            leaf._is_param = True  # torch's own mark: a plain leaf tensor can then be registered without a copy
+            self.register_parameter(name, leaf)
+        else:
+            self.register_buffer(name, leaf.contiguous())
+        self.slots.append((owner, key, name, geometry))
+
+    @torch.enable_grad()
+    def _fill(self) -> None:
+        """Put the registered tensors into the thing."""
+        for owner, key, name, geometry in self.slots:
+            tensor = getattr(self, name)
+            _put(owner, key, tensor if geometry is None else tensor.as_strided(*geometry))
+
+    def _forget(self, kind: type = object) -> None:
+        """Drop what was computed on demand from the tensors, as ``Permute.inv_permutation``, where they may change."""
+        slots = {(id(owner), key) for owner, key, _, _ in self.slots}
+        for owner, key, _, value in list(_members(self.thing, self.kinds)):
+            lazy = isinstance(getattr(type(owner), str(key), None), lazy_property)
+            if lazy and isinstance(value, Tensor) and isinstance(owner, kind) and (id(owner), key) not in slots:
+                del vars(owner)[key]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Held":
+        super()._apply(fn, recurse)
+        clear_caches(self.caching)
+        self._forget()
+        self._fill()
+        return self
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._forget()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._fill()
+
+    def __deepcopy__(self, memo: dict) -> "Held":
+        """Views and caches cannot be copied, and an inverse forgets what it inverts: each is made anew in the copy."""
+        clear_caches(self.caching)
+        for owner, key, _, geometry in self.slots:
+            if geometry is not None:
+                _put(owner, key, None)
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for inverse, copied in zip(self.inverses, new.inverses, strict=True):
+            copied._inv = copy.deepcopy(inverse._inv, memo)
+        self._fill()
+        new._fill()
+        return new
+
+
+class TorchBase(nflows.distributions.Distribution):
+    """A torch distribution as the base of an nflows ``Flow``, differentiable in its samples where torch's is.
+
+    Args:
+        source: a module whose call on a context (or None) gives the torch distribution.
+        shape: shape of one sample.
+    """
+
+    def __init__(self, source: nn.Module, shape: torch.Size):
+        super().__init__()
+        self.source = source
+        self.shape = torch.Size(shape)
+
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        log_prob = self.source(context).log_prob(inputs)
+        return _sum_rows(log_prob)
+
+    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        distribution = self.source(context)
+        draw = distribution.rsample if distribution.has_rsample else distribution.sample
+        if context is None:
+            return draw((num_samples,))
+        if distribution.batch_shape + distribution.event_shape == self.shape:  # it does not depend on the context
+            return draw((len(context), num_samples))
+        return draw((num_samples,)).transpose(0, 1)
+
+
+class ForeignFlow(Flow):
+    """A ``Flow`` whose parts do not say what context they take: it is handed on unchecked."""
+
+    def _check_context(self, context: Tensor | None) -> None:
+        pass
+
+
+class ExportedTransform(Transform, nn.Module):
+    """An nflows transform as torch's: noise → data, or data → noise as zuko has it, with any leading dimensions.
+
+    torch computes a log_prob by ``x = t.inv(y)`` and ``t.log_abs_det_jacobian(x, y)``. Both come of one pass: the
+    inverse keeps its log-determinant for that next question, which takes it away. It is given out only for those very
+    tensors, and only if neither they nor a parameter changed since, so there is no stale value and no graph kept.
+
+    Args:
+        transform: an nflows transform, data → noise.
+        event_dim: dimensions of one datum.
+        context: ``(*batch, C)``, broadcast with the batch of the input; ``None`` for no context.
+        data_to_noise: which way ``__call__`` runs.
+
+    Raises:
+        ValueError: for a negative ``event_dim``; in a call, for an input of fewer dimensions, or a context that is
+            missing or of another width, where the transform says which, or whose batch does not broadcast with the
+            inputs.
+    """
+
+    bijective = True
+    __hash__ = nn.Module.__hash__
+    __repr__ = nn.Module.__repr__
+
+    def __init__(
+        self,
+        transform: nflows.transforms.Transform,
+        event_dim: int,
+        context: Tensor | None = None,
+        data_to_noise: bool = False,
+    ):
+        if event_dim < 0:
+            raise ValueError(f"event_dim must be at least 0, not {event_dim}")
+        super().__init__()
+        self.transform = transform
+        self.context = context
+        self.data_to_noise = data_to_noise
+        self.dimensions = event_dim
+        self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
+        self.memo = None
+
+    def condition(self, context: Tensor) -> "ExportedTransform":
+        """The same transform, of the same parameters, with this context."""
+        self.watched  # noqa: B018, so that it is looked up once for all contexts
+        conditioned = copy.copy(self)
+        vars(conditioned)["context"] = context
+        return conditioned
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y and log|det dy/dx|, from one pass."""
+        return self._run(x, to_noise=self.data_to_noise)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        x, log_det = self._run(y, to_noise=not self.data_to_noise)
+        self.memo = weakref.ref(x), weakref.ref(y), self._state(x, y), -log_det
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        memo, self.memo = self.memo, None
+        if memo is not None and memo[0]() is x and memo[1]() is y and memo[2] == self._state(x, y):
+            return memo[3]
+        # data → noise is the direction that every transform of a flow has
+        return self._run(x, to_noise=True)[1] if self.data_to_noise else -self._run(y, to_noise=True)[1]
+
+    def with_cache(self, cache_size: int = 1) -> "ExportedTransform":
+        """Itself: torch's cache knows nothing of parameters that change."""
+        return self
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_inv": None, "memo": None}
+
+    @cached_property
+    def watched(self) -> tuple[Tensor, ...]:
+        return tuple(self.transform.parameters())
+
+    def _state(self, *tensors: Tensor) -> tuple:
+        versions = (0 if tensor.is_inference() else tensor._version for tensor in (*tensors, *self.watched))
+        return torch.is_grad_enabled(), *versions
+
+    def _run(self, value: Tensor, to_noise: bool) -> tuple[Tensor, Tensor]:
+        if value.dim() < self.dimensions:
+            raise ValueError(f"this transform takes inputs of at least {self.dimensions} dimensions, not {value.dim()}")
+        batch, event = value.shape[: value.dim() - self.dimensions], value.shape[value.dim() - self.dimensions :]
+        context = self.context
+        if context is not None:
+            batch = _broadcast(batch, context)
+            context = context.expand(*batch, context.shape[-1]).reshape(math.prod(batch), context.shape[-1])
+        flat = value.expand(*batch, *event).reshape(math.prod(batch), *event)
+        try:
+            outputs, log_det = (self.transform if to_noise else self.transform.inverse)(flat, context)
+        except RuntimeError as error:  # from deep below, as of matrices whose shapes do not fit
+            _explain(self.transform, context, error)
+            raise
+        return outputs.reshape(*batch, *outputs.shape[1:]), log_det.reshape(batch)
+
+
+def rows(log_det: Tensor, inputs: Tensor, event_dim: int) -> Tensor:
+    """A transform's log-determinants at ``inputs`` ``(batch, …)``, as ``(batch,)``.
+
+    torch's have one entry for each of the inputs' dimensions left of ``event_dim``, or broadcast to that if constant.
+    """
+    return _sum_rows(log_det.expand(inputs.shape[: inputs.dim() - event_dim]))
+
+
+def check_context(context: Tensor | None, width: Width, inputs: Tensor, what: str) -> None:
+    """Raise a ValueError unless ``context`` is one that ``what`` takes together with ``inputs``."""
+    if context is None:
+        if width not in (None, ...):
+            raise ValueError(f"{what} is conditional: give a context of shape (batch, {width})")
+        return
+    if width is None:
+        raise ValueError(f"{what} is unconditional, but a context of shape {tuple(context.shape)} was given")
+    if width is not ...:
+        check_event(context, (width,), f"the context of {what}")
+    if len(context) != len(inputs):
+        raise ValueError(f"the context of {what} has {len(context)} rows for {len(inputs)} inputs")
+
+
+def one_width(widths: Iterable[Width], what: str) -> Width:
+    """The one width among those of a flow's parts; a ValueError if two of them differ."""
+    known = [width for width in dict.fromkeys(widths) if width is not ...]
+    if len(known) > 1:
+        raise ValueError(f"the parts of {what} do not agree about its width: {', '.join(map(str, known))}")
+    return known[0] if known else ...
+
+
+def clear_caches(transforms: Iterable[Transform]) -> None:
+    """Forget what these transforms keep from their last call: ``_cached_x_y``, ``_cached_log_scale`` and so on."""
+    for transform in transforms:
+        state = vars(transform)
+        for key in state:
+            if _is_cache(key):
+                state[key] = (None, None) if key == "_cached_x_y" else None
+
+
+def _is_cache(key: str) -> bool:
+    return key.startswith(("_cache", "_weight_cache")) and key != "_cache_size"
+
+
+def _explain(transform: nn.Module, context: Tensor | None, error: RuntimeError) -> None:
+    """Raise a ValueError instead if some part of the transform says that it takes another context."""
+    widths = (getattr(module, "context_features", None) for module in transform.modules())
+    width = next((width for width in widths if isinstance(width, int)), None)
+    if width is not None and context is None:
+        raise ValueError(
+            f"this transform is conditional: give it a context of shape (*batch, {width}) by .condition(context)"
+        ) from error
+    if width is not None and context.shape[-1] != width:
+        raise ValueError(
+            f"this transform takes a context of shape (*batch, {width}), not {tuple(context.shape)}"
+        ) from error
+
+
+def _sum_rows(values: Tensor) -> Tensor:
+    return values if values.dim() == 1 else values.flatten(1).sum(1)
+
+
+def _broadcast(batch: torch.Size, context: Tensor) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(batch, context.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"a context of shape {tuple(context.shape)} does not broadcast with a batch of {tuple(batch)}"
+        ) from None
+
+
+def _members(thing, kinds: tuple[type, ...]) -> Iterator[tuple]:
+    """(owner, key, name, value) for every tensor and module inside the thing, down to modules of no kind of these."""
+    for owner, path in _walk(thing, kinds):
+        for key, value in _entries(owner):
+            if isinstance(value, Tensor | nn.Module):
+                yield owner, key, f"{path}{key}", value
+
+
+def _walk(thing, kinds: tuple[type, ...]) -> Iterator[tuple]:
+    """The thing and everything inside it that may hold tensors, each with the path to it."""
+    todo, seen = [(thing, "")], set()
+    while todo:
+        owner, path = todo.pop()
+        if id(owner) not in seen:
+            seen.add(id(owner))
+            yield owner, path
+            within = (*kinds, list, tuple, dict, partial, MethodType)
+            todo += [(value, f"{path}{key}_") for key, value in _entries(owner) if isinstance(value, within)]
+
+
+def _entries(owner) -> list[tuple]:
+    match owner:
+        case list() | tuple():
+            return list(enumerate(owner))
+        case dict():
+            return list(owner.items())
+        case partial():
+            return [("func", owner.func), *enumerate(owner.args), *owner.keywords.items()]
+        case MethodType():
+            return [("self", owner.__self__)]
+    state = vars(owner)
+    for key, value in state.items():
+        if type(value) is tuple and any(isinstance(entry, Tensor) for entry in value) and not _is_cache(key):
+            state[key] = list(value)  # so that its tensors can be replaced
+    return [(k, v) for k, v in state.items() if k not in ("_parameters", "_buffers") and not _is_cache(k)]
+
+
+def _put(owner, key, value: Tensor) -> None:
+    if isinstance(owner, partial):
+        args, keywords = list(owner.args), dict(owner.keywords)
+        (args if isinstance(key, int) else keywords)[key] = value
+        owner.__setstate__((owner.func, tuple(args), keywords, owner.__dict__))
+    elif isinstance(owner, list | dict):
+        owner[key] = value
+    else:
+        vars(owner)[key] = value

@@ -1,0 +1,485 @@
+"""Every library that has a bridge, in and out: the same values, the same density, one network evaluation, clear errors.
+
+A new file in adapters/bridges is held to all of it without a line changed here.
+"""
+
+import copy
+import importlib.util
+import itertools
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+from nflows.transforms import InverseNotAvailable, LULinear
+from torch import nn
+from torch.testing import assert_close
+
+from adapters import MaskedCouplingLayer, as_flow, as_transform, build_flow, checkerboard_mask, flow_names, to_library
+from adapters.bridges import bridges, libraries
+from adapters.flow import Flow, StandardNormal
+from adapters.networks import MLP
+from adapters.registry import Example, Model
+from tests.laws import batch, context_for, randomise
+
+ROWS = 5
+BRIDGES = {bridge.__name__.rpartition(".")[2]: bridge for bridge in bridges()}
+EXAMPLES: dict[str, Example] = {
+    f"{name}:{example}": bridge.EXAMPLES[example] for name, bridge in BRIDGES.items() for example in bridge.EXAMPLES
+}
+MODELS: dict[str, Model] = {
+    f"{name}:{model}": bridge.MODELS[model] for name, bridge in BRIDGES.items() for model in bridge.MODELS
+}
+CONDITIONAL = [library for library in libraries() if library != "torch"]  # torch's transforms know no context
+
+
+def bridge_of(library: str):
+    return next(bridge for bridge in BRIDGES.values() if library in bridge.LIBRARIES)
+
+
+def layers(name: str, context_features: int | None = None):
+    return build_flow(name, 4, context_features, layers=2, hidden_features=(8,))._transform
+
+
+def image_coupling():
+    mask = checkerboard_mask(4, 4).unsqueeze(0)
+    networks = (nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Tanh()) for _ in range(2))
+    return MaskedCouplingLayer(*networks, mask)
+
+
+# transforms of the hub, to be exported
+HUB = {
+    "packed": Example(lambda: layers("masked-affine"), (4,)),
+    "spline": Example(lambda: layers("masked-spline"), (4,)),
+    "autoregressive": Example(lambda: layers("nflows-maf"), (4,)),
+    "context": Example(lambda: layers("masked-affine", 3), (4,), 3),
+    "image": Example(image_coupling, (1, 4, 4)),
+}
+EXPORTS = [(name, library) for name in HUB for library in (CONDITIONAL if name == "context" else libraries())]
+
+
+def made(example: Example):
+    """The transform, an input and a context."""
+    torch.manual_seed(0)
+    transform = randomise(example.make()).eval()
+    return transform, batch(ROWS, *example.event_shape), context_for(example.context_features, ROWS)
+
+
+def exported(library: str, transform, example: Example):
+    conditional = example.context_features is not None
+    return to_library(library, transform, event_dim=len(example.event_shape), conditional=conditional)
+
+
+def nflows_log_prob(transform, x, context):
+    """Of an nflows flow around the transform."""
+    return Flow(transform, StandardNormal(x.shape[1:]).to(x), x.shape[1:], context_width(context)).log_prob(x, context)
+
+
+def context_width(context):
+    return None if context is None else context.shape[1]
+
+
+@pytest.fixture(params=EXPORTS, ids=lambda pair: "-".join(pair))
+def export(request):
+    """A transform of the hub, an input, a context, the transform exported, and the library's name."""
+    name, library = request.param
+    transform, x, context = made(HUB[name])
+    return transform, x, context, exported(library, transform, HUB[name]), library
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    """A library's own flow, that flow as nflows', its entry in MODELS, an input and a context."""
+    return made_model(request.param)
+
+
+def made_model(name: str):
+    entry = MODELS[name]
+    torch.manual_seed(0)
+    native = entry.make()
+    flow = randomise(as_flow(native), scale=0.1).eval()
+    return native, flow, entry, batch(ROWS, *entry.event_shape), context_for(entry.context_features, ROWS)
+
+
+def is_weighted(module) -> bool:
+    return isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+@contextmanager
+def counted():
+    """Counts the calls of every module with a weight, linear or convolutional: how often each network is evaluated."""
+    calls = Counter()
+
+    def count(module, *_):
+        calls[module] += is_weighted(module)
+
+    handle = nn.modules.module.register_module_forward_hook(count)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+# law 2 and law 3 of what goes out
+
+
+def test_law_2_there_and_back_computes_the_same(export):
+    transform, x, context, exported, _ = export
+    back = as_transform(exported)
+    assert_close(back(x, context), transform(x, context))
+    assert_close(back.inverse(x, context), transform.inverse(x, context))
+
+
+def test_law_3_the_librarys_own_density_is_nflows(export):
+    transform, x, context, exported, library = export
+    with counted() as calls:
+        native = bridge_of(library).native_log_prob(exported, x, context)
+    assert native.shape == (ROWS,) and native.dtype == x.dtype
+    assert_close(native, nflows_log_prob(transform, x, context))
+    assert set(calls.values()) <= {0, 1}, "one network evaluation is enough for a log_prob"
+
+
+def decode_torch(exported, noise, context):
+    transform = exported if context is None else exported.condition(context)
+    x = transform(noise)
+    return x, transform.log_abs_det_jacobian(noise, x)
+
+
+DECODERS = {  # noise → data by the library's own call
+    "normflows": lambda exported, *inputs: exported(*inputs),
+    "zuko": lambda exported, noise, context: exported(context).inv.call_and_ladj(noise),
+    "pyro": decode_torch,
+    "torch": decode_torch,
+    "freia": lambda exported, noise, context: exported((noise,), None if context is None else [context], rev=True),
+}
+
+
+def test_law_3_noise_to_data(export):
+    transform, noise, context, exported, library = export
+    if library not in DECODERS:
+        pytest.skip(f"no direct call of {library}'s is known here")
+    x, log_det = DECODERS[library](exported, noise, context)
+    expected = transform.inverse(noise, context)
+    assert_close((x[0] if isinstance(x, tuple) else x, log_det), expected)
+
+
+def test_training_an_export_trains_the_original(export):
+    transform, x, context, exported, library = export
+    before = nflows_log_prob(transform, x, context)
+    optimiser = torch.optim.Adam(transform.parameters(), lr=0.01)
+    for _ in range(2):  # a second backward pass: no graph may be kept
+        optimiser.zero_grad()
+        native = bridge_of(library).native_log_prob(exported, x, context)
+        native.mean().neg().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in transform.parameters())
+        optimiser.step()
+    after = nflows_log_prob(transform, x, context)
+    assert (after - before).abs().min() > 1e-6
+    assert_close(bridge_of(library).native_log_prob(exported, x, context), after)
+
+
+def test_an_export_can_be_copied_after_a_call(export):
+    _, x, context, exported, library = export
+    density = bridge_of(library).native_log_prob
+    before = density(exported, x, context)
+    clone = copy.deepcopy(exported)
+    for parameter in as_transform(clone).parameters():
+        parameter.data.add_(0.1)
+    assert_close(density(exported, x, context), before, rtol=0, atol=0)
+    assert (density(clone, x, context) - before).abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("library", [library for library in ("zuko", "pyro", "torch") if library in libraries()])
+def test_leading_batch_dimensions(library):
+    """The libraries whose transforms take any batch shape take it from us; the context broadcasts with it."""
+    for name in ("packed", "image", "context") if library in CONDITIONAL else ("packed", "image"):
+        transform, _, _ = made(HUB[name])
+        event = HUB[name].event_shape
+        noise, context = batch(2, 3, *event), context_for(HUB[name].context_features, 3)
+        x, log_det = DECODERS[library](exported(library, transform, HUB[name]), noise, context)
+        rows = None if context is None else context.expand(2, *context.shape).flatten(0, 1)
+        expected, expected_log_det = transform.inverse(noise.flatten(0, 1), rows)
+        assert_close(x, expected.view_as(noise))
+        assert_close(log_det, expected_log_det.view(2, 3))
+
+
+@pytest.mark.parametrize(("inner", "outer"), list(itertools.product(libraries(), repeat=2)))
+def test_chains_of_libraries(inner, outer):
+    transform, x, _ = made(HUB["packed"])
+    chain = as_transform(to_library(outer, as_transform(to_library(inner, transform))))
+    assert_close(chain(x), transform(x))
+    assert_close(chain.inverse(x), transform.inverse(x))
+
+
+@pytest.mark.parametrize("library", libraries())
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("source", [name for name in BRIDGES if BRIDGES[name].EXAMPLES])
+def test_a_librarys_own_layer_is_scored_by_every_other_library(source, library, conditional):
+    """Unlike the chain above, nothing here is unwrapped on the way: foreign layer → nflows → another library."""
+    fitting = [e for e in BRIDGES[source].EXAMPLES.values() if (e.context_features is not None) == conditional]
+    if not fitting or (conditional and library not in CONDITIONAL):
+        pytest.skip("no such layer, or no context there")
+    transform, x, context = made(fitting[0])
+    native = bridge_of(library).native_log_prob(exported(library, transform, fitting[0]), x, context)
+    assert_close(native, nflows_log_prob(transform, x, context))
+
+
+# what comes in: the whole models of each library
+
+
+def test_law_3_a_models_density_is_the_librarys(model):
+    native, flow, entry, x, context = model
+    with counted() as calls:
+        expected = entry.log_prob(native, x, context)
+    with counted() as our_calls:
+        log_prob = flow.log_prob(x, context)
+    assert log_prob.shape == (ROWS,) and log_prob.dtype == torch.float64 and log_prob.isfinite().all()
+    assert_close(log_prob, expected.to(log_prob))
+    for network, count in our_calls.items():
+        assert count <= max(1, calls[network]), "more network evaluations than the library itself needs"
+
+
+def test_law_4_a_models_samples_have_the_log_prob_they_come_with(model):
+    _, flow, entry, _, context = model
+    if not entry.samples:
+        with pytest.raises((InverseNotAvailable, NotImplementedError, ValueError)):
+            flow.sample(3, context)
+        return
+    samples, log_prob = flow.sample_and_log_prob(3, context)
+    leading = (3,) if context is None else (ROWS, 3)
+    assert samples.shape == (*leading, *entry.event_shape) and samples.dtype == log_prob.dtype == torch.float64
+    rows = None if context is None else context.repeat_interleave(3, dim=0)
+    again = flow.log_prob(samples.reshape(-1, *entry.event_shape), rows)
+    assert_close(log_prob, again.view(leading), atol=1e-5, rtol=1e-5)
+    assert flow.sample(3, context).shape == samples.shape
+
+
+def test_law_5_contexts_of_a_model(model):
+    _, flow, _, x, context = model
+    if context is None:
+        return
+    one_by_one = torch.cat([flow.log_prob(x[i : i + 1], context[i : i + 1]) for i in range(ROWS)])
+    assert_close(flow.log_prob(x, context), one_by_one, atol=1e-6, rtol=1e-6)
+    assert flow.log_prob(x[:1].expand_as(x), context).diff().abs().min() > 1e-6
+
+
+def test_a_model_trains_with_no_stale_value(model):
+    native, flow, entry, x, context = model
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    if not parameters:
+        return
+    before = flow.log_prob(x, context)
+    optimiser = torch.optim.Adam(parameters, lr=0.01)
+    for _ in range(2):
+        optimiser.zero_grad()
+        flow.log_prob(x, context).mean().neg().backward()
+        assert all(p.grad is not None for p in parameters)
+        optimiser.step()
+    after = flow.log_prob(x, context)
+    assert (after - before).abs().max() > 1e-6
+    assert_close(entry.log_prob(native, x, context).to(after), after)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_models_state_dict_round_trips(name):
+    _, flow, entry, x, context = made_model(name)
+    torch.manual_seed(5)
+    other = as_flow(entry.make()).double().eval()
+    other.load_state_dict(flow.state_dict())
+    assert_close(other.log_prob(x, context), flow.log_prob(x, context), rtol=0, atol=0)
+
+
+def test_a_model_can_be_copied_after_a_call(model):
+    _, flow, _, x, context = model
+    before = flow.log_prob(x, context)
+    clone = copy.deepcopy(flow)
+    assert_close(clone.log_prob(x, context), before, rtol=0, atol=0)
+    trained = [p for p in clone.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data.mul_(1.1).add_(0.1)
+    assert_close(flow.log_prob(x, context), before, rtol=0, atol=0)
+    assert not trained or (clone.log_prob(x, context) - before).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_keeps_its_dtype(name):
+    entry = MODELS[name]
+    torch.manual_seed(0)
+    flow = as_flow(entry.make()).eval()
+    solver = any(getattr(module, "atol", 1.0) < 1e-7 for module in flow.modules())  # finer than float32: never done
+    for dtype in (torch.float64,) if solver else (torch.float32, torch.float64):
+        flow.to(dtype)
+        context = context_for(entry.context_features, ROWS)
+        context = None if context is None else context.to(dtype)
+        assert flow.log_prob(batch(ROWS, *entry.event_shape).to(dtype), context).dtype == dtype
+        if entry.samples:
+            assert flow.sample(2, context).dtype == dtype
+
+
+# the catalogue
+
+
+@pytest.mark.parametrize("context_features", [None, 3])
+@pytest.mark.parametrize("name", flow_names())
+def test_one_network_evaluation_for_a_log_prob(name, context_features):
+    torch.manual_seed(0)
+    flow = build_flow(name, 4, context_features, layers=2, hidden_features=(8, 8))
+    with counted() as calls:
+        flow.log_prob(torch.randn(ROWS, 4), None if context_features is None else torch.randn(ROWS, 3))
+    networks = [module for module in flow.modules() if is_weighted(module)]
+    assert networks and all(calls[network] == 1 for network in networks)
+
+
+# what is refused
+
+
+def check_refusals(flow, x, context):
+    wide = (*x.shape[:-1], x.shape[-1] + 1)
+    with pytest.raises(ValueError, match=rf"not \({', '.join(map(str, wide))}\)"):
+        flow.log_prob(batch(*wide), context)
+    if context is None:
+        with pytest.raises(ValueError, match=rf"context of shape \({ROWS}, 2\) was given"):
+            flow.log_prob(x, batch(ROWS, 2))
+        return
+    width = context.shape[1]
+    for call in (flow.log_prob, lambda _: flow.sample(2), lambda _: flow.sample_and_log_prob(2)):
+        with pytest.raises(ValueError, match=rf"context of shape \(batch, {width}\)"):
+            call(x)
+    with pytest.raises(ValueError, match=rf"not \({ROWS}, {width + 1}\)"):
+        flow.log_prob(x, batch(ROWS, width + 1))
+    with pytest.raises(ValueError, match=rf"{ROWS - 1} rows for {ROWS} inputs"):
+        flow.log_prob(x, context[1:])
+
+
+def test_a_model_refuses_wrong_shapes_and_contexts(model):
+    _, flow, _, x, context = model
+    check_refusals(flow, x, context)
+
+
+@pytest.mark.parametrize("context_features", [None, 3])
+@pytest.mark.parametrize("name", flow_names())
+def test_a_catalogue_flow_refuses_wrong_shapes_and_contexts(name, context_features):
+    flow = build_flow(name, 4, context_features, layers=2, hidden_features=(8, 8)).double()
+    check_refusals(flow, batch(ROWS, 4), context_for(context_features, ROWS))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_transform_refuses_wrong_contexts(name):
+    example = EXAMPLES[name]
+    transform, x, context = made(example)
+    if context is None:
+        with pytest.raises(ValueError, match=rf"context of shape \({ROWS}, 2\) was given"):
+            transform(x, batch(ROWS, 2))
+        return
+    for wrong in (None, batch(ROWS, context.shape[1] + 1), context[1:]):
+        named = r"context of shape \(batch, " if wrong is None else rf"{len(wrong)} rows|\({ROWS}, {wrong.shape[1]}\)"
+        with pytest.raises(ValueError, match=named):
+            transform(x, wrong)
+
+
+def test_things_of_no_library_are_refused():
+    for function in (as_transform, as_flow):
+        with pytest.raises(TypeError, match="builtins.object is of no known library; known: ") as error:
+            function(object())
+        assert all(package in str(error.value) for bridge in BRIDGES.values() for package in bridge.PACKAGES)
+    with pytest.raises(TypeError, match="is no flow; as_transform takes transforms"):
+        as_flow(LULinear(3))
+    with pytest.raises(TypeError, match="to_library exports an nflows Transform, not .*Linear; as_transform makes one"):
+        to_library(libraries()[0], nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=f"unknown library 'tensorflow'; known: {', '.join(libraries())}"):
+        to_library("tensorflow", LULinear(3))
+
+
+@pytest.mark.parametrize("name", [name for name, bridge in BRIDGES.items() if bridge.EXTRA])
+def test_a_library_that_is_not_installed_is_named_with_its_extra(name, monkeypatch):
+    bridge = BRIDGES[name]
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda package: None if package in bridge.PACKAGES else find_spec(package)
+    )
+    for library in bridge.LIBRARIES:
+        with pytest.raises(
+            ImportError, match=rf"{name} is not installed: pip install 'flow-adapters\[{bridge.EXTRA}\]'"
+        ):
+            to_library(library, LULinear(3))
+    with pytest.raises(TypeError, match=rf"not installed: {name} \(pip install 'flow-adapters\[{bridge.EXTRA}\]'\)"):
+        as_transform(object())
+
+
+def test_the_process_is_left_as_it_was_found():
+    for library in libraries():
+        to_library(library, LULinear(3))
+    with pytest.raises(ValueError, match="Expected parameter scale"):
+        torch.distributions.Normal(torch.zeros(1), -torch.ones(1))
+
+
+# traps of one library
+
+
+def normflows():
+    pytest.importorskip("normflows")
+    from normflows import flows
+
+    return flows
+
+
+def test_normflows_refuses_what_is_no_exact_bijection():
+    flows = normflows()
+    with pytest.raises(ValueError, match="Residual cannot score data: its log-determinant is a random estimate"):
+        as_transform(flows.Residual(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="BatchNorm normalises by the batch at hand"):
+        as_transform(flows.Reverse(flows.BatchNorm()))
+    with pytest.raises(InverseNotAvailable, match="Planar runs noise → data only"):
+        as_transform(flows.Planar(3))
+    with pytest.raises(InverseNotAvailable, match="Planar has no inverse, so this flow cannot sample"):
+        as_transform(flows.Reverse(flows.Planar(3))).inverse(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="Split takes or gives two tensors at an end"):
+        as_transform(flows.Split())
+    with pytest.raises(ValueError, match=r"takes 3 features, not inputs of shape \(5, 4\)"):
+        as_transform(flows.MaskedAffineFlow(torch.tensor([1.0, 0, 1])))(torch.randn(5, 4))
+    with pytest.raises(ValueError, match=r"takes 1 features, not inputs of shape \(5, 2, 4, 4\)"):
+        as_transform(flows.Composite([flows.GlowBlock(4, 8, use_lu=False), flows.Squeeze()]))(torch.randn(5, 2, 4, 4))
+    with pytest.raises(ValueError, match="take 2 and 3 wide"):
+        layers = [flows.MaskedAffineAutoregressive(4, 8, context_features=width) for width in (2, 3)]
+        as_transform(flows.Composite(layers))
+
+
+def normflows_actnorm():
+    return normflows().ActNorm(3)
+
+
+def freia_actnorm():
+    modules = pytest.importorskip("FrEIA.modules")
+    return modules.ActNorm([(3,)])
+
+
+@pytest.mark.parametrize("make", [normflows_actnorm, freia_actnorm])
+def test_an_actnorm_initialises_from_training_data_only(make):
+    x = 5 + 3 * batch(200, 3)
+    transform = as_transform(make()).double()
+    assert_close(transform.inverse(x)[0], x)  # noise
+    assert_close(transform.eval()(x)[0], x)
+    y, _ = transform.train()(x)
+    assert_close(y.std(0), torch.ones(3, dtype=x.dtype), atol=1e-4, rtol=0)
+    assert_close(transform(2 * x)[0].std(0), 2 * torch.ones(3, dtype=x.dtype), atol=1e-3, rtol=0)
+
+
+def test_freia_refuses_what_is_no_exact_bijection():
+    modules = pytest.importorskip("FrEIA.modules")
+    with pytest.raises(
+        ValueError, match="IResNetLayer is no layer of a flow: its log-determinant is a random estimate"
+    ):
+        as_transform(modules.IResNetLayer([(3,)]))
+    with pytest.raises(ValueError, match="Split has 1 inputs, 2 outputs"):
+        as_transform(modules.Split([(4,)]))
+    with pytest.raises(ValueError, match=r"takes inputs of shape \(batch, 4\), not \(5, 3\)"):
+        as_transform(modules.NICECouplingBlock([(4,)], subnet_constructor=MLP))(torch.randn(5, 3))
+
+
+def test_freia_learned_householder_block_can_be_copied_after_a_call():
+    modules = pytest.importorskip("FrEIA.modules")
+    block = modules.AllInOneBlock([(4,)], subnet_constructor=MLP, learned_householder_permutation=2)
+    transform = as_transform(block)
+    y, log_det = transform(torch.randn(5, 4))
+    assert_close(transform.inverse(y)[1], -log_det)
+    assert_close(copy.deepcopy(transform)(torch.ones(5, 4)), transform(torch.ones(5, 4)))
