@@ -17,7 +17,7 @@ def flow_names() -> list[str]:
     """Every name that ``build_flow`` knows, hand-written layers first.
 
     >>> flow_names()[:3]
-    ['masked-affine', 'masked-affine-textbook', 'masked-spline']
+    ['masked-affine', 'masked-affine-textbook', 'masked-histogram']
     """
     return list(_flows())
 

@@ -1,12 +1,14 @@
 """An nflows ``Flow`` that knows its shapes, and a standard normal that keeps its dtype."""
 
+from collections.abc import Callable
+
 import nflows.distributions
 import nflows.flows
 import torch
 from nflows.transforms import Transform
 from torch import Tensor
 
-from adapters.checks import check_event
+from adapters.checks import check_context, check_event
 
 
 class StandardNormal(nflows.distributions.StandardNormal):
@@ -77,3 +79,28 @@ class Flow(nflows.flows.Flow):
             raise ValueError(f"this flow is conditional: give a context of shape (batch, {self.context_features})")
         else:
             check_event(context, (self.context_features,), "the context of this flow")
+
+
+class ContextAsCoordinates(Transform):
+    """A transform of x and a context side by side that leaves the context unchanged, as a conditional one of x.
+
+    Args:
+        transform: of ``(batch, features + context_features)``.
+        features, context_features: how many coordinates of each.
+    """
+
+    def __init__(self, transform: Transform, features: int, context_features: int):
+        super().__init__()
+        self.transform, self.features, self.context_features = transform, features, context_features
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_to(self.transform, inputs, context)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_to(self.transform.inverse, inputs, context)
+
+    def _apply_to(self, function: Callable, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        check_event(inputs, (self.features,), "this transform")
+        check_context(context, self.context_features, inputs, "this transform")
+        outputs, log_det = function(torch.cat((inputs, context), dim=1))
+        return outputs[:, : self.features], log_det

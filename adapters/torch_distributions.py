@@ -20,7 +20,6 @@ from torch.distributions import Distribution, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import lazy_property
 
-from adapters.checks import check_event
 from adapters.flow import Flow
 
 # Width of the context that something reads: None if it reads none, ... if it does not say.
@@ -265,20 +264,6 @@ def rows(log_det: Tensor, inputs: Tensor, event_dim: int) -> Tensor:
     torch's have one entry for each of the inputs' dimensions left of ``event_dim``, or broadcast to that if constant.
     """
     return _sum_rows(log_det.expand(inputs.shape[: inputs.dim() - event_dim]))
-
-
-def check_context(context: Tensor | None, width: Width, inputs: Tensor, what: str) -> None:
-    """Raise a ValueError unless ``context`` is one that ``what`` takes together with ``inputs``."""
-    if context is None:
-        if width not in (None, ...):
-            raise ValueError(f"{what} is conditional: give a context of shape (batch, {width})")
-        return
-    if width is None:
-        raise ValueError(f"{what} is unconditional, but a context of shape {tuple(context.shape)} was given")
-    if width is not ...:
-        check_event(context, (width,), f"the context of {what}")
-    if len(context) != len(inputs):
-        raise ValueError(f"the context of {what} has {len(context)} rows for {len(inputs)} inputs")
 
 
 def one_width(widths: Iterable[Width], what: str) -> Width:

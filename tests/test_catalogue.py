@@ -68,7 +68,7 @@ def test_a_flow_that_no_recipe_rebuilds_is_not_saved(tmp_path):
         pass
 
     flow = build_flow("masked-affine", 2, preprocess=MyTransform(torch.zeros(2), torch.ones(2)))
-    with pytest.raises(TypeError, match="preprocess of Standardize, Logit, Probit, not MyTransform"):
+    with pytest.raises(TypeError, match="preprocess of Standardize, Logit, Probit, Marginals, not MyTransform"):
         save_flow(flow, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -84,7 +84,7 @@ def test_a_flow_that_no_recipe_rebuilds_is_not_saved(tmp_path):
         ({"context_features": 0}, ValueError, "context_features must be a positive integer, not 0"),
         ({"activation": "rellu"}, ValueError, "unknown activation 'rellu'; known: relu, "),
         ({"masks": [torch.ones(3)]}, ValueError, r"each mask must have shape \(4,\), but one has \(3,\)"),
-        ({"bins": 8}, TypeError, "masked-affine has no option 'bins'; it has: scale_bound, dropout"),
+        ({"bins": 8}, TypeError, "masked-affine has no option 'bins'; it has: scale_bound, net, dropout"),
         ({"features": 1}, ValueError, "a coupling flow needs at least 2 features, not 1"),
         ({"name": "masked-spline", "bins": 1}, ValueError, "bins must be at least 2, not 1"),
         ({"name": "nflows-maf", "hidden_features": (8, 9)}, ValueError, r"\(8, 9\) must all be equal"),

@@ -17,8 +17,8 @@ import torch
 from nflows.transforms import CompositeTransform, InverseNotAvailable, ReversePermutation, Transform
 from torch import Tensor, nn
 
-from adapters.checks import check_context, check_event
-from adapters.flow import Flow
+from adapters.checks import check_context
+from adapters.flow import ContextAsCoordinates, Flow
 from adapters.networks import ACTIVATIONS, MLP
 from adapters.registry import Example, Model, Specification
 
@@ -452,36 +452,6 @@ def _like(model: nn.Module) -> Tensor:
 
 def _name(thing) -> str:
     return type(thing).__name__
-
-
-class ContextAsCoordinates(Transform):
-    """A coupling transform of x and a context side by side, whose masks leave the context's coordinates unchanged.
-
-    Unchanged coordinates are what the networks read: so layers that know of no context become conditional, and the
-    log-determinant over x and context is that over x alone.
-
-    Args:
-        transform: of ``(batch, features + context_features)``.
-        features, context_features: how many coordinates of each.
-    """
-
-    def __init__(self, transform: Transform, features: int, context_features: int):
-        super().__init__()
-        self.transform = transform
-        self.features = features
-        self.context_features = context_features
-
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_to(self.transform, inputs, context)
-
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_to(self.transform.inverse, inputs, context)
-
-    def _apply_to(self, function, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        check_event(inputs, (self.features,), "this transform")
-        check_context(context, self.context_features, inputs, "this transform")
-        outputs, log_det = function(torch.cat((inputs, context), dim=1))
-        return outputs[:, : self.features], log_det
 
 
 def affine(specification: Specification) -> Transform:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, TransformedDistribution, transforms
 from torch.overrides import TorchFunctionMode
 
-from adapters.checks import check_event
-from adapters.flow import Flow
+from adapters.checks import check_context
+from adapters.flow import ContextAsCoordinates, Flow
 from adapters.masks import check_mask
 from adapters.networks import ACTIVATIONS
 from adapters.registry import Example, Model, Specification
@@ -28,7 +28,6 @@ from adapters.torch_distributions import (
     Held,
     TorchBase,
     Width,
-    check_context,
     clear_caches,
     one_width,
     rows,
@@ -135,31 +134,6 @@ class ConditionedBase(Held):
 
     def forward(self, context: Tensor | None = None) -> Distribution:
         return self.thing.condition(context)
-
-
-class ContextAsCoordinates(Transform):
-    """A transform of x and a context side by side that leaves the context unchanged, as a conditional one of x.
-
-    Args:
-        transform: of ``(batch, features + context_features)``.
-        features, context_features: how many coordinates of each.
-    """
-
-    def __init__(self, transform: Transform, features: int, context_features: int):
-        super().__init__()
-        self.transform, self.features, self.context_features = transform, features, context_features
-
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_to(self.transform, inputs, context)
-
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_to(self.transform.inverse, inputs, context)
-
-    def _apply_to(self, function: Callable, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        check_event(inputs, (self.features,), "this transform")
-        check_context(context, self.context_features, inputs, "this transform")
-        outputs, log_det = function(torch.cat((inputs, context), dim=1))
-        return outputs[:, : self.features], log_det
 
 
 def transform_in(thing) -> Transform | None:

@@ -15,7 +15,7 @@ from nflows.transforms import IdentityTransform, InverseNotAvailable, Transform
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from adapters.checks import check_event, check_positive
+from adapters.checks import check_context, check_event, check_positive
 from adapters.flow import Flow
 from adapters.networks import ACTIVATIONS
 from adapters.registry import Example, Model, Specification
@@ -25,7 +25,6 @@ from adapters.torch_distributions import (
     Held,
     TorchBase,
     Width,
-    check_context,
     one_width,
     rows,
 )
