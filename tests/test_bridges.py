@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,6 +222,56 @@ def test_a_librarys_own_layer_is_scored_by_every_other_library(name, library):
     transform, x, context = made(EXAMPLES[name])
     native = bridge_of(library).native_log_prob(exported(library, transform, EXAMPLES[name]), x, context)
     assert_close(native, nflows_log_prob(transform, x, context))
+
+
+def has_context(entries: dict) -> bool:
+    return any(entry.context_features is not None for entry in entries.values())
+
+
+def is_differentiable(model: Model) -> bool:
+    """Whether a gradient goes through a sample to the parameters."""
+    flow = as_flow(model.make()).double()
+    if not flow.sample(3).requires_grad:
+        return False
+    flow.sample(3).sum().backward()
+    return any(p.grad is not None and p.grad.abs().sum() > 0 for p in flow.parameters())
+
+
+def keeps_float64(model: Model) -> bool:
+    flow = as_flow(model.make()).double()
+    samples, log_prob = flow.sample_and_log_prob(3)
+    return samples.dtype == log_prob.dtype == flow.log_prob(samples).dtype == torch.float64
+
+
+def bridge_table() -> list[str]:
+    """The README's table of what goes where, found by doing it."""
+    rows = ["| | layer in | out as | whole model | conditional | image | differentiable sample | float64 |"]
+    rows.append("|---|" + "---|" * (rows[0].count("|") - 2))
+    for name, bridge in BRIDGES.items():
+        if name == "nflows":  # the hub itself
+            continue
+        torch.manual_seed(0)
+        models = [m for m in bridge.MODELS.values() if m.samples and m.context_features is None]
+        transform, x, _ = made(HUB["packed"])
+        outs = [f'`"{o}"`' for o in bridge.LIBRARIES if as_transform(to_library(o, transform))(x)[0].shape == x.shape]
+        columns = [
+            bool(bridge.EXAMPLES),
+            ", ".join(outs),
+            bool(bridge.MODELS),
+            has_context(bridge.EXAMPLES | bridge.MODELS),
+            any(len(e.event_shape) == 3 for e in (bridge.EXAMPLES | bridge.MODELS).values()),
+            any(map(is_differentiable, models)),
+            all(map(keeps_float64, models)),
+        ]
+        cells = [c if isinstance(c, str) else "yes" if c else "no" for c in columns]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def test_the_readmes_table_is_true():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for row in bridge_table():
+        assert row in readme, "\n".join(bridge_table())
 
 
 # what comes in: the whole models of each library
