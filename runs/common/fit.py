@@ -104,6 +104,19 @@ class Recipe:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
 
 
+def make_accelerator(precision: str = "no", **options) -> Accelerator:
+    """Device, precision and processes as accelerate finds them, and on CPUs the processes that torchrun started.
+
+    Left alone, accelerate takes each of torchrun's processes on a machine without a GPU for the only one, and its own
+    launcher starts a single process there, whatever it was asked for.
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if not several and "MASTER_PORT" in os.environ:
+        print("accelerate launch started only one process here; torchrun --nproc_per_node N starts several on CPUs")
+    on_cpu = several and not (torch.cuda.is_available() or torch.xpu.is_available())
+    return Accelerator(mixed_precision=precision, cpu=on_cpu, **options)
+
+
 def fit(
     loss: nn.Module,
     batch: Callable[[int], Any],
@@ -122,7 +135,7 @@ def fit(
     With several processes each one computes the gradient of its own batches, the mean over processes is followed, and
     all processes see the same losses and the same time: they end at the same step. Only the first one writes.
 
-    The first Ctrl-C ends the training after the step at hand, the second one at once.
+    The first Ctrl-C, or a scheduler's SIGTERM, ends the training after the step at hand; a second Ctrl-C, at once.
 
     Args:
         loss: ``loss(batch)`` is the scalar to minimise.
@@ -142,7 +155,7 @@ def fit(
         NotFinite: when the loss stops being finite, naming the step.
         FileNotFoundError, ValueError: when there is nothing to resume, or what there is belongs to another training.
     """
-    accelerator = accelerator or Accelerator(mixed_precision=recipe.precision)
+    accelerator = accelerator or make_accelerator(recipe.precision)
     module = accelerator.prepare(loss)
     parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     optimizer = accelerator.prepare(
@@ -165,6 +178,7 @@ def fit(
         smoothing=0.05,
         dynamic_ncols=True,
     )
+    say = bar.write if accelerator.is_main_process else lambda text: None
     window = []
     started = saved = shown = time.monotonic() - training.fitted.seconds
     try:
@@ -205,7 +219,7 @@ def fit(
                 if validate is not None and (training.fitted.steps % recipe.validate_every == 0 or training.done()):
                     value = training.validate(validate)
                     accelerator.log({"validation": value}, training.fitted.steps)
-                    bar.write(f"step {training.fitted.steps}: validation {describe(value)}")
+                    say(f"step {training.fitted.steps}: validation {describe(value)}")
                 if time.monotonic() - saved > recipe.save_every:
                     training.save()
                     saved = time.monotonic()
@@ -213,7 +227,8 @@ def fit(
                     raise KeyboardInterrupt
     except KeyboardInterrupt:
         training.fitted.interrupted = True
-        bar.write(f"interrupted at step {training.fitted.steps}: ending with what is trained so far")
+        training.fitted.losses += [(training.fitted.steps, sum(window) / len(window))] if window else []
+        say(f"interrupted at step {training.fitted.steps}: ending with what is trained so far")
     finally:
         bar.close()
     training.save()
@@ -224,21 +239,22 @@ def fit(
 
 
 class _Interrupt:
-    """Notes the first Ctrl-C instead of raising, so that a step is never cut in two; the second one raises."""
+    """Notes the first Ctrl-C or SIGTERM instead of acting, so that no step is cut in two; a second Ctrl-C raises."""
 
     def __enter__(self) -> "_Interrupt":
         self.asked = False
         self.in_charge = threading.current_thread() is threading.main_thread()  # only there may handlers be set
         if self.in_charge:
-            self.previous = signal.signal(signal.SIGINT, self._note)
+            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_) -> None:
         if self.in_charge:
-            signal.signal(signal.SIGINT, self.previous)
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
 
-    def _note(self, *_) -> None:
-        if self.asked:
+    def _note(self, number: int, _) -> None:
+        if self.asked and number == signal.SIGINT:  # a launcher passes Ctrl-C on as a SIGTERM: that is no second one
             raise KeyboardInterrupt
         self.asked = True
 
