@@ -19,10 +19,12 @@ from accelerate.utils import LoggerType
 from torch import Tensor, nn
 
 from adapters import build_flow, checkerboard_mask, flow_names, load_flow, random_mask, save_flow
+from adapters.catalogue import flow_options
 from adapters.checkpoint import FILE
 from adapters.checks import check_positive
 from adapters.flow import Flow
-from adapters.preprocess import Logit, Standardize
+from adapters.masks import pyramid_masks
+from adapters.preprocess import Logit, Marginals, Standardize
 from runs.common import figures
 from runs.common.fit import PRECISIONS, Fitted, NotFinite, Recipe, check_resumable, fit, make_accelerator
 from runs.common.images import (
@@ -42,9 +44,9 @@ from runs.common.results import check_known, cli, open_directory, peak_memory, w
 SHAPE = (28, 28)
 RESULTS = Path("results/mnist")
 CHUNK = 500  # images scored or sampled at once
-NETS = ("mlp", "conv")
 TRACKERS = tuple(str(kind.value) for kind in LoggerType)
 LAYERS = 8  # unless the masks say how many
+HIDDEN = {"mlp": (512, 512), "conv": (64, 64)}  # widths or channels
 EVALUATION_SEED = 0  # of the noise on validation and test images: always the same
 # Arguments that a resumed training may change: they don't touch the weights.
 FREE = ("data_dir", "out", "resume", "load", "track", "save_every", "samples", "temperature", "importance")
@@ -65,20 +67,6 @@ def random_masks(layers: int | None, seed: int) -> list[Tensor]:
     return [random_mask(math.prod(SHAPE), generator) for _ in range(layers or LAYERS)]
 
 
-def pyramid_masks(layers: int | None, seed: int) -> list[Tensor]:
-    """From coarse to fine, the noise side first."""
-    from adapters.masks import pyramid_masks
-
-    return pyramid_masks(*SHAPE)
-
-
-def marginals(images: Tensor):
-    """Each pixel's own distribution, as a histogram → standard normal."""
-    from adapters.preprocess import Marginals
-
-    return Marginals.of(images)
-
-
 def standardize(images: Tensor) -> Standardize:
     """Zero mean and unit deviation for each dequantised pixel, whose noise adds 1/2 and 1/12 in units of a level."""
     sums = sum(torch.stack((part.sum(0), part.square().sum(0))) for part in map(Tensor.double, images.split(5000)))
@@ -87,8 +75,8 @@ def standardize(images: Tensor) -> Standardize:
     return Standardize(((mean + 0.5) / LEVELS).float(), (deviation / LEVELS).float())
 
 
-MASKS = {"checker": checker_masks, "random": random_masks, "pyramid": pyramid_masks}
-PREPROCESS = {"logit": lambda images: Logit(alpha=1e-6, high=HIGH), "affine": standardize, "marginals": marginals}
+MASKS = {"checker": checker_masks, "random": random_masks, "pyramid": lambda layers, seed: pyramid_masks(*SHAPE)}
+PREPROCESS = {"logit": lambda images: Logit(alpha=1e-6, high=HIGH), "affine": standardize, "marginals": Marginals.of}
 
 
 class BitsPerDim(nn.Module):
@@ -112,7 +100,7 @@ def main(
     preprocess: str = "logit",
     conditional: bool = False,
     layers: int | None = None,
-    hidden: tuple[int, ...] = (512, 512),
+    hidden: tuple[int, ...] | None = None,
     options: dict[str, bool | int | float | str] | None = None,
     epochs: int = 12,
     batch_size: int = 128,
@@ -147,7 +135,7 @@ def main(
             histogram to a normal).
         conditional: model p(image | class) instead of p(image).
         layers: layers of the flow; by default 8, or one for each mask of the pyramid.
-        hidden: widths of the hidden layers of each layer's networks.
+        hidden: widths of the hidden layers of each layer's networks, or their channels; by default 512 512 and 64 64.
         options: what else build_flow takes for this flow, e.g. --options dropout 0.15 activation gelu.
         epochs: passes over the training images.
         batch_size: images in a batch, over all processes.
@@ -176,10 +164,13 @@ def main(
         return draw_again(load, out, samples, temperature, seed)
     check_known(MASKS, mask=mask)
     check_known(flow_names(), flow=flow)
-    check_known(NETS, net=net)
+    check_known(HIDDEN, net=net)
     check_known(DATASETS, dataset=dataset)
     check_known(PREPROCESS, preprocess=preprocess)
     check_known(PRECISIONS, precision=precision)
+    if net != "mlp" and "net" not in flow_options(flow):
+        raise ValueError(f"net {net} is for hand-written flows; {flow} has its own networks")
+    hidden = hidden or HIDDEN[net]
     check_positive(epochs=epochs, batch_size=batch_size, lr=lr, accumulate=accumulate, save_every=save_every)
     check_positive(**{f"hidden[{i}]": width for i, width in enumerate(hidden)})
     given = {"layers": layers, "seconds": seconds, "patience": patience, "clip": clip, "limit": limit}
@@ -190,18 +181,20 @@ def main(
     if resume:
         check_resumable(out)
     out = open_directory(out)
+    masks = MASKS[mask](layers, seed)
+    layers = layers or (len(masks) if mask == "pyramid" else LAYERS)
+    arguments |= {"layers": layers, "hidden": hidden, "out": out}  # as they were used
     accelerator = open_accelerator(precision, track, out)
     device, main_process = accelerator.device, accelerator.is_main_process
     with accelerator.local_main_process_first():  # the others find the files that the first one fetched
         images = load_images(dataset, data_dir).first(limit)
 
     torch.manual_seed(seed)
-    masks = MASKS[mask](layers, seed)
     model = build_flow(
         flow,
         math.prod(SHAPE),
         context_features=CLASSES if conditional else None,
-        layers=layers or (len(masks) if mask == "pyramid" else LAYERS),
+        layers=layers,
         hidden_features=hidden,
         masks=masks,
         preprocess=PREPROCESS[preprocess](images.train.flatten(1)),
@@ -226,7 +219,7 @@ def main(
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     accelerator.print(
-        f"{flow} ({net}, {mask}): {model.recipe['layers']} layers, {parameters:,} parameters, "
+        f"{flow} ({net}, {mask}): {layers} layers, {parameters:,} parameters, "
         f"{len(images.train):,} images of {dataset}, {recipe.steps:,} steps of {batch_size * accumulate}, on {device}"
     )
 

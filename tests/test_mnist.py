@@ -19,6 +19,7 @@ from torch.distributions import Normal
 from torch.testing import assert_close
 
 from adapters import build_flow, load_flow, save_flow
+from adapters.masks import pyramid_masks
 from adapters.preprocess import Standardize
 from runs import mnist
 from runs.common import images as images_module
@@ -278,6 +279,10 @@ def test_end_to_end(conditional, run, tmp_path, capsys):
     "arguments",
     [
         {"mask": "random"},
+        {"mask": "pyramid", "layers": None},
+        {"mask": "pyramid", "layers": None, "preprocess": "marginals", "flow": "masked-histogram"},
+        {"preprocess": "marginals", "net": "conv"},
+        {"preprocess": "marginals", "net": "conv", "conditional": True, "flow": "masked-histogram"},
         {"preprocess": "affine"},
         {"flow": "masked-spline", "options": {"bins": 4}},
         {"flow": "masked-affine-textbook"},
@@ -292,7 +297,12 @@ def test_end_to_end(conditional, run, tmp_path, capsys):
 )
 def test_every_option(arguments, run, tmp_path):
     metrics = run(out=tmp_path, **arguments)
-    assert math.isfinite(metrics["bits_per_dim"]) and load_flow(tmp_path).recipe["features"] == 784
+    flow = load_flow(tmp_path).eval()
+    masks = flow.recipe["masks"]
+    assert len(masks) == (TINY | arguments)["layers"] or len(masks) == len(pyramid_masks(28, 28))
+    images = mnist.load_images("MNIST", None).first(64)
+    context = mnist.class_context(images.test_labels) if arguments.get("conditional") else None
+    assert -mnist.log_likelihoods(flow, images.test, context).mean().item() == pytest.approx(metrics["nll"], rel=1e-4)
 
 
 def test_random_masks_are_saved_and_follow_the_seed(run, tmp_path):
@@ -353,6 +363,7 @@ def test_neighbours_are_the_nearest():
         ({"dataset": "CIFAR10"}, "unknown dataset 'CIFAR10'; known: MNIST, FashionMNIST"),
         ({"preprocess": "none"}, "unknown preprocess 'none'; known: logit, affine, marginals"),
         ({"precision": "fp8"}, "unknown precision 'fp8'; known: no, bf16, fp16"),
+        ({"net": "conv", "flow": "nflows-rqs"}, "net conv is for hand-written flows; nflows-rqs has its own networks"),
         ({"layers": 0}, "layers must be positive, not 0"),
         ({"hidden": (8, -1)}, r"hidden\[1\] must be positive, not -1"),
         ({"epochs": 0}, "epochs must be positive, not 0"),
