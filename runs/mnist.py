@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ from runs.common.results import check_known, cli, open_directory, peak_memory, w
 SHAPE = (28, 28)
 RESULTS = Path("results/mnist")
 CHUNK = 500  # images scored or sampled at once
-TRACKERS = tuple(str(kind.value) for kind in LoggerType)
+TRACKERS = tuple(str(kind.value) for kind in LoggerType if kind != LoggerType.ALL)
 LAYERS = 8  # unless the masks say how many
 HIDDEN = {"mlp": (512, 512), "conv": (64, 64)}  # widths or channels
 EVALUATION_SEED = 0  # of the noise on validation and test images: always the same
@@ -68,11 +69,16 @@ def random_masks(layers: int | None, seed: int) -> list[Tensor]:
 
 
 def standardize(images: Tensor) -> Standardize:
-    """Zero mean and unit deviation for each dequantised pixel, whose noise adds 1/2 and 1/12 in units of a level."""
-    sums = sum(torch.stack((part.sum(0), part.square().sum(0))) for part in map(Tensor.double, images.split(5000)))
-    mean, square = sums / len(images)
-    deviation = (square - mean.square() + 1 / 12).sqrt()
-    return Standardize(((mean + 0.5) / LEVELS).float(), (deviation / LEVELS).float())
+    """Zero mean and unit deviation over all pixels together, after dequantisation: U(0, 1) adds 1/2 and 1/12.
+
+    Not pixel by pixel: at the border some are black in all training images, and any ink there would be 800 deviations.
+    """
+    share = torch.bincount(images.flatten(), minlength=LEVELS + 1).double() / images.numel()
+    level = torch.arange(LEVELS + 1, dtype=torch.float64)
+    mean = (share * level).sum()
+    deviation = ((share * (level - mean).square()).sum() + 1 / 12).sqrt()
+    same = torch.ones(images.shape[1])
+    return Standardize(same * (mean + 0.5).item() / LEVELS, same * deviation.item() / LEVELS)
 
 
 MASKS = {"checker": checker_masks, "random": random_masks, "pyramid": lambda layers, seed: pyramid_masks(*SHAPE)}
@@ -131,8 +137,8 @@ def main(
         net: the networks of a hand-written flow: mlp or conv.
         dataset: MNIST, FashionMNIST, KMNIST or QMNIST; all but MNIST are downloaded unless they are there.
         data_dir: where the data sets are kept; by default the user's cache.
-        preprocess: the flow's first transform: logit, affine (zero mean, unit deviation) or marginals (each pixel's
-            histogram to a normal).
+        preprocess: the flow's first transform: logit, affine (zero mean and unit deviation over all pixels) or marginals
+            (each pixel's histogram to a normal).
         conditional: model p(image | class) instead of p(image).
         layers: layers of the flow; by default 8, or one for each mask of the pyramid.
         hidden: widths of the hidden layers of each layer's networks, or their channels; by default 512 512 and 64 64.
@@ -274,9 +280,9 @@ def open_accelerator(precision: str, track: str | None, out: Path) -> Accelerato
     """
     if track is not None:
         check_known(TRACKERS, track=track)
+        if track not in {str(kind.value) for kind in get_available_trackers()}:
+            raise ImportError(f"--track {track} needs the package {track}: pip install {track}")
     accelerator = make_accelerator(precision, log_with=track, project_dir=out)
-    if track is not None and not accelerator.log_with:
-        raise ImportError(f"--track {track} needs the package {track}: pip install {track}")
     if track is not None:
         accelerator.init_trackers("mnist")
     return accelerator
@@ -332,7 +338,10 @@ def standard_error(scores: Tensor, dimensions: int) -> float:
 
 
 def costs(batches: Batches, fitted: Fitted, recipe: Recipe, device: torch.device) -> dict[str, float]:
-    """Images a second (validation and checkpoints included), the share of a step that its data take, and memory."""
+    """Images a second (validation and checkpoints included), the share of a step that its data take, and memory.
+
+    On a GPU, whose work is only queued, the share is that of the queueing.
+    """
     step = fitted.seconds / max(1, fitted.steps)
     data = batches.seconds / max(1, batches.served) * recipe.accumulate
     found = {

@@ -208,7 +208,7 @@ def fit(
                 training.fitted.steps += 1
                 training.fitted.seconds = elapsed
                 window.append(value)
-                bar.total = math.ceil(training.fitted.steps / training.progress())
+                bar.total = round(training.fitted.steps / training.progress())
                 bar.update()
                 if elapsed + started - shown > 0.5 or training.done():
                     mean = sum(window) / len(window)
