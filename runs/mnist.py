@@ -137,8 +137,8 @@ def main(
         net: the networks of a hand-written flow: mlp or conv.
         dataset: MNIST, FashionMNIST, KMNIST or QMNIST; all but MNIST are downloaded unless they are there.
         data_dir: where the data sets are kept; by default the user's cache.
-        preprocess: the flow's first transform: logit, affine (zero mean and unit deviation over all pixels) or marginals
-            (each pixel's histogram to a normal).
+        preprocess: the flow's first transform: logit, affine (zero mean and unit deviation over all pixels) or
+            marginals (each pixel's histogram to a normal).
         conditional: model p(image | class) instead of p(image).
         layers: layers of the flow; by default 8, or one for each mask of the pyramid.
         hidden: widths of the hidden layers of each layer's networks, or their channels; by default 512 512 and 64 64.
@@ -459,7 +459,7 @@ def draw_training(fitted: Fitted, out: Path, published: dict[str, float]) -> Pat
         figures.curve(axes, steps, values, smooth=9, label="training")
         axes.plot(
             *zip(*fitted.validation, strict=True), "o-", color=figures.ACCENT, markersize=3, linewidth=1,
-            label="validation, averaged weights",
+            label="validation",
         )  # fmt: skip
         every = torch.tensor([*values, *(value for _, value in fitted.validation)])
         low, high = every.min().item(), torch.quantile(every, 0.95).item()

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 INK = "#22303c"
 ACCENT = "#c8553d"
+FAINT = "#5d6b75"
 DENSITY = "magma"
 GAP = 2  # pixels between the images of a grid
 LABEL = 11
@@ -27,8 +28,8 @@ STYLE = {
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": "#5d6b75",
-    "ytick.color": "#5d6b75",
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "legend.frameon": False,
@@ -129,8 +130,8 @@ def image_grid(path: Path, images: np.ndarray, columns: int, labels: Sequence[st
 
 def reference(axes: Axes, value: float, label: str) -> None:
     """A level to compare with: a thin dashed line, named at its right end."""
-    axes.axhline(value, color=ACCENT, linewidth=0.8, linestyle="--")
+    axes.axhline(value, color=FAINT, linewidth=0.8, linestyle="--")
     axes.annotate(
         label, (1, value), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
-        fontsize=7, color=ACCENT,
+        fontsize=7, color=FAINT,
     )  # fmt: skip
