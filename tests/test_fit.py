@@ -51,6 +51,16 @@ def test_average_is_steadier_than_the_last_weights():
     assert error(0.99) < 0.5 * error(None)
 
 
+def test_average_of_a_few_steps_is_the_last_weights():
+    def weights(average):
+        module = Quadratic()
+        fit(module, lambda step: TARGET, Recipe(steps=3, lr=0.1, average=average))
+        return module.w.detach()
+
+    assert weights(None).norm() > 0
+    assert_close(weights(0.999), weights(None))
+
+
 def test_rate_rises_and_falls():
     recipe = Recipe(steps=10, lr=2.0, warmup=0.1)
     assert recipe.rate(0) == 0 and recipe.rate(0.05) == pytest.approx(1.0)

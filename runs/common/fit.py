@@ -326,7 +326,11 @@ class _Training:
 
     def average_weights(self) -> None:
         """Move the average; its decay grows from 0 as (1 + n) / (10 + n): the first weights are soon forgotten."""
-        if self.average is not None and self.fitted.steps % AVERAGE_EVERY == 0:
+        if self.average is None:
+            return
+        if self.fitted.steps < AVERAGE_EVERY:
+            _write(self.average, self.parameters)
+        elif self.fitted.steps % AVERAGE_EVERY == 0:
             n = self.fitted.steps / AVERAGE_EVERY
             decay = min(self.recipe.average**AVERAGE_EVERY, (1 + n) / (10 + n))
             torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], 1 - decay)
