@@ -1,13 +1,15 @@
 """The training loop on a problem whose answer is known."""
 
 import math
+import os
+import signal
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from runs.common.fit import NotFinite, Recipe, fit
+from runs.common.fit import STATE, NotFinite, Recipe, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.*")
 
@@ -47,6 +49,16 @@ def test_average_is_steadier_than_the_last_weights():
         return (module.w.detach() - TARGET).norm()
 
     assert error(0.99) < 0.5 * error(None)
+
+
+def test_average_of_a_few_steps_is_the_last_weights():
+    def weights(average):
+        module = Quadratic()
+        fit(module, lambda step: TARGET, Recipe(steps=3, lr=0.1, average=average))
+        return module.w.detach()
+
+    assert weights(None).norm() > 0
+    assert_close(weights(0.999), weights(None))
 
 
 def test_rate_rises_and_falls():
@@ -138,7 +150,61 @@ def test_nothing_to_resume_is_said(tmp_path):
         fit(nn.Linear(2, 2), noisy, Recipe(steps=2), directory=tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("numbers", [{"steps": 0}, {"steps": 5, "lr": -1.0}, {"steps": 5, "accumulate": 0}])
+def test_interrupted_validation_does_not_touch_the_training(tmp_path):
+    """While it is validated, the module holds the averaged weights."""
+    recipe = Recipe(steps=20, lr=0.1, average=0.9, validate_every=10)
+
+    def train(directory, interrupt=False, resume=False):
+        module, calls = Quadratic(), []
+
+        def validate():
+            calls.append(1)
+            if interrupt and len(calls) == 1:
+                raise KeyboardInterrupt
+            return -float(len(calls))
+
+        fitted = fit(module, noisy, recipe, validate=validate, directory=directory, resume=resume)
+        return module.w.detach(), fitted
+
+    torch.manual_seed(0)
+    whole, _ = train(tmp_path / "whole")
+    torch.manual_seed(0)
+    _, first = train(tmp_path / "parts", interrupt=True)
+    assert first.interrupted and first.steps == 10 and len(first.validation) == 1
+    resumed, _ = train(tmp_path / "parts", resume=True)
+    assert torch.equal(resumed, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_the_step_and_a_second_ctrl_c_does_not(number):
+    before = signal.getsignal(number)
+
+    def batch(step, times=1):
+        if step == 4:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return TARGET
+
+    fitted = fit(Quadratic(), batch, Recipe(steps=50))
+    assert fitted.interrupted and fitted.steps == 5 and signal.getsignal(number) == before
+    fitted = fit(Quadratic(), lambda step: batch(step, times=2), Recipe(steps=50))
+    assert fitted.interrupted and fitted.steps == (4 if number == signal.SIGINT else 5)
+
+
+def test_training_can_be_resumed_from_its_first_moment_and_only_with_its_own_identity(tmp_path):
+    def batch(step):
+        assert (tmp_path / STATE).exists()
+        raise KeyboardInterrupt
+
+    assert fit(Quadratic(), batch, Recipe(steps=3), directory=tmp_path, identity={"seed": 0}).steps == 0
+    with pytest.raises(ValueError, match="belongs to another training: seed was 0, not 1"):
+        fit(Quadratic(), noisy, Recipe(steps=3), directory=tmp_path, resume=True, identity={"seed": 1})
+    assert fit(Quadratic(), noisy, Recipe(steps=3), directory=tmp_path, resume=True, identity={"seed": 0}).steps == 3
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"steps": 0}, {"steps": 5, "lr": -1.0}, {"steps": 5, "accumulate": 0}, {"steps": 5, "clip": 0.0}]
+)
 def test_numbers_must_be_positive(numbers):
     with pytest.raises(ValueError, match="must be positive, not"):
         Recipe(**numbers)

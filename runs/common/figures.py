@@ -1,6 +1,6 @@
 """The look that all pictures share, and the pictures that several runs draw."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,10 @@ from matplotlib.axes import Axes
 
 INK = "#22303c"
 ACCENT = "#c8553d"
+FAINT = "#5d6b75"
 DENSITY = "magma"
+GAP = 2  # pixels between the images of a grid
+LABEL = 11
 STYLE = {
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
@@ -25,8 +28,8 @@ STYLE = {
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": "#5d6b75",
-    "ytick.color": "#5d6b75",
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "legend.frameon": False,
@@ -88,3 +91,47 @@ def save_animation(path: Path, densities: list[np.ndarray], top: float) -> None:
         images.append(image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST))
     durations = [80] * (len(images) - 1) + [2000]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+
+def image_grid(path: Path, images: np.ndarray, columns: int, labels: Sequence[str] = (), title: str = "") -> Path:
+    """Images ``(n, height, width)`` with values in [0, 1], row by row, in a grid and nothing else.
+
+    Args:
+        path: of the PNG.
+        images: what to show; the last row may be short.
+        columns: images in a row.
+        labels: one for each row, written at its left.
+        title: a line above the grid.
+    """
+    count, height, width = images.shape
+    rows = -(-count // columns)
+    mosaic = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP), np.nan)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
+        mosaic[top : top + height, left : left + width] = image
+    scale = max(1, round(1200 / mosaic.shape[1])) if mosaic.shape[1] < 1200 else 1
+    size = (scale * mosaic.shape[1] / STYLE["figure.dpi"], scale * mosaic.shape[0] / STYLE["figure.dpi"])
+    with plt.rc_context(STYLE | {"figure.constrained_layout.use": False}):
+        drawing = plt.figure(figsize=size)
+        axes = drawing.add_axes((0, 0, 1, 1))
+        axes.imshow(mosaic, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        for row, label in enumerate(labels):
+            middle = row * (height + GAP) + height / 2
+            axes.text(-4, middle, label, ha="right", va="center", color=INK, fontsize=LABEL)
+        if title:
+            axes.text(0, -4, title, ha="left", va="bottom", color=INK, fontsize=LABEL)
+        try:
+            drawing.savefig(path, bbox_inches="tight", pad_inches=0.06)
+        finally:
+            plt.close(drawing)
+    return path
+
+
+def reference(axes: Axes, value: float, label: str) -> None:
+    """A level to compare with: a thin dashed line, named at its right end."""
+    axes.axhline(value, color=FAINT, linewidth=0.8, linestyle="--")
+    axes.annotate(
+        label, (1, value), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+        fontsize=7, color=FAINT,
+    )  # fmt: skip

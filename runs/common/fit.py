@@ -6,9 +6,12 @@ nothing of flows, images or Pyro.
 
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from tqdm import tqdm
 from adapters.checks import check_positive
 
 STATE = "training.pt"
+PRECISIONS = ("no", "bf16", "fp16")
 SNAPSHOT_EVERY = 100  # steps; a loss that is not finite costs at most so many
 AVERAGE_EVERY = 10  # steps; the moving average of the weights is moved once in so many, with the decay to that power
 
@@ -85,12 +89,33 @@ class Recipe:
 
     def __post_init__(self):
         check_positive(steps=self.steps, lr=self.lr, accumulate=self.accumulate, validate_every=self.validate_every)
+        optional = {"clip": self.clip, "patience": self.patience, "seconds": self.seconds}
+        check_positive(**{name: value for name, value in optional.items() if value is not None})
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must not be negative, but is {self.weight_decay}")
+        if self.average is not None and not 0 < self.average < 1:
+            raise ValueError(f"average must lie between 0 and 1, not {self.average}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
 
     def rate(self, progress: float) -> float:
         """The learning rate when the share ``progress`` of the training is done."""
         if progress < self.warmup:
             return self.lr * progress / self.warmup
         return self.lr * 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
+
+
+def make_accelerator(precision: str = "no", **options) -> Accelerator:
+    """Device, precision and processes as accelerate finds them, and on CPUs the processes that torchrun started.
+
+    Left alone, accelerate takes each of torchrun's processes on a machine without a GPU for the only one, and its own
+    launcher starts a single process there, whatever it was asked for.
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if not several and "MASTER_PORT" in os.environ:
+        print("accelerate launch started only one process here; torchrun --nproc_per_node N starts several on CPUs")
+    on_cpu = several and not (torch.cuda.is_available() or torch.xpu.is_available())
+    return Accelerator(mixed_precision=precision, cpu=on_cpu, **options)
 
 
 def fit(
@@ -103,9 +128,15 @@ def fit(
     observe: Callable[[int], None] | None = None,
     directory: Path | None = None,
     resume: bool = False,
+    identity: dict[str, Any] | None = None,
     accelerator: Accelerator | None = None,
 ) -> Fitted:
     """Train the parameters of ``loss`` in place.
+
+    With several processes each one computes the gradient of its own batches, the mean over processes is followed, and
+    all processes see the same losses and the same time: they end at the same step. Only the first one writes.
+
+    The first Ctrl-C, or a scheduler's SIGTERM, ends the training after the step at hand; a second Ctrl-C, at once.
 
     Args:
         loss: ``loss(batch)`` is the scalar to minimise.
@@ -115,23 +146,30 @@ def fit(
         validate: the loss on held-out data; lower is better.
         describe: words for the progress bar, from a loss.
         observe: called before each step with the number of steps done, for pictures of the training.
-        directory: where checkpoints go; ``None`` for none.
+        directory: where checkpoints go; ``None`` for none. One is written before the first step.
         resume: go on from the checkpoint in ``directory``.
+        identity: what the training depends on beside the code (plain numbers, strings, lists); it is kept in the
+            checkpoint, and a training of another identity is not resumed.
         accelerator: device, precision and processes; by default one made from the recipe.
 
     Raises:
         NotFinite: when the loss stops being finite, naming the step.
         FileNotFoundError, ValueError: when there is nothing to resume, or what there is belongs to another training.
     """
-    accelerator = accelerator or Accelerator(mixed_precision=recipe.precision)
+    accelerator = accelerator or make_accelerator(recipe.precision)
     module = accelerator.prepare(loss)
     parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     optimizer = accelerator.prepare(
         torch.optim.AdamW(parameters, recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
     )
     training = _Training(loss, parameters, optimizer, recipe, directory if accelerator.is_main_process else None)
+    training.identity = identity
     if resume:
         training.load(directory)
+    else:
+        training.save()
+    if not accelerator.is_main_process:  # what is random within the module (dropout) differs between processes
+        torch.manual_seed(torch.initial_seed() + 1_000_003 * accelerator.process_index + training.fitted.steps)
     bar = tqdm(
         total=recipe.steps,
         initial=training.fitted.steps,
@@ -141,71 +179,119 @@ def fit(
         smoothing=0.05,
         dynamic_ncols=True,
     )
+    say = bar.write if accelerator.is_main_process else lambda text: None
     window = []
     started = saved = shown = time.monotonic() - training.fitted.seconds
     try:
-        while not training.done():
-            step = training.fitted.steps
-            if observe is not None:
-                observe(step)
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(training.progress())
-            optimizer.zero_grad()
-            value = _backward(module, batch, step, recipe.accumulate, accelerator)
-            if not math.isfinite(value):
-                training.restore_snapshot()
-                raise NotFinite(
-                    f"the loss became {value} at step {step + 1}; "
-                    f"the weights of step {training.snapshot_step} are kept. "
-                    f"A lower learning rate than {recipe.lr:g} or a smaller clip may help"
-                )
-            if step % SNAPSHOT_EVERY == 0:
-                training.take_snapshot()
-            if recipe.clip is not None:
-                accelerator.clip_grad_norm_(parameters, recipe.clip)
-            optimizer.step()
-            training.average_weights()
-            training.fitted.steps += 1
-            window.append(value)
-            bar.update()
-            now = time.monotonic()
-            training.fitted.seconds = now - started
-            if now - shown > 0.5 or training.done():
-                mean = sum(window) / len(window)
-                bar.set_postfix_str(describe(mean), refresh=False)
-                training.fitted.losses.append((training.fitted.steps, mean))
-                shown, window = now, []
-            if validate is not None and (training.fitted.steps % recipe.validate_every == 0 or training.done()):
-                training.validate(validate)
-                bar.write(f"step {training.fitted.steps}: validation {describe(training.fitted.validation[-1][1])}")
-            if now - saved > recipe.save_every and directory is not None:
-                training.save()
-                saved = now
+        with _Interrupt() as interrupt:
+            while not training.done():
+                step = training.fitted.steps
+                if observe is not None:
+                    observe(step)
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.rate(training.progress())
+                optimizer.zero_grad()
+                value = _backward(module, batch, step, recipe.accumulate, accelerator)
+                value, elapsed, stop = _agree(accelerator, value, time.monotonic() - started, interrupt.asked)
+                if not math.isfinite(value):
+                    training.restore_snapshot()
+                    raise NotFinite(
+                        f"the loss became {value} at step {step + 1}; "
+                        f"the weights of step {training.snapshot_step} are kept. "
+                        f"A lower learning rate than {recipe.lr:g} or a smaller clip may help"
+                    )
+                if step % SNAPSHOT_EVERY == 0:
+                    training.take_snapshot()
+                if recipe.clip is not None:
+                    accelerator.clip_grad_norm_(parameters, recipe.clip)
+                optimizer.step()
+                training.average_weights()
+                training.fitted.steps += 1
+                training.fitted.seconds = elapsed
+                window.append(value)
+                bar.total = round(training.fitted.steps / training.progress())
+                bar.update()
+                if elapsed + started - shown > 0.5 or training.done():
+                    mean = sum(window) / len(window)
+                    bar.set_postfix_str(describe(mean), refresh=False)
+                    training.fitted.losses.append((training.fitted.steps, mean))
+                    accelerator.log({"training": mean, "lr": group["lr"]}, training.fitted.steps)
+                    shown, window = elapsed + started, []
+                if validate is not None and (training.fitted.steps % recipe.validate_every == 0 or training.done()):
+                    value = training.validate(validate)
+                    accelerator.log({"validation": value}, training.fitted.steps)
+                    say(f"step {training.fitted.steps}: validation {describe(value)}")
+                if time.monotonic() - saved > recipe.save_every:
+                    training.save()
+                    saved = time.monotonic()
+                if stop:
+                    raise KeyboardInterrupt
     except KeyboardInterrupt:
         training.fitted.interrupted = True
-        bar.write(f"interrupted at step {training.fitted.steps}: ending with what is trained so far")
+        training.fitted.losses += [(training.fitted.steps, sum(window) / len(window))] if window else []
+        say(f"interrupted at step {training.fitted.steps}: ending with what is trained so far")
     finally:
         bar.close()
     training.save()
+    if training.fitted.interrupted and validate is not None:  # only now: a resumed training must not see it
+        training.validate(validate)
     training.finish()
     return training.fitted
 
 
-def _backward(module: nn.Module, batch: Callable[[int], Any], step: int, accumulate: int, accelerator) -> float:
+class _Interrupt:
+    """Notes the first Ctrl-C or SIGTERM instead of acting, so that no step is cut in two; a second Ctrl-C raises."""
+
+    def __enter__(self) -> "_Interrupt":
+        self.asked = False
+        self.in_charge = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+        if self.in_charge:
+            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.in_charge:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        if self.asked and number == signal.SIGINT:  # a launcher passes Ctrl-C on as a SIGTERM: that is no second one
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def _backward(module: nn.Module, batch: Callable[[int], Any], step: int, accumulate: int, accelerator) -> Tensor:
     """Add up the gradients of a step's batches; the mean of their losses."""
-    total = 0.0
+    total = torch.zeros((), device=accelerator.device)
     for i in range(accumulate):
-        with accelerator.no_sync(module) if i < accumulate - 1 else accelerator.autocast():
+        with accelerator.no_sync(module) if i < accumulate - 1 else nullcontext():
             loss = module(_to(batch(step * accumulate + i), accelerator.device))
             accelerator.backward(loss / accumulate)
-        total += loss.item() / accumulate
+        total += loss.detach() / accumulate
     return total
+
+
+def _agree(accelerator: Accelerator, loss: Tensor, seconds: float, stop: bool) -> tuple[float, float, bool]:
+    """The mean loss and time of all processes, and whether any was asked to stop: what they decide by together."""
+    if accelerator.num_processes == 1:
+        return loss.item(), seconds, stop
+    values = torch.tensor([loss.item(), seconds, stop], device=accelerator.device)
+    loss, seconds, stop = accelerator.reduce(values, "mean").tolist()
+    return loss, seconds, stop > 0
 
 
 def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     return tuple(None if part is None else part.to(device, non_blocking=True) for part in batch)
+
+
+def check_resumable(directory: Path) -> Path:
+    """The checkpoint in ``directory``, or a FileNotFoundError."""
+    path = directory / STATE
+    if not path.is_file():
+        raise FileNotFoundError(f"nothing to resume: no {STATE} in {directory}")
+    return path
 
 
 class _Training:
@@ -222,6 +308,7 @@ class _Training:
         self.best = None
         self.best_validation = math.inf
         self.since_best = 0
+        self.identity = None
         self.take_snapshot()
 
     def progress(self) -> float:
@@ -240,24 +327,31 @@ class _Training:
 
     def average_weights(self) -> None:
         """Move the average; its decay grows from 0 as (1 + n) / (10 + n): the first weights are soon forgotten."""
-        if self.average is not None and self.fitted.steps % AVERAGE_EVERY == 0:
+        if self.average is None:
+            return
+        if self.fitted.steps < AVERAGE_EVERY:
+            _write(self.average, self.parameters)
+        elif self.fitted.steps % AVERAGE_EVERY == 0:
             n = self.fitted.steps / AVERAGE_EVERY
             decay = min(self.recipe.average**AVERAGE_EVERY, (1 + n) / (10 + n))
             torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], 1 - decay)
 
-    def validate(self, validate: Callable[[], float]) -> None:
+    def validate(self, validate: Callable[[], float]) -> float:
         """Score the weights that the training would end with now, and keep them if they are the best so far."""
         current = _copy(self.parameters)
         if self.average is not None:
             _write(self.parameters, self.average)
         self.module.eval()
-        value = validate()
-        self.module.train()
-        self.fitted.validation.append((self.fitted.steps, value))
-        self.since_best += 1
-        if value < self.best_validation:
-            self.best, self.best_validation, self.since_best = _copy(self.parameters), value, 0
-        _write(self.parameters, current)
+        try:
+            value = validate()
+            self.fitted.validation.append((self.fitted.steps, value))
+            self.since_best += 1
+            if value < self.best_validation:
+                self.best, self.best_validation, self.since_best = _copy(self.parameters), value, 0
+        finally:
+            self.module.train()
+            _write(self.parameters, current)
+        return value
 
     def finish(self) -> None:
         """Leave the module with the best weights, else the averaged ones, else the last."""
@@ -277,6 +371,7 @@ class _Training:
             "best_validation": self.best_validation,
             "since_best": self.since_best,
             "fitted": vars(self.fitted),
+            "identity": self.identity,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -289,13 +384,19 @@ class _Training:
         os.replace(unfinished, self.directory / STATE)
 
     def load(self, directory: Path) -> None:
-        path = directory / STATE
-        if not path.is_file():
-            raise FileNotFoundError(f"nothing to resume: no {STATE} in {directory}")
+        path = check_resumable(directory)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path} is damaged ({error}); start again without --resume") from error
+        began = state["identity"]
+        if began is not None and self.identity is not None and began != self.identity:
+            changes = "; ".join(
+                f"{name} was {began.get(name)}, not {self.identity.get(name)}"
+                for name in {**began, **self.identity}
+                if began.get(name) != self.identity.get(name)
+            )
+            raise ValueError(f"{path} belongs to another training: {changes}. Resume with the arguments it began with")
         try:
             self.module.load_state_dict(state["module"])
         except RuntimeError as error:

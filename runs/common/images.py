@@ -7,12 +7,15 @@ import gzip
 import hashlib
 import math
 import os
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "mnist"
 MD5 = {
@@ -24,6 +27,7 @@ MD5 = {
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "QMNIST")
 DATA_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flow-adapters"
 VALIDATION = 5_000
+CLASSES = 10  # in each of them
 HIGH = 256 / 255  # x / 255 + U(0, 1) / 255 ends here, not at 1
 LEVELS = 255  # bins of width 1/255
 
@@ -32,7 +36,7 @@ LEVELS = 255  # bins of width 1/255
 class Images:
     """A data set: images as bytes ``(n, height, width)`` and labels ``(n,)``, in a fixed split.
 
-    The last 5,000 of a fixed shuffle of the training files are the validation data.
+    The last 5,000 of a fixed shuffle of the training files are the validation data. ``classes`` are the labels' names.
     """
 
     train: Tensor
@@ -41,6 +45,11 @@ class Images:
     validation_labels: Tensor
     test: Tensor
     test_labels: Tensor
+    classes: tuple[str, ...]
+
+    def first(self, n: int | None) -> "Images":
+        """At most ``n`` images of each split; ``None`` for all."""
+        return Images(*(part[:n] for part in list(vars(self).values())[:-1]), self.classes)
 
 
 def load_images(dataset: str = "MNIST", data_dir: Path | None = None) -> Images:
@@ -65,23 +74,36 @@ def load_images(dataset: str = "MNIST", data_dir: Path | None = None) -> Images:
         train, test = (
             getattr(datasets, dataset)(data_dir, train=train, download=dataset != "MNIST") for train in (True, False)
         )
+        for split in (train, test):
+            _check_split(split)
     except Exception as error:  # torchvision raises RuntimeError, URLError, ValueError, EOFError, … for the same causes
         raise OSError(
-            f"{dataset} could not be read from, or downloaded to, {data_dir} ({error}). Check the connection, or put "
-            f"its files under {data_dir / dataset / 'raw'} and choose that directory with --data-dir; if a file there "
-            "is damaged, delete it"
+            f"{dataset} could not be read from, or downloaded to, {data_dir} ({error or type(error).__name__}). Check "
+            f"the connection, or put its files under {data_dir / dataset / 'raw'} and choose that directory with "
+            "--data-dir; if a file there is damaged, delete it"
         ) from error
     order = torch.randperm(len(train.data), generator=torch.Generator().manual_seed(0))
     kept, held_out = order[:-VALIDATION], order[-VALIDATION:]
-    labels, test_labels = (data.targets if data.targets.dim() == 1 else data.targets[:, 0] for data in (train, test))
+    labels, test_labels = (
+        split.targets if split.targets.dim() == 1 else split.targets[:, 0] for split in (train, test)
+    )
     return Images(
-        train.data[kept], labels[kept], train.data[held_out], labels[held_out], test.data, test_labels
-    )  # fmt: skip
+        train=train.data[kept],
+        train_labels=labels[kept],
+        validation=train.data[held_out],
+        validation_labels=labels[held_out],
+        test=test.data,
+        test_labels=test_labels,
+        classes=tuple(name.split(" - ")[0] for name in train.classes),
+    )
 
 
 def unpack_mnist(raw: Path, embedded: Path = EMBEDDED) -> None:
     """Put MNIST's four files where torchvision looks for them, verified, each whole or not at all."""
-    raw.mkdir(parents=True, exist_ok=True)
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--data-dir: {raw} can't be made ({error.strerror}); choose another directory") from error
     for name, md5 in MD5.items():
         target = raw / name
         if target.is_file() and _md5(target.read_bytes()) == md5:
@@ -94,17 +116,87 @@ def unpack_mnist(raw: Path, embedded: Path = EMBEDDED) -> None:
         if _md5(content) != md5:
             raise OSError(f"{packed} has the MD5 sum {_md5(content)}, not {md5}; restore it, e.g. with git checkout")
         unfinished = target.with_name(f".{name}.unfinished-{os.getpid()}")
-        unfinished.write_bytes(content)
-        os.replace(unfinished, target)
+        try:
+            unfinished.write_bytes(content)
+            os.replace(unfinished, target)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise OSError(f"--data-dir: {target} can't be written ({error.strerror}); choose another") from error
 
 
-def dequantize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """x/255 + U(0, 1)/255, flattened, on the images' device: bytes ``(n, …)`` → ``(n, D)`` in [0, 256/255)."""
-    pixels = images.flatten(1).to(dtype)
-    return (pixels + torch.rand_like(pixels)) / LEVELS
+def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """x/255 + U(0, 1)/255, flattened, on the images' device: bytes ``(n, …)`` → floats ``(n, D)`` in [0, 256/255]."""
+    pixels = images.flatten(1)
+    noise = torch.rand(pixels.shape, generator=generator, device=pixels.device)
+    return noise.add_(pixels).div_(LEVELS)
 
 
-def bits_per_dim(nll: float, dimensions: int) -> float:
+class Batches:
+    """Shuffled, freshly dequantised batches without end; an epoch's last images, too few for a batch, are left out.
+
+    The i-th batch depends on i and the seed alone, not on what was drawn before: a resumed training sees what an
+    uninterrupted one would have seen, and several processes share one batch. The images stay on the device as bytes.
+
+    Args:
+        images: bytes ``(n, height, width)``.
+        context: ``(n, C)``, or ``None``.
+        size: images in a batch, all processes together.
+        seed: of the order and the noise.
+        device: where the batches are wanted.
+        share: (k, P): give the k-th of P equal parts of each batch.
+
+    Raises:
+        ValueError: if there are fewer images than a batch needs, or the processes can't share a batch evenly.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        context: Tensor | None,
+        size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        share: tuple[int, int] = (0, 1),
+    ):
+        part, parts = share
+        if len(images) < size:
+            raise ValueError(f"batch_size {size} is more than the {len(images)} training images")
+        if size % parts:
+            raise ValueError(f"batch_size {size} can't be shared evenly by {parts} processes")
+        self.images = images.flatten(1).to(device)
+        self.context = None if context is None else context.to(device)
+        self.size = size
+        self.per_epoch = len(images) // size
+        self.seed = seed
+        self.rows = slice(part * size // parts, (part + 1) * size // parts)
+        self.seconds = 0.0  # spent here so far
+        self.served = 0
+        self._generator = torch.Generator(device)
+        self._epoch, self._order = -1, None
+
+    def __call__(self, i: int) -> tuple[Tensor, Tensor | None]:
+        """The i-th batch: ``(size / P, D)`` in [0, 256/255] and its context."""
+        started = time.perf_counter()
+        epoch, position = divmod(i, self.per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(_mix(self.seed, 0, epoch))
+            order = torch.randperm(len(self.images), generator=generator)
+            self._epoch, self._order = epoch, order.to(self.images.device)
+        chosen = self._order[position * self.size : (position + 1) * self.size]
+        self._generator.manual_seed(_mix(self.seed, 1, i))
+        x = dequantize(self.images.index_select(0, chosen), self._generator)[self.rows]
+        context = None if self.context is None else self.context.index_select(0, chosen[self.rows])
+        self.seconds += time.perf_counter() - started
+        self.served += 1
+        return x, context
+
+
+def class_context(labels: Tensor) -> Tensor:
+    """Labels ``(n,)`` as one-hot rows ``(n, 10)``: the context of a class-conditional flow."""
+    return one_hot(labels.long(), CLASSES).float()
+
+
+def bits_per_dim(nll: float | Tensor, dimensions: int) -> float | Tensor:
     """NLL in nats of dequantised images as bits per pixel: NLL / (D ln 2) + log₂ 255, since the bins are 1/255 wide."""
     return nll / (dimensions * math.log(2)) + math.log2(LEVELS)
 
@@ -113,12 +205,26 @@ def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
+def _mix(*numbers: int) -> int:
+    """One well-mixed seed from several small numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _check_split(split) -> None:
+    """Raise a ValueError unless there are as many labels as images, all in range."""
+    images, labels = split.data, split.targets if split.targets.dim() == 1 else split.targets[:, 0]
+    if images.dtype != torch.uint8 or images.dim() != 3 or len(images) != len(labels):
+        raise ValueError(f"{len(labels)} labels for {images.dtype} images of shape {tuple(images.shape)}")
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= CLASSES:
+        raise ValueError(f"labels outside 0 to {CLASSES - 1}, or none at all")
+
+
 def _torchvision_datasets():
     try:
         from torchvision import datasets
     except ModuleNotFoundError as error:
         raise ImportError("image data needs torchvision: pip install 'flow-adapters[mnist]'") from error
-    except RuntimeError as error:  # "operator torchvision::nms does not exist": its build does not fit torch's
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # e.g. "torchvision::nms does not exist"
         raise ImportError(
             f"the installed torchvision does not fit torch {torch.__version__} ({error}); install both from the same "
             "place in one command: pip install --force-reinstall torch torchvision"

@@ -4,8 +4,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ def cli(main: Callable) -> None:
         if os.environ.get("FLOW_ADAPTERS_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 def open_directory(out: Path) -> Path:
@@ -39,6 +42,19 @@ def open_directory(out: Path) -> Path:
     except OSError as error:
         raise OSError(f"--out {out} can't be written to ({error.strerror}); choose another directory") from error
     return out
+
+
+def check_known(known: Collection[str], **values: str) -> None:
+    """Raise a ValueError that lists what is known, unless every value is; the keyword is the name of the argument."""
+    for name, value in values.items():
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in MiB."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def write_metrics(out: Path, run: str, arguments: dict[str, Any], seed: int, metrics: dict[str, Any]) -> Path:
