@@ -139,9 +139,8 @@ class Marginals(Transform):
             high: as above.
             prior: so many observations of the histogram over all coordinates are added to each coordinate's own.
         """
-        levels = levels.flatten(1).long()
-        counts = torch.zeros(levels.shape[1], number, dtype=torch.float64)
-        counts.scatter_add_(1, levels.T.contiguous(), counts.new_ones(1, 1).expand(levels.shape[::-1]))
+        levels = levels.flatten(1)
+        counts = torch.stack([torch.bincount(column, minlength=number) for column in levels.T]).double()
         shared = counts.sum(0) + 1
         masses = (counts + prior * shared / shared.sum()) / (len(levels) + prior)
         return cls(masses.float(), high)
