@@ -59,7 +59,8 @@ class ConvNet(nn.Module):
 
     The pixels are laid out in the image, zero elsewhere, beside a plane that marks them; 2 × 2 squares become channels;
     then a 3 × 3 convolution, one block a hidden width (3 × 3, activation, 1 × 1, added to its input), and a last 1 × 1
-    convolution, which starts at zero.
+    convolution, which starts at zero. Where every other row and column is neither read nor written, the image is the
+    smaller one without them.
 
     Args:
         reads, writes: 0/1 vectors over the image's H · W pixels: what the network is given, what it is asked for.
@@ -92,9 +93,12 @@ class ConvNet(nn.Module):
             raise ValueError(f"net conv has one number of channels, so {tuple(hidden_features)} must all be equal")
         check_activation(activation)
         channels = hidden_features[0]
+        reads, writes = (plane.view(self.side, self.side) for plane in (reads, writes))
+        while self.side % 4 == 0 and (reads + writes).count_nonzero() == (reads + writes)[::2, ::2].count_nonzero():
+            reads, writes, self.side = reads[::2, ::2], writes[::2, ::2], self.side // 2
         self.register_buffer("reads", reads.flatten().nonzero().flatten(), persistent=False)
         self.register_buffer("writes", writes.flatten().nonzero().flatten(), persistent=False)
-        plane = pixel_unshuffle(reads.view(1, 1, self.side, self.side).to(torch.get_default_dtype()), 2)
+        plane = pixel_unshuffle(reads[None, None].to(torch.get_default_dtype()), 2)
         self.register_buffer("plane", plane, persistent=False)
         self.first = nn.Conv2d(8, channels, 3, padding=1)
         self.blocks = nn.ModuleList(

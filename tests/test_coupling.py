@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from adapters import MaskedCouplingLayer, checkerboard_mask, random_mask
 from adapters.layers.coupling import PackedCouplingLayer
-from adapters.networks import MLP
+from adapters.networks import MLP, ConvNet
 from tests.laws import batch, randomise
 
 
@@ -196,3 +196,31 @@ def test_bad_networks_and_inputs_are_refused():
         PackedCouplingLayer(MLP(1, 4), mask, scale_bound=-1)
     with pytest.raises(TypeError, match=r"context of shape \(4, 2\) was given, but Linear takes no context"):
         MaskedCouplingLayer(nn.Linear(3, 3), nn.Linear(3, 3), mask)(torch.randn(4, 3), torch.randn(4, 2))
+
+
+def test_conv_net_reads_and_writes_its_own_pixels_only():
+    """Also on the grid of half the resolution, where the rest of the image is left out."""
+    odd = checkerboard_mask(8, 8).flatten()
+    coarse = torch.zeros(8, 8)
+    coarse[::2, ::2] = 1 - checkerboard_mask(4, 4)
+    even = torch.zeros(8, 8)
+    even[::2, ::2] = checkerboard_mask(4, 4)
+    for reads, writes, side in ((1 - odd, odd, 8), (even.flatten(), coarse.flatten(), 4)):
+        network = randomise(ConvNet(reads, writes, 3, (6, 6), context_features=2, activation="tanh"))
+        assert network.side == side
+        x, context = batch(2, int(reads.sum())).requires_grad_(), batch(2, 2, seed=5)
+        y = network(x, context)
+        assert y.shape == (2, 3 * int(writes.sum()))
+        # parameter-major: the first output is the first parameter of the first written pixel, which sees its neighbours
+        (gradient,) = torch.autograd.grad(y[0, 0], x)
+        first = writes.view(8, 8).nonzero()[0]
+        distance = (reads.view(8, 8).nonzero() - first).abs().amax(1)
+        assert gradient[0, distance == distance.min()].abs().min() > 0 and gradient[1].abs().max() == 0
+        assert (network(x, context + 1) - y).abs().min() > 0
+
+
+def test_conv_net_wants_square_images_and_equal_channels():
+    with pytest.raises(ValueError, match="net conv needs square images with an even side, not 50 pixels"):
+        ConvNet(torch.ones(50), torch.zeros(50), 2)
+    with pytest.raises(ValueError, match=r"net conv has one number of channels, so \(4, 5\) must all be equal"):
+        ConvNet(torch.ones(64), torch.zeros(64), 2, (4, 5))
