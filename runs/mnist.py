@@ -103,7 +103,7 @@ def main(
     net: str = "mlp",
     dataset: str = "MNIST",
     data_dir: Path | None = None,
-    preprocess: str = "logit",
+    preprocess: str = "marginals",
     conditional: bool = False,
     layers: int | None = None,
     hidden: tuple[int, ...] | None = None,
