@@ -47,7 +47,8 @@ RESULTS = Path("results/mnist")
 CHUNK = 500  # images scored or sampled at once
 TRACKERS = tuple(str(kind.value) for kind in LoggerType if kind != LoggerType.ALL)
 LAYERS = 8  # unless the masks say how many
-HIDDEN = {"mlp": (512, 512), "conv": (64, 64)}  # widths or channels
+HIDDEN = {"mlp": (512, 512), "conv": (64, 64, 64)}  # widths or channels
+OPTIONS = {"activation": "gelu", "dropout": 0.1}  # where the flow has them and nothing else is asked for
 EVALUATION_SEED = 0  # of the noise on validation and test images: always the same
 # Arguments that a resumed training may change: they don't touch the weights.
 FREE = ("data_dir", "out", "resume", "load", "track", "save_every", "samples", "temperature", "importance")
@@ -141,8 +142,9 @@ def main(
             marginals (each pixel's histogram to a normal).
         conditional: model p(image | class) instead of p(image).
         layers: layers of the flow; by default 8, or one for each mask of the pyramid.
-        hidden: widths of the hidden layers of each layer's networks, or their channels; by default 512 512 and 64 64.
-        options: what else build_flow takes for this flow, e.g. --options dropout 0.15 activation gelu.
+        hidden: widths of each network's hidden layers, or its channels; by default 512 512 and 64 64 64.
+        options: what else build_flow takes for this flow, e.g. --options dropout 0.2 bins 24; unless said, activation
+            is gelu and, where the flow has it, dropout 0.1.
         epochs: passes over the training images.
         batch_size: images in a batch, over all processes.
         lr: peak learning rate.
@@ -177,6 +179,8 @@ def main(
     if net != "mlp" and "net" not in flow_options(flow):
         raise ValueError(f"net {net} is for hand-written flows; {flow} has its own networks")
     hidden = hidden or HIDDEN[net]
+    known = ("activation", *flow_options(flow))
+    options = {name: value for name, value in OPTIONS.items() if name in known} | (options or {})
     check_positive(epochs=epochs, batch_size=batch_size, lr=lr, accumulate=accumulate, save_every=save_every)
     check_positive(**{f"hidden[{i}]": width for i, width in enumerate(hidden)})
     given = {"layers": layers, "seconds": seconds, "patience": patience, "clip": clip, "limit": limit}
@@ -189,7 +193,7 @@ def main(
     out = open_directory(out)
     masks = MASKS[mask](layers, seed)
     layers = layers or (len(masks) if mask == "pyramid" else LAYERS)
-    arguments |= {"layers": layers, "hidden": hidden, "out": out}  # as they were used
+    arguments |= {"layers": layers, "hidden": hidden, "options": options, "out": out}  # as they were used
     accelerator = open_accelerator(precision, track, out)
     device, main_process = accelerator.device, accelerator.is_main_process
     with accelerator.local_main_process_first():  # the others find the files that the first one fetched
@@ -205,7 +209,7 @@ def main(
         masks=masks,
         preprocess=PREPROCESS[preprocess](images.train.flatten(1)),
         **({} if net == "mlp" else {"net": net}),
-        **(options or {}),
+        **options,
     ).to(device)
     context = class_context if conditional else lambda labels: None
     share = (accelerator.process_index, accelerator.num_processes)

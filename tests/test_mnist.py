@@ -486,14 +486,14 @@ def steps_of(out):
 def test_two_processes_have_the_gradients_of_one(run, tmp_path, data_dir):
     """The first moment of Adam after one step is a tenth of the gradient."""
     single = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    more = ["--epochs", "1", "--options", "activation", "relu", "--batch-size", "64"]
+    more = ["--epochs", "1", "--options", "activation", "relu", "dropout", "0.0", "--batch-size", "64"]
     done = subprocess.run(
         [*single, *command(tmp_path / "two", data_dir, *more)],
         env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bits_per_dim") == 1
-    run(out=tmp_path / "one", epochs=1, batch_size=64)
+    run(out=tmp_path / "one", epochs=1, batch_size=64, options={"activation": "relu", "dropout": 0.0})
     one, two = (torch.load(tmp_path / name / STATE, weights_only=True) for name in ("one", "two"))
     assert one["fitted"]["steps"] == two["fitted"]["steps"] == 1
     for index, state in one["optimizer"]["state"].items():
