@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adapters.checks import check_event, check_output, check_positive
 from adapters.masks import check_mask, checkerboard_mask, random_mask
-from adapters.networks import MLP, condition, conditioner
+from adapters.networks import MLP, ConvNet, condition, conditioner
 from adapters.registry import Example, Specification
 
 
@@ -213,6 +213,13 @@ EXAMPLES = {
     "packed": Example(lambda: PackedCouplingLayer(MLP(3, 4), checkerboard_mask(5)), (5,)),
     "packed-unbounded": Example(lambda: PackedCouplingLayer(MLP(3, 6), random_mask(6), scale_bound=None), (6,)),
     "packed-image": Example(lambda: PackedCouplingLayer(MLP(6, 12), checkerboard_mask(1, 3, 4)), (1, 3, 4)),
+    "packed-conv": Example(
+        lambda: PackedCouplingLayer(
+            ConvNet(checkerboard_mask(4, 4), 1 - checkerboard_mask(4, 4), 2, (4,), 3, "tanh"), checkerboard_mask(4, 4)
+        ),
+        (4, 4),
+        context_features=3,
+    ),
     "packed-context": Example(
         lambda: PackedCouplingLayer(MLP(1, 4, context_features=2), torch.tensor([0, 1, 0])), (3,), context_features=2
     ),
