@@ -109,7 +109,7 @@ def main(
     layers: int | None = None,
     hidden: tuple[int, ...] | None = None,
     options: dict[str, bool | int | float | str] | None = None,
-    epochs: int = 12,
+    epochs: int = 7,
     batch_size: int = 128,
     lr: float = 1e-3,
     weight_decay: float = 1e-3,
