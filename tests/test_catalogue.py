@@ -9,7 +9,8 @@ from nflows.flows import Flow as NflowsFlow
 from torch.testing import assert_close
 
 from adapters import build_flow, flow_names, load_flow, random_mask, save_flow
-from adapters.preprocess import Logit, Probit, Standardize
+from adapters.masks import pyramid_masks
+from adapters.preprocess import Logit, Marginals, Probit, Standardize
 from tests.laws import autograd_log_det, batch, randomise
 
 
@@ -113,7 +114,13 @@ def test_wrong_shapes_and_contexts_are_refused():
 
 
 @pytest.mark.parametrize(
-    "transform", [Standardize(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0])), Logit(0.01, 2), Probit(0.01, 2)]
+    "transform",
+    [
+        Standardize(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0])),
+        Logit(0.01, 2),
+        Probit(0.01, 2),
+        Marginals(torch.tensor([[0.5, 0.2, 0.3], [0.01, 0.9, 0.09]]), high=2),
+    ],
 )
 def test_preprocessing_log_det_is_autograds(transform):
     transform = transform.double()
@@ -132,7 +139,47 @@ def test_standardize_gives_zero_mean_and_unit_deviation():
     assert_close(y.std(0), torch.ones(2, dtype=y.dtype))
 
 
+def test_marginals_alone_are_the_histograms_of_each_pixel():
+    """A flow at the identity behind them has density Π_d mass_d(level) / width: the independent pixels' own."""
+    levels = torch.tensor([[0, 3], [0, 1], [2, 3], [0, 3]])
+    marginals = Marginals.of(levels, number=4, high=1.0, prior=1.0)
+    masses = marginals.arguments["masses"]
+    assert_close(masses.sum(1), torch.ones(2))
+    assert masses[0].argmax() == 0 and masses[1].argmax() == 3 and masses[0, 0] > 0.6
+    for name in ("masked-histogram", "masked-affine"):
+        flow = build_flow(name, 2, layers=2, preprocess=marginals).double()
+        x = (levels + torch.tensor([0.2, 0.9])).double() / 4
+        expected = (4 * masses.double().gather(1, levels.T)).log().sum(0)
+        assert_close(flow.log_prob(x), expected, atol=1e-4, rtol=0)
+
+
+def test_edges_group_the_levels_about_equally():
+    """The first level is heavier than its share, so it stands alone; the others share what is left."""
+    masses = torch.tensor([[0.7, 0.1, 0.1, 0.05, 0.05], [0.5, 0.1, 0.1, 0.2, 0.1]])
+    edges = Marginals(masses).edges(3)
+    assert_close(edges, torch.tensor([[0.7, 0.9], [0.5, 0.7]], dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_an_image_stacks_samples_have_the_density_they_come_with():
+    """Marginals, pyramid and histograms in float32, as runs/mnist.py stacks them; both networks."""
+    torch.manual_seed(0)
+    levels = torch.randint(0, 256, (50, 64)) * (torch.rand(50, 64) < 0.3)
+    masks = pyramid_masks(8, 8)
+    for net in ("mlp", "conv"):
+        flow = build_flow(
+            "masked-histogram", 64, None, len(masks), (8,), masks, preprocess=Marginals.of(levels), net=net, bins=6
+        )
+        randomise(flow, scale=0.1).float()
+        samples, log_prob = flow.sample_and_log_prob(40)
+        assert samples.min() >= 0 and samples.max() <= 256 / 255 + 1e-3
+        assert_close(flow.log_prob(samples.clamp(0, 256 / 255)), log_prob, atol=0.05, rtol=0)
+
+
 def test_bad_preprocessing_is_refused():
+    with pytest.raises(ValueError, match=r"masses must be positive and of shape \(D, L\), not \(1, 2\)"):
+        Marginals(torch.tensor([[0.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"takes data in \[0, 1\], not in \[0.5, 1.5\]"):
+        Marginals(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))(torch.tensor([[0.5, 1.5]]))
     with pytest.raises(ValueError, match="std must be positive and finite, but holds 0"):
         Standardize(torch.zeros(2), torch.zeros(2))
     with pytest.raises(ValueError, match="alpha must lie in"):

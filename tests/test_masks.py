@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import checkerboard_mask, half_mask, random_mask
+from adapters.masks import pyramid_masks
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=3))
@@ -27,6 +28,15 @@ def test_random_mask_follows_its_generator():
         return random_mask(784, generator=torch.Generator().manual_seed(seed))
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+
+
+@given(st.integers(1, 17), st.integers(1, 17))
+def test_a_pyramid_transforms_each_pixel_once_finest_last(height, width):
+    masks = pyramid_masks(height, width)
+    assert torch.equal(sum(1 - mask for mask in masks), torch.ones(height * width))
+    assert masks[0].sum() == height * width - 1 and masks[0][0] == 0
+    if height * width > 1:
+        assert torch.equal(masks[-1], checkerboard_mask(height, width).flatten())
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, -1)])
