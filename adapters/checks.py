@@ -1,6 +1,7 @@
 """What layers and flows check about the tensors they meet: once, and with the offending value in the message."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import EllipsisType
 
 from torch import Tensor
@@ -43,3 +44,16 @@ def check_context(context: Tensor | None, width: int | EllipsisType | None, inpu
         check_event(context, (width,), f"the context of {what}")
     if len(context) != len(inputs):
         raise ValueError(f"the context of {what} has {len(context)} rows for {len(inputs)} inputs")
+
+
+@contextmanager
+def naming_shape(inputs: Tensor, what: str) -> Iterator[None]:
+    """Turn a library's error about sizes, raised from deep below, into a ValueError that names the inputs' shape."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if type(error) not in (RuntimeError, IndexError) or not any(
+            word in str(error) for word in ("size", "shape", "dimension", "einsum")
+        ):
+            raise
+        raise ValueError(f"{what} does not take inputs of shape {tuple(inputs.shape)} ({error})") from error

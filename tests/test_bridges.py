@@ -427,6 +427,20 @@ def test_a_transform_refuses_wrong_contexts(name):
             transform(x, wrong)
 
 
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_transform_names_the_shape_of_inputs_that_do_not_fit(name, direction):
+    example = EXAMPLES[name]
+    transform, _, context = made(example)
+    wrong = batch(ROWS, *example.event_shape[:-1], example.event_shape[-1] + 1)
+    try:
+        outputs, _ = getattr(transform, direction)(wrong, context)
+    except ValueError as error:
+        assert str(wrong.shape[-1]) in str(error)
+    else:
+        assert len(example.event_shape) == 3 and outputs.shape == wrong.shape, "only convolutions take any width"
+
+
 def test_things_of_no_library_are_refused():
     for function in (as_transform, as_flow):
         with pytest.raises(TypeError, match="builtins.object is of no known library; known: ") as error:

@@ -17,7 +17,7 @@ import torch
 from nflows.transforms import CompositeTransform, InverseNotAvailable, ReversePermutation, Transform
 from torch import Tensor, nn
 
-from adapters.checks import check_context
+from adapters.checks import check_context, naming_shape
 from adapters.flow import ContextAsCoordinates, Flow
 from adapters.networks import ACTIVATIONS, MLP
 from adapters.registry import Example, Model, Specification
@@ -78,10 +78,11 @@ class NormflowsTransform(Transform):
         steps = list(zip(self.layers, self.backwards, self.reads_context, strict=True))
         outputs, log_det = inputs, 0.0
         try:
-            for layer, backwards, reads_context in reversed(steps) if to_noise else steps:
-                function = layer if backwards == to_noise else layer.inverse
-                outputs, step = function(outputs, context) if reads_context else function(outputs)
-                log_det = log_det + step
+            with naming_shape(inputs, self.name):
+                for layer, backwards, reads_context in reversed(steps) if to_noise else steps:
+                    function = layer if backwards == to_noise else layer.inverse
+                    outputs, step = function(outputs, context) if reads_context else function(outputs)
+                    log_det = log_det + step
         finally:
             for actnorm in held:
                 actnorm.data_dep_init_done = torch.zeros_like(actnorm.data_dep_init_done)

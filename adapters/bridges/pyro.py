@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, TransformedDistribution, transforms
 from torch.overrides import TorchFunctionMode
 
-from adapters.checks import check_context
+from adapters.checks import check_context, naming_shape
 from adapters.flow import ContextAsCoordinates, Flow
 from adapters.masks import check_mask
 from adapters.networks import ACTIVATIONS
@@ -102,16 +102,17 @@ class TorchTransform(Transform):
         clear_caches(cached)
         outputs, log_det = inputs, inputs.new_zeros(len(inputs))
         try:
-            for part, backwards in reversed(steps) if to_noise else steps:
-                # a part keeps its last pair (x, y), and with it what the log-determinant at these very tensors needs
-                if backwards == to_noise:
-                    x, y = outputs, part(outputs)
-                    log_det = log_det + rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
-                    outputs = y
-                else:
-                    x, y = _inverse(part, outputs), outputs
-                    log_det = log_det - rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
-                    outputs = x
+            with naming_shape(inputs, self.name):
+                for part, backwards in reversed(steps) if to_noise else steps:
+                    # a part keeps its last (x, y), and with it what the log-determinant at these very tensors needs
+                    if backwards == to_noise:
+                        x, y = outputs, part(outputs)
+                        log_det = log_det + rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
+                        outputs = y
+                    else:
+                        x, y = _inverse(part, outputs), outputs
+                        log_det = log_det - rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
+                        outputs = x
         finally:
             clear_caches(cached)
         if self.keeps_shape and outputs.shape != inputs.shape:

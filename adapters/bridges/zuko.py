@@ -15,7 +15,7 @@ from nflows.transforms import IdentityTransform, InverseNotAvailable, Transform
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from adapters.checks import check_context, check_event, check_positive
+from adapters.checks import check_context, check_event, check_positive, naming_shape
 from adapters.flow import Flow
 from adapters.networks import ACTIVATIONS
 from adapters.registry import Example, Model, Specification
@@ -93,10 +93,12 @@ class ZukoTransform(Transform):
         return self
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _call(self._transform(inputs, context, self.features[0]), inputs)
+        with naming_shape(inputs, self.name):
+            return _call(self._transform(inputs, context, self.features[0]), inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _invert(self._transform(inputs, context, self.features[1]), inputs)
+        with naming_shape(inputs, f"the inverse of {self.name}"):
+            return _invert(self._transform(inputs, context, self.features[1]), inputs)
 
     def _transform(self, inputs: Tensor, context: Tensor | None, features: int | None):
         if features is not None:
