@@ -7,6 +7,7 @@ import torch
 from nflows.flows import Flow
 from torch import Tensor
 from torch.distributions import Distribution, constraints
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adapters.bridges import as_flow
 
@@ -14,6 +15,16 @@ _found = Distribution._validate_args
 from pyro.distributions import TorchDistribution  # noqa: E402
 
 Distribution.set_default_validate_args(_found)  # Pyro's import switches validation on for the whole process
+
+_steps = 0  # of all optimisers: fused ones change parameters without counting a version
+
+
+def _count_step(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class FlowDistribution(TorchDistribution):
@@ -82,8 +93,10 @@ class FlowDistribution(TorchDistribution):
     def expand(self, batch_shape, _instance=None) -> "FlowDistribution":
         new = self._get_checked_instance(FlowDistribution, _instance)
         batch_shape = torch.Size(batch_shape)
-        if torch.broadcast_shapes(self.batch_shape, batch_shape) != batch_shape:
-            raise ValueError(f"a batch of {tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}")
+        try:
+            torch.empty(()).expand(self.batch_shape).expand(batch_shape)
+        except RuntimeError:
+            raise ValueError(f"a batch of {tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}") from None
         new.flow, new._support, new._memo = self.flow, self._support, None
         new.context = None if self.context is None else self.context.expand(*batch_shape, self.context.shape[-1])
         super(FlowDistribution, new).__init__(batch_shape, self.event_shape, validate_args=False)
@@ -95,13 +108,15 @@ class FlowDistribution(TorchDistribution):
         leading = value.shape[: max(0, value.dim() - len(self.event_shape))]
         if value.shape[len(leading) :] != self.event_shape:
             raise ValueError(f"values must end in the event shape {tuple(self.event_shape)}, not {tuple(value.shape)}")
-        if self._validate_args:
+        if self._validate_args and value.numel():
             self._validate_sample(value)
         memo, self._memo = self._memo, None
         if memo is not None and memo[0]() is value and memo[1] == self._state(value):
             return memo[2]
         batch = torch.broadcast_shapes(leading, self.batch_shape)
         rows = leading if self.context is None else batch  # what broadcasts is scored once
+        if math.prod(rows) == 0:
+            return value.new_empty(batch)
         flat = value.expand(*rows, *self.event_shape).reshape(math.prod(rows), *self.event_shape)
         return self.flow.log_prob(flat, self._rows(rows)).reshape(rows).expand(batch)
 
@@ -161,7 +176,7 @@ class FlowDistribution(TorchDistribution):
             versions = tuple((id(t), t.data_ptr(), t._version, t.requires_grad) for t in tensors)
         except RuntimeError:  # within torch.func a tensor has no address
             return None
-        return torch.is_grad_enabled(), versions, tuple(module.training for module in self.flow.modules())
+        return torch.is_grad_enabled(), _steps, versions, tuple(module.training for module in self.flow.modules())
 
 
 def _check_context(flow: Flow, context: Tensor | None) -> None:

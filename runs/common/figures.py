@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 INK = "#22303c"
 ACCENT = "#c8553d"
 FAINT = "#5d6b75"
+SERIES = (INK, "#4f8a8b", "#c9973f", ACCENT)  # one colour for each of several curves
 DENSITY = "magma"
 GAP = 2  # pixels between the images of a grid
 LABEL = 11
