@@ -337,10 +337,10 @@ def mean_elbo(vae: VAE, images: Tensor) -> float:
 
 @torch.no_grad()
 def importance_gaps(vae: VAE, images: Tensor, samples: int) -> Tensor:
-    """By how much log p(x) exceeds the ELBO, of each image: log (1/K) Σ_k w_k − (1/K) Σ_k log w_k, (n,).
+    """By how much log p(x) exceeds the ELBO, of each image, ``(n,)``: log (1/K) Σ_k w_k − (1/K) Σ_k log w_k.
 
-    With w_k = p(x, z_k) / q(z_k | x) at K ``samples`` z_k of q. The first term is a lower bound of log p(x) that tightens with K (Burda et al.,
-    2016).
+    w_k = p(x, z_k) / q(z_k | x) at K ``samples`` z_k of q. The first term is a lower bound of log p(x) that tightens
+    with K (Burda et al., 2016).
     """
     device = next(vae.parameters()).device
     gaps = []
@@ -572,7 +572,7 @@ class Plane:
         if posterior.shape[1] > 2:
             centre = posterior.mean(0)
             axes = torch.linalg.eigh(torch.cov((posterior - centre).T))[1].flip(1)
-            self.names = ("first principal component", "second")
+            self.names = ("first principal component", "second principal component")
         axes = axes[:, :2]
 
         def project(z: Tensor) -> np.ndarray:
@@ -613,7 +613,7 @@ def draw_match(plane: Plane, told: float, path: Path) -> Path:
         drawing.supxlabel(plane.names[0], fontsize=9, color=figures.INK)
         drawing.supylabel(plane.names[1], fontsize=9, color=figures.INK)
         drawing.suptitle(
-            f"over the prior's density; a classifier tells them apart in {100 * told:.1f} % of cases (50 %: they match)",
+            f"over the prior's density; a classifier tells them apart in {100 * told:.1f} % of cases (50 %: a match)",
             fontsize=9, color=figures.FAINT,
         )  # fmt: skip
     return path
@@ -624,10 +624,13 @@ def show_plane(axes, plane: Plane, title: str, posterior: bool = False) -> None:
         plane.density, origin="lower", extent=plane.extent, cmap="Greys", vmin=0, vmax=1.6 * plane.density.max(),
         interpolation="bilinear", aspect="equal",
     )  # fmt: skip
-    points, how = (plane.posterior, {"c": plane.labels.numpy(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}) if (
-        posterior
-    ) else (plane.prior, {"color": figures.ACCENT})  # fmt: skip
+    points, how = plane.prior, {"color": figures.ACCENT}
+    if posterior:
+        points, how = plane.posterior, {"c": plane.labels.numpy(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
     axes.scatter(points[:, 0], points[:, 1], s=2.2, alpha=0.6, linewidths=0, **how)
+    for label in plane.labels.unique().tolist() if posterior else ():
+        middle = np.median(points[plane.labels.numpy() == label], axis=0)
+        axes.text(*middle, label, **figures.OUTLINED)
     axes.set(xlim=plane.extent[:2], ylim=plane.extent[2:], title=title)
 
 

@@ -5,6 +5,7 @@ import math
 import pickle
 import subprocess
 import sys
+import warnings
 
 import nflows.distributions
 import nflows.flows
@@ -22,7 +23,10 @@ from pyro.infer import (
     Predictive,
     RenyiELBO,
     Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
     TraceMeanField_ELBO,
+    config_enumerate,
 )
 from pyro.infer.autoguide import AutoNormal, AutoNormalizingFlow
 from pyro.infer.inspect import get_model_relations
@@ -377,6 +381,8 @@ ELBOS = {
     "vectorized": Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1),
     "mean-field": TraceMeanField_ELBO(),
     "mean-field-vectorized": TraceMeanField_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1),
+    "graph": TraceGraph_ELBO(),
+    "enum": TraceEnum_ELBO(max_plate_nesting=1),
     "renyi": RenyiELBO(alpha=0.5, num_particles=3),
     "renyi-vectorized": RenyiELBO(alpha=0.0, num_particles=3, vectorize_particles=True, max_plate_nesting=1),
 }
@@ -436,7 +442,8 @@ def test_jit_trace_elbo():
         with pyro.plate("data", len(x)):
             pyro.sample("z", FlowDistribution(flow, x))
 
-    with pytest.warns(FutureWarning, match="deprecated") if jit_is_deprecated() else _nothing():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.trace")  # newer versions of torch deprecate it
         svi = SVI(p, q, pyro.optim.Adam({"lr": 1e-2}), JitTrace_ELBO(ignore_jit_warnings=True))
         losses = [svi.step(x) for _ in range(40)]
         before = [weight.clone() for weight in (*prior.parameters(), *posterior.parameters())]
@@ -476,6 +483,21 @@ def test_conditional_likelihood_in_nested_plates():
     assert p().shape == (4, 5, 2)
     trace = poutine.trace(poutine.condition(p, {"x": x})).get_trace()
     assert_close(trace.log_prob_sum(), FlowDistribution(flow, given).log_prob(x).sum())
+
+
+def test_enumerated_contexts():
+    """A mixture of flows, its components summed out: log Σ_k π_k p(x | c_k)."""
+    flow, contexts, x = a_flow(context_features=3), batch(4, 3), batch(5, 2)
+
+    @config_enumerate
+    def p():
+        with pyro.plate("data", 5):
+            k = pyro.sample("k", dist.Categorical(torch.ones(4, dtype=torch.float64)))
+            pyro.sample("x", FlowDistribution(flow, contexts[k]), obs=x)
+
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(p, lambda: None)
+    each = FlowDistribution(flow, contexts[:, None]).log_prob(x)
+    assert -loss == pytest.approx((each.logsumexp(0) - math.log(4)).sum().item())
 
 
 def test_predictive():
@@ -547,19 +569,3 @@ def test_render_model():
     assert relations["sample_sample"]["x"] == ["z"] and relations["observed"] == ["x"]
     pytest.importorskip("graphviz")
     assert "FlowDistribution" in pyro.render_model(p, model_args=(x,), render_distributions=True).source
-
-
-def _nothing():
-    from contextlib import nullcontext
-
-    return nullcontext()
-
-
-def jit_is_deprecated():
-    """torch.jit.trace warns in newer versions of torch."""
-    import warnings
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.jit.trace(lambda x: x + 1, torch.zeros(1), check_trace=False)
-    return any("deprecated" in str(one.message) for one in caught)
