@@ -382,7 +382,7 @@ ELBOS = {
     "mean-field": TraceMeanField_ELBO(),
     "mean-field-vectorized": TraceMeanField_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1),
     "graph": TraceGraph_ELBO(),
-    "enum": TraceEnum_ELBO(max_plate_nesting=1),
+    "enum": TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False),
     "renyi": RenyiELBO(alpha=0.5, num_particles=3),
     "renyi-vectorized": RenyiELBO(alpha=0.0, num_particles=3, vectorize_particles=True, max_plate_nesting=1),
 }
