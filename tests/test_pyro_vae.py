@@ -425,7 +425,8 @@ def test_the_benchmark_compares_the_same_elbo(monkeypatch, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def validation_is_left_as_it_was():
+def pyro_is_left_as_it_was():
+    pyro.clear_param_store()
     before = torch.distributions.Distribution._validate_args
     yield
     assert torch.distributions.Distribution._validate_args == before
