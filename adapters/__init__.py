@@ -3,10 +3,12 @@
 from adapters.bridges import as_flow, as_transform, to_library
 from adapters.catalogue import build_flow, flow_names
 from adapters.checkpoint import load_flow, save_flow
+from adapters.distribution import FlowDistribution
 from adapters.layers.coupling import MaskedCouplingLayer
 from adapters.masks import checkerboard_mask, half_mask, random_mask
 
 __all__ = [
+    "FlowDistribution",
     "MaskedCouplingLayer",
     "as_flow",
     "as_transform",

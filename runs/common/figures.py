@@ -10,11 +10,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 
 INK = "#22303c"
 ACCENT = "#c8553d"
 FAINT = "#5d6b75"
+SERIES = (INK, "#4f8a8b", "#c9973f", ACCENT)  # one colour for each of several curves
 DENSITY = "magma"
+OUTLINED = {  # a label among points
+    "color": INK, "fontsize": 10, "fontweight": "bold", "ha": "center", "va": "center",
+    "path_effects": [withStroke(linewidth=2.5, foreground="white")],
+}  # fmt: skip
 GAP = 2  # pixels between the images of a grid
 LABEL = 11
 STYLE = {

@@ -61,7 +61,9 @@ class Recipe:
         lr: peak learning rate of AdamW.
         weight_decay: of AdamW.
         betas: of AdamW.
-        warmup: share of the training over which the rate rises from 0 to its peak; it then falls to 0 by half a cosine.
+        warmup: share of the training over which the rate rises from 0 to its peak.
+        decay: share of the training, at its end, over which the rate falls to 0 by half a cosine; all that is left
+            after the warm-up by default.
         clip: the gradient's largest norm; ``None`` for no clipping.
         average: decay of the exponential moving average of the weights, which is what a training ends with; ``None``
             to end with the last weights.
@@ -78,6 +80,7 @@ class Recipe:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: float = 0.02
+    decay: float = 1.0
     clip: float | None = 5.0
     average: float | None = None
     accumulate: int = 1
@@ -93,6 +96,8 @@ class Recipe:
         check_positive(**{name: value for name, value in optional.items() if value is not None})
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must not be negative, but is {self.weight_decay}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must lie between 0 and 1, not {self.decay}")
         if self.average is not None and not 0 < self.average < 1:
             raise ValueError(f"average must lie between 0 and 1, not {self.average}")
         if self.precision not in PRECISIONS:
@@ -102,7 +107,10 @@ class Recipe:
         """The learning rate when the share ``progress`` of the training is done."""
         if progress < self.warmup:
             return self.lr * progress / self.warmup
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
+        held = max(self.warmup, 1 - self.decay)
+        if progress <= held:
+            return self.lr
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (progress - held) / (1 - held)))
 
 
 def make_accelerator(precision: str = "no", **options) -> Accelerator:

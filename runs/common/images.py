@@ -9,6 +9,7 @@ import math
 import os
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,8 +132,19 @@ def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tens
     return noise.add_(pixels).div_(LEVELS)
 
 
+def threshold(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """1 where x/255 > 0.5, else 0, flattened: bytes ``(n, …)`` → floats ``(n, D)``."""
+    return (images.flatten(1) > LEVELS / 2).float()
+
+
+def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """1 with probability x/255, else 0, drawn anew in each call, flattened: bytes ``(n, …)`` → floats ``(n, D)``."""
+    pixels = images.flatten(1)
+    return (torch.rand(pixels.shape, generator=generator, device=pixels.device) < pixels / LEVELS).float()
+
+
 class Batches:
-    """Shuffled, freshly dequantised batches without end; an epoch's last images, too few for a batch, are left out.
+    """Shuffled, freshly prepared batches without end; an epoch's last images, too few for a batch, are left out.
 
     The i-th batch depends on i and the seed alone, not on what was drawn before: a resumed training sees what an
     uninterrupted one would have seen, and several processes share one batch. The images stay on the device as bytes.
@@ -144,6 +156,7 @@ class Batches:
         seed: of the order and the noise.
         device: where the batches are wanted.
         share: (k, P): give the k-th of P equal parts of each batch.
+        prepare: ``prepare(bytes, generator)`` makes floats of the images; by default it dequantises.
 
     Raises:
         ValueError: if there are fewer images than a batch needs, or the processes can't share a batch evenly.
@@ -157,6 +170,7 @@ class Batches:
         seed: int,
         device: torch.device | str = "cpu",
         share: tuple[int, int] = (0, 1),
+        prepare: Callable[[Tensor, torch.Generator], Tensor] = dequantize,
     ):
         part, parts = share
         if len(images) < size:
@@ -168,6 +182,7 @@ class Batches:
         self.size = size
         self.per_epoch = len(images) // size
         self.seed = seed
+        self.prepare = prepare
         self.rows = slice(part * size // parts, (part + 1) * size // parts)
         self.seconds = 0.0  # spent here so far
         self.served = 0
@@ -175,7 +190,7 @@ class Batches:
         self._epoch, self._order = -1, None
 
     def __call__(self, i: int) -> tuple[Tensor, Tensor | None]:
-        """The i-th batch: ``(size / P, D)`` in [0, 256/255] and its context."""
+        """The i-th batch: ``(size / P, D)``, in [0, 256/255] if dequantised, and its context."""
         started = time.perf_counter()
         epoch, position = divmod(i, self.per_epoch)
         if epoch != self._epoch:
@@ -184,7 +199,7 @@ class Batches:
             self._epoch, self._order = epoch, order.to(self.images.device)
         chosen = self._order[position * self.size : (position + 1) * self.size]
         self._generator.manual_seed(_mix(self.seed, 1, i))
-        x = dequantize(self.images.index_select(0, chosen), self._generator)[self.rows]
+        x = self.prepare(self.images.index_select(0, chosen), self._generator)[self.rows]
         context = None if self.context is None else self.context.index_select(0, chosen[self.rows])
         self.seconds += time.perf_counter() - started
         self.served += 1

@@ -1,0 +1,209 @@
+"""A flow as a distribution, for Pyro and for torch: ``FlowDistribution``."""
+
+import math
+import weakref
+
+import torch
+from nflows.flows import Flow
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from adapters.bridges import as_flow
+
+_found = Distribution._validate_args
+from pyro.distributions import TorchDistribution  # noqa: E402
+
+Distribution.set_default_validate_args(_found)  # Pyro's import switches validation on for the whole process
+
+_steps = 0  # of all optimisers: fused ones change parameters without counting a version
+
+
+def _count_step(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class FlowDistribution(TorchDistribution):
+    """log p(x | c) = log p_base(f(x; c)) + log|det J_f(x; c)|, as a distribution of Pyro and of torch.
+
+    ``rsample`` is differentiable; ``log_prob`` evaluates each network once. The log_prob of a sample comes with it, and
+    is given out, once, when the very next question is for it, as a guide's is in every ELBO: only for that tensor, and
+    only if neither it nor context, parameters, buffers or their modes have changed since (as autograd counts changes:
+    writing through ``.data`` goes unseen).
+
+    A distribution holds its flow, not a copy. It is cheap: make one in each call of a model. What is trained through
+    Pyro's parameter store needs a ``pyro.module("flow", flow)`` too.
+
+    Args:
+        flow: an nflows ``Flow``, bridged or hand-written; one of another library goes through ``as_flow``.
+        context: c, ``(*batch, C)``; its leading dimensions are the batch shape. ``None`` for none.
+        event_shape: shape of one datum; by default what the flow says, or else its base.
+        support: where each coordinate of x may lie; by default all of ℝ.
+        validate_args: check context and values, as torch's own distributions do.
+
+    Raises:
+        TypeError: for what is no flow.
+        ValueError: for a context that is missing, superfluous or of another width; for an event shape that nothing
+            says; in a call, for values of another event shape and, when validating, outside the support.
+        nflows.transforms.InverseNotAvailable: when a flow is sampled that can only score.
+
+    >>> from adapters import build_flow
+    >>> flow = build_flow("masked-affine", features=3, context_features=2)
+    >>> p = FlowDistribution(flow, context=torch.randn(7, 2))
+    >>> p.batch_shape, p.event_shape, p.log_prob(p.rsample((5,))).shape
+    (torch.Size([7]), torch.Size([3]), torch.Size([5, 7]))
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        context: Tensor | None = None,
+        *,
+        event_shape: tuple[int, ...] | None = None,
+        support: constraints.Constraint = constraints.real,
+        validate_args: bool | None = None,
+    ):
+        self.flow = as_flow(flow)
+        self.context = context
+        _check_context(self.flow, context)
+        self._support, self._memo = support, None
+        event_shape = _event_shape(self.flow) if event_shape is None else torch.Size(event_shape)
+        super().__init__(
+            torch.Size() if context is None else context.shape[:-1], event_shape, validate_args=validate_args
+        )
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        return {} if self.context is None else {"context": constraints.real_vector}
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(self._support, len(self.event_shape))
+
+    @property
+    def has_rsample(self) -> bool:
+        base = self.flow._distribution
+        source = getattr(base, "source", None)  # a torch distribution, which may be discrete
+        return source is None or source(self._rows(self.batch_shape)).has_rsample
+
+    def expand(self, batch_shape, _instance=None) -> "FlowDistribution":
+        new = self._get_checked_instance(FlowDistribution, _instance)
+        batch_shape = torch.Size(batch_shape)
+        try:
+            torch.empty(()).expand(self.batch_shape).expand(batch_shape)
+        except RuntimeError:
+            raise ValueError(f"a batch of {tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}") from None
+        new.flow, new._support, new._memo = self.flow, self._support, None
+        new.context = None if self.context is None else self.context.expand(*batch_shape, self.context.shape[-1])
+        super(FlowDistribution, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """In nats: ``(*sample, *batch, *event)``, or what broadcasts with it, → ``(*sample, *batch)``."""
+        leading = value.shape[: max(0, value.dim() - len(self.event_shape))]
+        if value.shape[len(leading) :] != self.event_shape:
+            raise ValueError(f"values must end in the event shape {tuple(self.event_shape)}, not {tuple(value.shape)}")
+        if self._validate_args and value.numel():
+            self._validate_sample(value)
+        memo, self._memo = self._memo, None
+        if memo is not None and memo[0]() is value and memo[1] == self._state(value):
+            return memo[2]
+        batch = torch.broadcast_shapes(leading, self.batch_shape)
+        rows = leading if self.context is None else batch  # what broadcasts is scored once
+        if math.prod(rows) == 0:
+            return value.new_empty(batch)
+        flat = value.expand(*rows, *self.event_shape).reshape(math.prod(rows), *self.event_shape)
+        return self.flow.log_prob(flat, self._rows(rows)).reshape(rows).expand(batch)
+
+    def rsample(self, sample_shape=()) -> Tensor:
+        """``(*sample, *batch, *event)``, differentiable in the flow's parameters and the context."""
+        if not self.has_rsample:
+            raise NotImplementedError("the base of this flow has no differentiable samples")
+        return self._draw(sample_shape)
+
+    @torch.no_grad()
+    def sample(self, sample_shape=()) -> Tensor:
+        """``(*sample, *batch, *event)``, without a graph."""
+        return self._draw(sample_shape)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_memo": None}
+
+    def __repr__(self) -> str:
+        return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
+
+    def _draw(self, sample_shape) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        rows = shape[: len(shape) - len(self.event_shape)]
+        count, dtype = math.prod(rows), _like(self.flow)
+        if count == 0:
+            return dtype.new_empty(shape)
+        context = self.flow._embedding_net(self._rows(rows))
+        base = self.flow._distribution
+        noise = base.sample(count) if context is None else base.sample(1, context).squeeze(1)
+        noise = noise.to(dtype)  # nflows' own normal draws float32 always
+        x, log_det = self.flow._transform.inverse(noise, context)
+        if x.shape[1:] != self.event_shape:
+            raise ValueError(
+                f"this flow's samples have the shape {tuple(x.shape[1:])}, not {tuple(self.event_shape)}: "
+                "say so by event_shape"
+            )
+        x = x.reshape(shape)
+        state = self._state(x)
+        if state is not None:
+            self._memo = weakref.ref(x), state, (base.log_prob(noise, context) - log_det).reshape(rows)
+        return x
+
+    def _rows(self, batch: torch.Size) -> Tensor | None:
+        """The context of each of the batch's data, ``(prod(batch), C)``."""
+        if self.context is None:
+            return None
+        width = self.context.shape[-1]
+        return self.context.expand(*batch, width).reshape(math.prod(batch), width)
+
+    def _state(self, x: Tensor) -> tuple | None:
+        """What the log_prob of x depends on, to tell whether it has changed; ``None`` if nothing can tell."""
+        tensors = [x, *self.flow.parameters(), *self.flow.buffers()]
+        tensors += [] if self.context is None else [self.context]
+        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+            return None
+        try:
+            versions = tuple((id(t), t.data_ptr(), t._version, t.requires_grad) for t in tensors)
+        except RuntimeError:  # within torch.func a tensor has no address
+            return None
+        return torch.is_grad_enabled(), _steps, versions, tuple(module.training for module in self.flow.modules())
+
+
+def _check_context(flow: Flow, context: Tensor | None) -> None:
+    width = getattr(flow, "context_features", ...)  # only our own Flow knows
+    if width is None and context is not None:
+        raise ValueError(f"this flow is unconditional, but a context of shape {tuple(context.shape)} was given")
+    if isinstance(width, int) and context is None:
+        raise ValueError(f"this flow is conditional: give a context of shape (*batch, {width})")
+    if context is not None and (context.dim() == 0 or (isinstance(width, int) and context.shape[-1] != width)):
+        expected = width if isinstance(width, int) else "C"
+        raise ValueError(f"the context must have the shape (*batch, {expected}), not {tuple(context.shape)}")
+
+
+def _event_shape(flow: Flow) -> torch.Size:
+    for thing, name in ((flow, "event_shape"), (flow._distribution, "_shape"), (flow._distribution, "shape")):
+        if isinstance(getattr(thing, name, None), tuple | list):
+            return torch.Size(getattr(thing, name))
+    raise ValueError(
+        f"neither the flow nor its base, {type(flow._distribution).__name__}, says the shape of one datum: "
+        "give an event_shape"
+    )
+
+
+def _like(flow: Flow) -> Tensor:
+    """A tensor with the flow's dtype and device."""
+    for tensors in (flow.parameters(), flow.buffers()):
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                return tensor
+    return torch.empty(())

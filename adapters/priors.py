@@ -1,0 +1,85 @@
+"""Priors of a latent variable: a prior is a module whose call gives a Pyro distribution over ``(latent,)``.
+
+class Laplace(nn.Module):
+    def __init__(self, latent):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(latent))
+
+    def forward(self):
+        return dist.Laplace(0.0, self.log_scale.exp()).to_event(1)
+"""
+
+from collections.abc import Callable
+
+import pyro.distributions as dist
+import torch
+from nflows.flows import Flow
+from torch import Tensor, nn
+
+from adapters.bridges import as_flow
+from adapters.checks import check_positive
+from adapters.distribution import FlowDistribution
+
+
+class StandardNormalPrior(nn.Module):
+    """p(z) = N(0, I)."""
+
+    def __init__(self, latent: int):
+        super().__init__()
+        check_positive(latent=latent)
+        self.register_buffer("zero", torch.zeros(latent))
+
+    def forward(self) -> dist.TorchDistribution:
+        return dist.Normal(self.zero, torch.ones_like(self.zero)).to_event(1)
+
+
+class MixturePrior(nn.Module):
+    """p(z) = Σ_k π_k N(z; μ_k, diag σ_k²): weights, means and deviations are learned.
+
+    Args:
+        latent: M.
+        components: K; their means start at draws of N(0, I), their deviations at 1.
+    """
+
+    def __init__(self, latent: int, components: int = 100):
+        super().__init__()
+        check_positive(latent=latent, components=components)
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.loc = nn.Parameter(torch.randn(components, latent))
+        self.log_scale = nn.Parameter(torch.zeros(components, latent))
+
+    def forward(self) -> dist.TorchDistribution:
+        return _mixture(self.logits, dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(1))
+
+
+class VampPrior(nn.Module):
+    """p(z) = Σ_k π_k q(z | u_k), the encoder's own posteriors at learned pseudo-inputs u_k (Tomczak & Welling, 2018).
+
+    Args:
+        encoder: q(z | x), a module whose call on ``(K, D)`` gives a distribution of batch shape ``(K,)``.
+        inputs: where the K pseudo-inputs start, e.g. training images, ``(K, D)`` in [0, 1], in which they then stay.
+    """
+
+    def __init__(self, encoder: Callable[[Tensor], dist.TorchDistribution], inputs: Tensor):
+        super().__init__()
+        self.encoder = encoder
+        self.logits = nn.Parameter(torch.zeros(len(inputs)))
+        self.pseudo_inputs = nn.Parameter(inputs.clamp(0.05, 0.95).logit())  # at 0 and 1 it would have no gradient
+
+    def forward(self) -> dist.TorchDistribution:
+        return _mixture(self.logits, self.encoder(self.pseudo_inputs.sigmoid()))
+
+
+class FlowPrior(nn.Module):
+    """p(z) = a flow's density, learned with the rest. ``flow`` is of any library."""
+
+    def __init__(self, flow: Flow):
+        super().__init__()
+        self.flow = as_flow(flow)
+
+    def forward(self) -> FlowDistribution:
+        return FlowDistribution(self.flow)
+
+
+def _mixture(logits: Tensor, components: dist.TorchDistribution) -> dist.TorchDistribution:
+    return dist.MixtureSameFamily(dist.Categorical(logits=logits, validate_args=False), components)

@@ -1,0 +1,179 @@
+"""The course's variational autoencoder with Bernoulli pixels, as a Pyro model and guide whose prior is an argument.
+
+log p(x) ≥ ELBO(x) = E_q(z|x)[log p(x|z) + log p(z) − log q(z|x)]   (nats; Kingma & Welling, 2014)
+
+Prior, encoder and decoder are modules whose call gives a Pyro distribution: p(z), q(z | x) and p(x | z).
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from nflows.flows import Flow
+from pyro.distributions.transforms import AffineTransform
+from torch import Tensor, nn
+
+from adapters.bridges import as_flow
+from adapters.checks import check_positive
+from adapters.distribution import FlowDistribution
+
+
+class Encoder(nn.Module):
+    """q(z | x) = N(μ(x), diag σ(x)²), or with a flow: z = μ(x) + σ(x) ⊙ u, u ~ flow(u | μ(x), log σ(x)).
+
+    Args:
+        latent: M, the width of z.
+        pixels: D, the width of x.
+        hidden_features: widths of the hidden layers; the last layer gives μ and log σ, 2 M numbers.
+        dropout: probability of dropping a hidden unit in training.
+        flow: over M features with a context of 2 M; one that starts at the identity starts as the Gaussian.
+
+    Raises:
+        ValueError: for a flow over another width.
+    """
+
+    def __init__(
+        self,
+        latent: int,
+        pixels: int = 784,
+        hidden_features: Sequence[int] = (512, 512),
+        dropout: float = 0.0,
+        flow: Flow | None = None,
+    ):
+        super().__init__()
+        self.latent = latent
+        self.network = _network((pixels, *hidden_features, 2 * latent), dropout)
+        self.flow = None if flow is None else as_flow(flow)
+        if flow is not None:
+            event_shape = FlowDistribution(self.flow, torch.zeros(1, 2 * latent)).event_shape
+            _check_width(event_shape, latent, "the posterior's flow")
+
+    def forward(self, x: Tensor) -> dist.TorchDistribution:
+        loc, log_scale = (parameters := self.network(x)).chunk(2, -1)
+        if self.flow is None:
+            return dist.Normal(loc, log_scale.exp(), validate_args=False).to_event(1)
+        to_data = AffineTransform(loc, log_scale.exp(), event_dim=1, cache_size=1)  # with it, a sample is scored free
+        return dist.TransformedDistribution(FlowDistribution(self.flow, parameters), [to_data], validate_args=False)
+
+
+class Decoder(nn.Module):
+    """p(x | z), independent Bernoulli pixels with logits from a network.
+
+    Args:
+        latent, pixels, dropout: as for ``Encoder``.
+        hidden_features: widths of the hidden layers, from z to x.
+    """
+
+    def __init__(
+        self, latent: int, pixels: int = 784, hidden_features: Sequence[int] = (512, 512), dropout: float = 0.0
+    ):
+        super().__init__()
+        self.network = _network((latent, *hidden_features, pixels), dropout)
+
+    def forward(self, z: Tensor) -> dist.TorchDistribution:
+        # grey pixels are scored by the same formula, which Pyro would refuse
+        return dist.Bernoulli(logits=self.network(z), validate_args=False).to_event(1)
+
+
+class Model(nn.Module):
+    """z ~ p(z), x ~ p(x | z): a Pyro model of the images ``(batch, D)`` in [0, 1].
+
+    Raises:
+        ValueError: in a call, for images outside [0, 1].
+    """
+
+    def __init__(self, prior: Callable, decoder: Callable):
+        super().__init__()
+        self.prior, self.decoder = prior, decoder
+
+    def forward(self, x: Tensor) -> None:
+        check_images(x)
+        with pyro.plate("images", len(x)):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", self.decoder(z), obs=x)
+
+
+class Guide(nn.Module):
+    """z ~ q(z | x): a Pyro guide."""
+
+    def __init__(self, encoder: Callable):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("images", len(x)):
+            pyro.sample("z", self.encoder(x))
+
+
+class VAE(nn.Module):
+    """``Trace_ELBO()(vae.model, vae.guide)(x)`` is −Σ ELBO(x) over the batch, and so is every other ELBO of Pyro's.
+
+    Args:
+        prior, encoder, decoder: modules whose call gives p(z), q(z | x) and p(x | z); the encoder says its ``latent``.
+
+    Raises:
+        ValueError: if prior and encoder do not agree about the width of z.
+
+    >>> from adapters import build_flow
+    >>> from adapters.priors import FlowPrior
+    >>> vae = VAE(FlowPrior(build_flow("masked-affine", 16)), Encoder(16), Decoder(16))
+    >>> [term.shape for term in vae.terms(torch.ones(5, 784))]
+    [torch.Size([5]), torch.Size([5])]
+    """
+
+    def __init__(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.model, self.guide = Model(prior, decoder), Guide(encoder)
+        _check_width(prior().event_shape, encoder.latent, "the prior")
+
+    @property
+    def prior(self) -> nn.Module:
+        return self.model.prior
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.guide.encoder
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.decoder
+
+    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x|z) and log q(z|x) − log p(z) in nats, ``(batch,)`` each, at one z of q: the ELBO's two terms."""
+        check_images(x)
+        posterior = self.encoder(x)
+        z = posterior.rsample()
+        return self.decoder(z).log_prob(x), posterior.log_prob(z) - self.prior().log_prob(z)
+
+    def log_weights(self, x: Tensor, samples: int) -> Tensor:
+        """log p(x, z) − log q(z | x) at ``samples`` draws from q: ``(samples, batch)``."""
+        check_images(x)
+        posterior = self.encoder(x)
+        z = posterior.rsample((samples,))
+        return self.decoder(z).log_prob(x) + self.prior().log_prob(z) - posterior.log_prob(z)
+
+
+def check_images(x: Tensor) -> None:
+    """Raise a ValueError unless these are ``(batch, D)`` with all values in [0, 1]."""
+    if x.dim() != 2:
+        raise ValueError(f"images must have the shape (batch, pixels), not {tuple(x.shape)}")
+    low, high = x.aminmax() if x.numel() else (0, 1)
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"images must lie in [0, 1], but these have values from {low:g} to {high:g}")
+
+
+def _check_width(event_shape: torch.Size, latent: int, what: str) -> None:
+    if event_shape != (latent,):
+        raise ValueError(f"{what} is over {tuple(event_shape)}, but the encoder's z has the shape ({latent},)")
+
+
+def _network(widths: Sequence[int], dropout: float) -> nn.Sequential:
+    check_positive(**{f"widths[{i}]": width for i, width in enumerate(widths)})
+    layers = []
+    for width_in, width_out in itertools.pairwise(widths):
+        layers += [nn.Linear(width_in, width_out), nn.ReLU(), *[nn.Dropout(dropout)] * bool(dropout)]
+    while not isinstance(layers[-1], nn.Linear):
+        layers.pop()
+    return nn.Sequential(*layers)

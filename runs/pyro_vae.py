@@ -1,0 +1,658 @@
+"""Train the course's VAE in Pyro under one prior or all: is the test ELBO better, do prior and posterior match?
+
+python runs/pyro_vae.py
+python runs/pyro_vae.py --prior all
+python runs/pyro_vae.py --prior gaussian --latent 2
+python runs/pyro_vae.py --flow zuko-nsf --layers 4
+python runs/pyro_vae.py --benchmark    what Pyro costs
+"""
+
+import math
+import statistics
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyro
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from adapters import build_flow, flow_names, save_flow
+from adapters.checks import check_positive
+from adapters.flow import Flow
+from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPrior
+from adapters.vae import VAE, Decoder, Encoder
+from runs.common import figures
+from runs.common.fit import STATE, Fitted, NotFinite, Recipe, check_resumable, fit, make_accelerator
+from runs.common.images import DATASETS, Batches, Images, binarize, load_images, threshold
+from runs.common.results import check_known, cli, open_directory, write_metrics
+from runs.common.timing import interleaved, ratio
+
+SHAPE = (28, 28)
+PIXELS = math.prod(SHAPE)
+RESULTS = Path("results/pyro_vae")
+CHUNK = 500  # images scored at once
+ROWS = 5_000  # draws of z scored at once, for the importance weights
+DRAWS = 10  # of z for each test image, for the ELBO
+MATCHED = 10_000  # draws of prior and posterior that the classifier tells apart
+EVALUATION_SEED = 0  # of binarisation and noise on validation and test images: always the same
+BINARIZE = {"threshold": threshold, "dynamic": binarize}
+POSTERIORS = ("gaussian", "flow")
+# Arguments that a resumed training may change: they don't touch the weights.
+FREE = ("prior", "seeds", "data_dir", "out", "resume", "save_every", "importance_samples", "importance_images")
+
+# Best published test ELBO for this exercise, pixels > 0.5, each prior with its own best M.
+PUBLISHED = {"gaussian": -81.76, "mog": -80.84, "flow": -76.59}
+
+
+class Given(NamedTuple):
+    """What a prior may be made of."""
+
+    latent: int
+    encoder: Encoder
+    flow: Callable[[], Flow]
+    images: Tensor
+
+
+PRIORS = {
+    "gaussian": lambda given: StandardNormalPrior(given.latent),
+    "mog": lambda given: MixturePrior(given.latent, len(given.images)),
+    "vamp": lambda given: VampPrior(given.encoder, given.images),
+    "flow": lambda given: FlowPrior(given.flow()),
+}
+NAMES = {"gaussian": "Gaussian", "mog": "mixture", "vamp": "Vamp", "flow": "flow"}
+
+
+class NegativeELBO(nn.Module):
+    """−ELBO of a batch ``(x, context)``, in nats per image: what is minimised."""
+
+    def __init__(self, vae: VAE):
+        super().__init__()
+        self.elbo = Trace_ELBO()(vae.model, vae.guide)
+
+    def forward(self, batch: tuple[Tensor, None]) -> Tensor:
+        x, _ = batch
+        return self.elbo(x) / len(x)
+
+
+class Trained(NamedTuple):
+    """A VAE, how its training went, and what the test set says."""
+
+    vae: VAE
+    fitted: Fitted
+    metrics: dict[str, float]
+
+
+def main(
+    prior: str = "flow",
+    flow: str = "masked-affine",
+    latent: int = 32,
+    layers: int = 8,
+    hidden: tuple[int, ...] = (128, 128),
+    options: dict[str, bool | int | float | str] | None = None,
+    width: tuple[int, ...] = (512, 512),
+    dropout: float = 0.0,
+    components: int = 100,
+    posterior: str = "gaussian",
+    binarize: str = "threshold",
+    dataset: str = "MNIST",
+    data_dir: Path | None = None,
+    epochs: int = 25,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    decay: float = 0.0,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+    average: float | None = None,
+    seconds: float | None = None,
+    patience: int | None = None,
+    importance_samples: int = 500,
+    importance_images: int = 1000,
+    limit: int | None = None,
+    seed: int = 0,
+    seeds: int = 1,
+    out: Path | None = None,
+    resume: bool = False,
+    save_every: float = 60.0,
+    benchmark: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Train a Bernoulli VAE by Pyro's Trace_ELBO, score it on the test set, and hold prior against posterior.
+
+    Args:
+        prior: gaussian, mog (a mixture of Gaussians), vamp, flow, or all of them one after the other.
+        flow: the flow prior: any name of adapters.flow_names(), e.g. masked-affine, nflows-rqs, zuko-nsf.
+        latent: M, the width of z.
+        layers: layers of the flow.
+        hidden: widths of the hidden layers of each of the flow's networks.
+        options: what else build_flow takes for this flow, e.g. --options dropout 0.1 activation gelu.
+        width: widths of the encoder's hidden layers, and of the decoder's.
+        dropout: in encoder and decoder.
+        components: of the mixture and the VampPrior.
+        posterior: gaussian, or flow: the encoder's normal, then the same kind of flow, conditional on the image.
+        binarize: threshold (pixels > 0.5) or dynamic (a fresh draw in each epoch).
+        dataset: MNIST, FashionMNIST, KMNIST or QMNIST; all but MNIST are downloaded unless they are there.
+        data_dir: where the data sets are kept; by default the user's cache.
+        epochs: passes over the training images.
+        batch_size: images in a batch, over all processes.
+        lr: learning rate.
+        decay: share of the training, at its end, over which the rate falls to 0.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient of the ELBO per image; None for no clipping.
+        average: decay of the moving average of the weights that is evaluated and saved; None for none.
+        seconds: end each training after so much time, if that comes before the last epoch.
+        patience: end after so many epochs without a better validation ELBO.
+        importance_samples: draws of z for an image's importance-weighted log p(x).
+        importance_images: test images that tell by how much log p(x) exceeds the ELBO.
+        limit: use only so many images of each split, for a quick look.
+        seed: of weights, order and noise.
+        seeds: train with so many seeds, from that one on.
+        out: directory for metrics, pictures and checkpoints; by default results/pyro_vae/PRIOR-FLOW.
+        resume: go on with the trainings in that directory, after a crash or Ctrl-C.
+        save_every: seconds between checkpoints.
+        benchmark: train nothing; time a step against the same ELBO in plain PyTorch.
+    """
+    arguments = dict(locals())
+    check_known((*PRIORS, "all"), prior=prior)
+    check_known(flow_names(), flow=flow)
+    check_known(POSTERIORS, posterior=posterior)
+    check_known(BINARIZE, binarize=binarize)
+    check_known(DATASETS, dataset=dataset)
+    check_positive(latent=latent, layers=layers, components=components, epochs=epochs, batch_size=batch_size, lr=lr)
+    check_positive(importance_samples=importance_samples, importance_images=importance_images, seeds=seeds)
+    check_positive(save_every=save_every)
+    check_positive(**{f"hidden[{i}]": size for i, size in enumerate(hidden)})
+    check_positive(**{f"width[{i}]": size for i, size in enumerate(width)})
+    given = {"seconds": seconds, "patience": patience, "clip": clip, "limit": limit}
+    check_positive(**{name: value for name, value in given.items() if value is not None})
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie between 0 and 1, not {dropout}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, but is {seed}")
+
+    def make_flow(context_features: int | None = None) -> Flow:
+        return build_flow(flow, latent, context_features, layers=layers, hidden_features=hidden, **(options or {}))
+
+    def make_vae(name: str, images: Tensor) -> VAE:
+        posterior_flow = make_flow(2 * latent) if posterior == "flow" else None
+        encoder = Encoder(latent, PIXELS, width, dropout, posterior_flow)
+        made = PRIORS[name](Given(latent, encoder, make_flow, images))
+        return VAE(made, encoder, Decoder(latent, PIXELS, width[::-1], dropout))
+
+    names = list(PRIORS) if prior == "all" else [prior]
+    if "flow" in names or posterior == "flow":
+        make_flow()  # it may refuse: now rather than after the other priors' trainings
+    if benchmark:
+        return measure(lambda: make_vae("flow", torch.rand(components, PIXELS)), batch_size)
+    out = out or RESULTS / "-".join([prior] + [flow] * (prior in ("flow", "all")))
+    jobs = [(name, one) for one in range(seed, seed + seeds) for name in names]
+    if resume:
+        check_resumable(out / "{}-{}".format(*jobs[0]))
+    out = open_directory(out)
+    arguments["out"] = out
+    accelerator = make_accelerator()
+    device = accelerator.device
+    with accelerator.local_main_process_first():
+        images = load_images(dataset, data_dir).first(limit)
+    prepare = BINARIZE[binarize]
+    share = (accelerator.process_index, accelerator.num_processes)
+    validation, test = (
+        prepare(part, torch.Generator().manual_seed(EVALUATION_SEED)) for part in (images.validation, images.test)
+    )
+    trained: dict[tuple[str, int], Trained] = {}
+    for name, one in jobs:
+        torch.manual_seed(one)
+        batches = Batches(images.train, None, batch_size, one, device, share, prepare)
+        recipe = Recipe(
+            steps=epochs * batches.per_epoch,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup=0.0,
+            decay=decay,
+            clip=clip,
+            average=average,
+            validate_every=batches.per_epoch,
+            patience=patience,
+            seconds=seconds,
+            save_every=save_every,
+        )
+        chosen = torch.randperm(len(images.train))[: min(components, len(images.train))]
+        vae = make_vae(name, prepare(images.train[chosen], torch.Generator().manual_seed(one))).to(device)
+        directory = out / f"{name}-{one}"
+        identity = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in arguments.items()
+            if key not in FREE
+        }
+        accelerator.print(
+            f"{NAMES[name]} prior{f' ({flow})' * (name == 'flow')}, seed {one}: M = {latent}, "
+            f"{count(vae):,} parameters, {len(images.train):,} images of {dataset}, {recipe.steps:,} steps of "
+            f"{batch_size}, on {device}"
+        )
+        fitted = train(
+            vae, batches, recipe, validation, directory, resume, identity | {"prior": name, "seed": one}, accelerator
+        )
+        if not accelerator.is_main_process:
+            continue
+        places = [directory, out] if one == seed else [directory]
+        save(vae, *places)
+        metrics = evaluate(vae, images, test, prepare, importance_samples, importance_images) | {
+            "elbo_validation": -min(value for _, value in fitted.validation),
+            "parameters": count(vae),
+            "steps": fitted.steps,
+            "train_seconds": round(fitted.seconds, 2),
+            "images_per_second": round(fitted.steps * batch_size / max(fitted.seconds, 1e-9), 1),
+        }
+        trained[name, one] = Trained(vae, fitted, metrics)
+        print(
+            f"elbo {metrics['elbo']:.2f}   reconstruction {metrics['reconstruction']:.2f}   kl {metrics['kl']:.2f}   "
+            f"prior_match {metrics['prior_match']:.3f}   ({metrics['train_seconds']:.0f} s of training, "
+            f"{metrics['images_per_second']:,.0f} images/s)"
+        )
+    if not accelerator.is_main_process:
+        return {}
+    metrics = {name: over_seeds([trained[name, one].metrics for one in range(seed, seed + seeds)]) for name in names}
+    write_metrics(out, "pyro_vae", arguments, seed, metrics)
+    answer(metrics, seeds, published=binarize == "threshold" and dataset == "MNIST")
+    first = {name: trained[name, seed] for name in names}
+    pictures = draw(first, test, images.test_labels, out, seed)
+    print("\n".join(f"  {path}" for path in pictures))
+    return metrics
+
+
+def train(
+    vae: VAE,
+    batches: Batches,
+    recipe: Recipe,
+    validation: Tensor,
+    directory: Path,
+    resume: bool,
+    identity: dict,
+    accelerator: Accelerator,
+) -> Fitted:
+    """Fit it, without Pyro's checks: ``fit`` itself stops at what is not finite."""
+    with pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Encountered NaN", UserWarning)
+        try:
+            return fit(
+                NegativeELBO(vae),
+                batches,
+                recipe,
+                validate=lambda: -mean_elbo(vae, validation),
+                describe=lambda loss: f"ELBO {-loss:.2f} nats",
+                directory=directory,
+                resume=resume and (directory / STATE).is_file(),
+                identity=identity,
+                accelerator=accelerator,
+            )
+        except NotFinite as error:
+            if accelerator.is_main_process:
+                raise NotFinite(f"{error}. They are saved in {save(vae, directory)}") from error
+            raise
+        finally:
+            accelerator.free_memory()
+            vae.eval()
+
+
+def save(vae: VAE, *directories: Path) -> Path:
+    """Write all weights to the first directory, and the flow prior, if it is one, to all: ``load_flow`` opens them."""
+    for directory in directories:
+        if isinstance(vae.prior, FlowPrior):
+            save_flow(vae.prior.flow, directory)
+    path = directories[0] / "vae.safetensors"
+    safetensors.torch.save_model(vae, str(path))
+    return path
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# What the test set says
+
+
+@torch.no_grad()
+def elbo_terms(vae: VAE, images: Tensor, draws: int = 1) -> tuple[Tensor, Tensor]:
+    """Reconstruction and KL of each image in nats, ``(n,)``, means over ``draws`` of z, with noise fixed in advance."""
+    device = next(vae.parameters()).device
+    terms = []
+    with torch.random.fork_rng():
+        torch.manual_seed(EVALUATION_SEED)
+        for chunk in images.split(CHUNK):
+            each = [torch.stack(vae.terms(chunk.to(device))) for _ in range(draws)]
+            terms.append(torch.stack(each).mean(0).cpu())
+    reconstruction, kl = torch.cat(terms, dim=1).double()
+    return reconstruction, kl
+
+
+def mean_elbo(vae: VAE, images: Tensor) -> float:
+    reconstruction, kl = elbo_terms(vae, images)
+    return (reconstruction - kl).mean().item()
+
+
+@torch.no_grad()
+def importance_gaps(vae: VAE, images: Tensor, samples: int) -> Tensor:
+    """By how much log p(x) exceeds the ELBO, of each image, ``(n,)``: log (1/K) Σ_k w_k − (1/K) Σ_k log w_k.
+
+    w_k = p(x, z_k) / q(z_k | x) at K ``samples`` z_k of q. The first term is a lower bound of log p(x) that tightens
+    with K (Burda et al., 2016).
+    """
+    device = next(vae.parameters()).device
+    gaps = []
+    with torch.random.fork_rng():
+        torch.manual_seed(EVALUATION_SEED)
+        for chunk in images.split(max(1, ROWS // samples)):
+            log_weights = vae.log_weights(chunk.to(device), samples).double()
+            gaps.append((log_weights.logsumexp(0) - math.log(samples) - log_weights.mean(0)).cpu())
+    return torch.cat(gaps)
+
+
+def evaluate(
+    vae: VAE, images: Images, test: Tensor, prepare: Callable, importance_samples: int, importance_images: int
+) -> dict[str, float]:
+    """Test ELBO and its terms, log p(x), and how well prior and aggregate posterior match.
+
+    log p(x) is the ELBO over all images plus the mean gap over some of them, evenly spaced in the test set. The gap
+    differs little from image to image, unlike log p(x) itself, so few images give its mean.
+    """
+    reconstruction, kl = elbo_terms(vae, test, DRAWS)
+    elbo = reconstruction - kl
+    some = torch.linspace(0, len(test) - 1, min(importance_images, len(test))).round().long()
+    gaps = importance_gaps(vae, test[some], importance_samples)
+    train = prepare(images.train[: len(images.validation)], torch.Generator().manual_seed(EVALUATION_SEED))
+    posterior, prior = draws_of_both(vae, test)
+    return {
+        "elbo": elbo.mean().item(),
+        "elbo_stderr": elbo.std(correction=0).item() / math.sqrt(len(elbo)),
+        "reconstruction": reconstruction.mean().item(),
+        "kl": kl.mean().item(),
+        "log_likelihood": (elbo.mean() + gaps.mean()).item(),
+        "importance_samples": importance_samples,
+        "importance_images": len(some),
+        "prior_match": told_apart(posterior, prior),
+        "elbo_train": mean_elbo(vae, train),
+    }
+
+
+@torch.no_grad()
+def draws_of_both(vae: VAE, test: Tensor) -> tuple[Tensor, Tensor]:
+    """As many draws of the aggregate posterior (1/N) Σ_n q(z | x_n) as there are test images, and of the prior."""
+    device = next(vae.parameters()).device
+    with torch.random.fork_rng():
+        torch.manual_seed(EVALUATION_SEED)
+        posterior = torch.cat([vae.encoder(chunk.to(device)).sample().cpu() for chunk in test[:MATCHED].split(CHUNK)])
+        return posterior, vae.prior().sample((len(posterior),)).cpu()
+
+
+def told_apart(one: Tensor, other: Tensor, epochs: int = 30) -> float:
+    """Held-out accuracy of a network that tells draws of two distributions apart: 0.5 if they are the same, at most 1.
+
+    A classifier two-sample test (Lopez-Paz & Oquab, 2017): half of the draws train it, the other half are judged.
+    """
+    x = torch.cat((one, other))
+    x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
+    y = torch.cat((torch.ones(len(one)), torch.zeros(len(other))))
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(EVALUATION_SEED)
+        train, judged = torch.randperm(len(x)).tensor_split(2)
+        network = nn.Sequential(
+            nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1), nn.Flatten(0)
+        )
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=1e-2, fused=True)
+        for _ in range(epochs):
+            for rows in train[torch.randperm(len(train))].split(256):
+                optimizer.zero_grad()
+                binary_cross_entropy_with_logits(network(x[rows]), y[rows]).backward()
+                optimizer.step()
+        return ((network(x[judged]) > 0).float() == y[judged]).double().mean().item()
+
+
+def over_seeds(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the seeds; beside them, for what is estimated, standard deviations."""
+    means = {key: statistics.fmean(one[key] for one in metrics) for key in metrics[0]}
+    means = {key: int(mean) if isinstance(metrics[0][key], int) else mean for key, mean in means.items()}
+    if len(metrics) > 1:
+        for key in ("elbo", "reconstruction", "kl", "log_likelihood", "prior_match"):
+            means[f"{key}_std"] = statistics.stdev(one[key] for one in metrics)
+    return means
+
+
+def answer(metrics: dict[str, dict[str, float]], seeds: int, published: bool) -> None:
+    """The exercise's two questions, answered."""
+    columns = ("elbo", "reconstruction", "kl", "log_likelihood", "prior_match")
+    print(f"\n{'test, nats per image':<22}" + "".join(f"{column:>18}" for column in columns))
+    for name, found in metrics.items():
+        cells = []
+        for column in columns:
+            digits = 3 if column == "prior_match" else 2
+            deviation = f" ± {found[f'{column}_std']:.{digits}f}" if seeds > 1 else ""
+            cells.append(f"{found[column]:.{digits}f}{deviation}")
+        print(f"{NAMES[name]:<22}" + "".join(f"{cell:>18}" for cell in cells))
+    some = next(iter(metrics.values()))
+    print(
+        f"log_likelihood from {some['importance_samples']} importance samples on {some['importance_images']} images; "
+        + (f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed; --seeds 3 for the spread")
+    )
+    print("\nIs the test ELBO better?")
+    for name, found in metrics.items():
+        if name == "gaussian":
+            continue
+        if "gaussian" in metrics:
+            gain = found["elbo"] - metrics["gaussian"]["elbo"]
+            print(f"  {NAMES[name]}: {abs(gain):.2f} nats {'better' if gain > 0 else 'worse'} than the Gaussian prior")
+        elif published:
+            gain = found["elbo"] - PUBLISHED["gaussian"]
+            print(
+                f"  {NAMES[name]}: {abs(gain):.2f} nats {'better' if gain > 0 else 'worse'} than the best published "
+                f"with a Gaussian prior ({PUBLISHED['gaussian']}); --prior all trains that one too"
+            )
+    if list(metrics) == ["gaussian"]:
+        print("  this is the prior to compare with: --prior all trains the others too")
+    print("Do prior and aggregate posterior match?")
+    for name, found in metrics.items():
+        print(
+            f"  {NAMES[name]}: a classifier tells their draws apart in {100 * found['prior_match']:.1f} % of cases "
+            "(50 %: they match)"
+        )
+
+
+# What Pyro costs
+
+
+def measure(make: Callable[[], VAE], batch_size: int, rounds: int = 200) -> dict[str, float]:
+    """Median ratio of a training step by Pyro's Trace_ELBO to one of the same ELBO in plain PyTorch."""
+    torch.manual_seed(0)
+    vae = make()
+    x = (torch.rand(batch_size, PIXELS) > 0.8).float()
+    loss = NegativeELBO(vae)
+    optimizer = torch.optim.Adam(vae.parameters(), 1e-5, fused=True)
+
+    def plain() -> Tensor:
+        loc, log_scale = vae.encoder.network(x).chunk(2, -1)
+        noise = torch.randn_like(loc)
+        z = loc + log_scale.exp() * noise
+        log_q = -(0.5 * noise.square() + log_scale + 0.5 * math.log(2 * math.pi)).sum(1)
+        log_p = -binary_cross_entropy_with_logits(vae.decoder.network(z), x, reduction="none").sum(1)
+        return -(log_p + vae.prior.flow.log_prob(z) - log_q).mean()
+
+    def step(function: Callable[[], Tensor]) -> None:
+        optimizer.zero_grad()
+        function().backward()
+        optimizer.step()
+
+    with pyro.validation_enabled(False):
+        times = interleaved(
+            {"pyro": lambda: step(lambda: loss((x, None))), "plain": lambda: step(plain)}, rounds, warmup=20
+        )
+    found = {"step_ratio": ratio(times["pyro"], times["plain"])} | {
+        f"{name}_ms": statistics.median(each) for name, each in times.items()
+    }
+    print(
+        f"a training step of {batch_size} images: {found['pyro_ms']:.2f} ms by Trace_ELBO, {found['plain_ms']:.2f} ms "
+        f"in plain PyTorch, {found['step_ratio']:.3f} times as long (median of {rounds} pairs)"
+    )
+    return found
+
+
+# Pictures
+
+
+def draw(trained: dict[str, Trained], test: Tensor, labels: Tensor, out: Path, seed: int) -> list[Path]:
+    """All pictures, of the first seed's trainings."""
+    made = {name: decoded_samples(one.vae, seed) for name, one in trained.items()}
+    planes = {name: Plane(one.vae, test, labels) for name, one in trained.items()}
+    pictures = [draw_training(trained, out)]
+    for name, one in trained.items():
+        pictures += [
+            figures.image_grid(out / f"samples-{name}.png", made[name].numpy(), columns=10),
+            draw_reconstructions(one.vae, test, out / f"reconstructions-{name}.png"),
+            draw_match(planes[name], one.metrics["prior_match"], out / f"match-{name}.png"),
+        ]
+    if len(trained) > 1:
+        pictures.append(draw_priors(trained, planes, made, out))
+    return pictures
+
+
+@torch.no_grad()
+def decoded_samples(vae: VAE, seed: int, samples: int = 100) -> Tensor:
+    """Means of p(x | z) at draws of the prior, ``(samples, 28, 28)``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return vae.decoder(vae.prior().sample((samples,))).mean.cpu().view(-1, *SHAPE)
+
+
+@torch.no_grad()
+def draw_reconstructions(vae: VAE, test: Tensor, path: Path, columns: int = 12) -> Path:
+    """Test images above the means of p(x | z), z a draw of q(z | x)."""
+    x = test[:: max(1, len(test) // columns)][:columns]
+    with torch.random.fork_rng():
+        torch.manual_seed(EVALUATION_SEED)
+        again = vae.decoder(vae.encoder(x.to(next(vae.parameters()).device)).sample()).mean.cpu()
+    rows = torch.cat((x, again)).view(-1, *SHAPE).numpy()
+    return figures.image_grid(path, rows, len(x), ["x", "p(x | z)"])
+
+
+def draw_training(trained: dict[str, Trained], out: Path) -> Path:
+    """Training and validation ELBO."""
+    path = out / "elbo.png"
+    with figures.figure(path, size=(6, 3.4)) as (_, axes):
+        every = []
+        for colour, (name, one) in zip(figures.SERIES, trained.items(), strict=False):
+            steps, losses = zip(*one.fitted.losses, strict=True) if one.fitted.losses else ((), ())
+            axes.plot(steps, [-loss for loss in losses], color=colour, alpha=0.3, linewidth=0.7)
+            steps, losses = zip(*one.fitted.validation, strict=True)
+            label = f"{NAMES[name]}, test {one.metrics['elbo']:.1f}"
+            axes.plot(steps, [-loss for loss in losses], "o-", color=colour, markersize=3, linewidth=1, label=label)
+            every += [-loss for loss in losses]
+        low, high = np.quantile(every, 0.15), max(every)
+        margin = 0.2 * (high - low) + 1
+        axes.set(xlabel="step", ylabel="ELBO (nats per image)", ylim=(low - margin, high + 1.5 * margin))
+        axes.legend(title="validation (training faint)", loc="lower right")
+    return path
+
+
+class Plane:
+    """Prior and aggregate posterior in the plane of z, or along the latter's first two principal components.
+
+    Attributes:
+        posterior, prior: draws, ``(n, 2)``; labels: of the posterior's.
+        density: the prior's density in the plane, on a grid over ``extent``: exact for two latent dimensions; from many
+            smoothed draws of the prior otherwise.
+    """
+
+    def __init__(self, vae: VAE, test: Tensor, labels: Tensor, points: int = 3_000, size: int = 120):
+        posterior, prior = draws_of_both(vae, test)
+        centre, axes = torch.zeros(posterior.shape[1]), torch.eye(*posterior.shape[1:], posterior.shape[1])
+        self.names = ("$z_1$", "$z_2$")
+        if posterior.shape[1] > 2:
+            centre = posterior.mean(0)
+            axes = torch.linalg.eigh(torch.cov((posterior - centre).T))[1].flip(1)
+            self.names = ("first principal component", "second principal component")
+        axes = axes[:, :2]
+
+        def project(z: Tensor) -> np.ndarray:
+            flat = (z - centre) @ axes
+            return nn.functional.pad(flat, (0, 2 - flat.shape[1])).numpy()
+
+        self.posterior, self.prior, self.labels = project(posterior[:points]), project(prior[:points]), labels[:points]
+        reach = 1.1 * np.quantile(np.abs(np.concatenate((self.posterior, self.prior))), 0.998)
+        self.extent = (-reach, reach, -reach, reach)
+        device = next(vae.parameters()).device
+        if posterior.shape[1] == 2:
+            edge = (torch.arange(size) + 0.5) / size * 2 * reach - reach
+            y, x = torch.meshgrid(edge, edge, indexing="ij")
+            with torch.no_grad():
+                grid = vae.prior().log_prob(torch.stack((x.flatten(), y.flatten()), 1).to(device)).exp()
+            self.density = grid.view(size, size).cpu().numpy()
+        else:
+            with torch.no_grad():
+                many = project(torch.cat([vae.prior().sample((10_000,)).cpu() for _ in range(20)]))
+            counts = np.histogram2d(many[:, 1], many[:, 0], bins=size, range=[(-reach, reach)] * 2)[0]
+            self.density = smooth(counts)
+
+
+def smooth(values: np.ndarray, width: float = 1.6) -> np.ndarray:
+    """Convolve with a Gaussian of so many cells, along both axes."""
+    reach = np.arange(-int(4 * width), int(4 * width) + 1)
+    kernel = np.exp(-0.5 * (reach / width) ** 2)
+    for axis in (0, 1):
+        values = np.apply_along_axis(np.convolve, axis, values, kernel / kernel.sum(), mode="same")
+    return values
+
+
+def draw_match(plane: Plane, told: float, path: Path) -> Path:
+    """The aggregate posterior, and draws of the prior, each over the prior's density."""
+    with figures.figure(path, 1, 2, size=(7.6, 3.9), sharex=True, sharey=True) as (drawing, axes):
+        show_plane(axes[0], plane, "aggregate posterior, by class", posterior=True)
+        show_plane(axes[1], plane, "prior")
+        drawing.supxlabel(plane.names[0], fontsize=9, color=figures.INK)
+        drawing.supylabel(plane.names[1], fontsize=9, color=figures.INK)
+        drawing.suptitle(
+            f"over the prior's density; a classifier tells them apart in {100 * told:.1f} % of cases (50 %: a match)",
+            fontsize=9, color=figures.FAINT,
+        )  # fmt: skip
+    return path
+
+
+def show_plane(axes, plane: Plane, title: str, posterior: bool = False) -> None:
+    axes.imshow(
+        plane.density, origin="lower", extent=plane.extent, cmap="Greys", vmin=0, vmax=1.6 * plane.density.max(),
+        interpolation="bilinear", aspect="equal",
+    )  # fmt: skip
+    points, how = plane.prior, {"color": figures.ACCENT}
+    if posterior:
+        points, how = plane.posterior, {"c": plane.labels.numpy(), "cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
+    axes.scatter(points[:, 0], points[:, 1], s=2.2, alpha=0.6, linewidths=0, **how)
+    for label in plane.labels.unique().tolist() if posterior else ():
+        middle = np.median(points[plane.labels.numpy() == label], axis=0)
+        axes.text(*middle, label, **figures.OUTLINED)
+    axes.set(xlim=plane.extent[:2], ylim=plane.extent[2:], title=title)
+
+
+def draw_priors(trained: dict[str, Trained], planes: dict[str, Plane], made: dict[str, Tensor], out: Path) -> Path:
+    """A column for each prior: aggregate posterior over its density, its own draws, and what they decode to."""
+    path = out / "priors.png"
+    columns = len(trained)
+    with figures.figure(path, 3, columns, size=(2.5 * columns + 0.4, 7.6), squeeze=False) as (_, axes):
+        for column, (name, one) in zip(axes.T, trained.items(), strict=True):
+            show_plane(column[0], planes[name], f"{NAMES[name]}: ELBO {one.metrics['elbo']:.1f}", posterior=True)
+            show_plane(column[1], planes[name], f"told apart: {100 * one.metrics['prior_match']:.0f} %")
+            column[2].imshow(mosaic(made[name][:49].numpy(), 7), cmap="gray", vmin=0, vmax=1)
+            column[2].set_axis_off()
+        for row, label in zip(axes, ("aggregate posterior", "prior", ""), strict=True):
+            row[0].set_ylabel(label)
+    return path
+
+
+def mosaic(images: np.ndarray, columns: int) -> np.ndarray:
+    rows = len(images) // columns
+    return images.reshape(rows, columns, *SHAPE).swapaxes(1, 2).reshape(rows * SHAPE[0], columns * SHAPE[1])
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,433 @@
+"""The VAE, its priors and runs/pyro_vae.py: against closed forms, with every prior and library, and with bad input."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import safetensors.torch
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
+from torch.distributions import MultivariateNormal, kl_divergence
+from torch.testing import assert_close
+
+from adapters import FlowDistribution, build_flow, load_flow
+from adapters.preprocess import Standardize
+from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPrior
+from adapters.vae import VAE, Decoder, Encoder
+from runs import pyro_vae
+from runs.common.fit import STATE, NotFinite, Recipe
+from runs.common.images import Batches, Images, binarize, threshold
+from runs.common.timing import ratio
+from tests.laws import batch, randomise
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "limit": 64, "epochs": 2, "batch_size": 32, "latent": 3, "layers": 2, "hidden": (8,), "width": (16,),
+    "components": 5, "importance_samples": 4, "importance_images": 6,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """``main``, tiny, on images of this test's own, and no pictures unless asked for."""
+    monkeypatch.setattr(pyro_vae, "load_images", lambda dataset, data_dir: _images())
+
+    def call(pictures=False, **arguments):
+        if not pictures:
+            monkeypatch.setattr(pyro_vae, "draw", lambda *_: [])
+        return pyro_vae.main(**TINY | arguments)
+
+    yield call
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@cache
+def _images():
+    """Blobs at random places, as bytes."""
+    generator = torch.Generator().manual_seed(0)
+    place = 6 + 16 * torch.rand(240, 2, 1, 1, generator=generator)
+    row, column = torch.arange(28.0)[:, None], torch.arange(28.0)
+    squared = (row - place[:, 0]).square() + (column - place[:, 1]).square()
+    images, labels = (255 * (-squared / 20).exp()).byte(), (place[:, 0, 0, 0] / 3).long()
+    parts = [(images[rows], labels[rows]) for rows in torch.arange(240).split(80)]
+    return Images(*(part for pair in parts for part in pair), tuple("0123456789"))
+
+
+# The ELBO
+
+
+class LinearDecoder(nn.Module):
+    """p(x | z) = N(W z + b, σ² I)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias, self.std = 0.3 * batch(5, 2), torch.full((5,), 0.5, dtype=torch.float64), 0.3
+
+    def forward(self, z):
+        return dist.Normal(z @ self.weight.T + self.bias, self.std).to_event(1)
+
+
+class LinearEncoder(nn.Module):
+    """The exact posterior under a prior N(mean, diag std²), its mean moved by ``error``."""
+
+    latent = 2
+
+    def __init__(self, decoder, mean, std, error=0.0):
+        super().__init__()
+        self.decoder, self.mean, self.error = decoder, mean, error
+        precision = (std**-2).diag() + decoder.weight.T @ decoder.weight / decoder.std**2
+        self.covariance = precision.inverse()
+        self.shift = mean / std**2
+
+    def exact(self, x):
+        information = self.shift + (x - self.decoder.bias) @ self.decoder.weight / self.decoder.std**2
+        return MultivariateNormal(information @ self.covariance, self.covariance)
+
+    def forward(self, x):
+        return dist.MultivariateNormal(self.exact(x).loc + self.error, self.covariance)
+
+
+def linear_gaussian(prior, mean=(0.0, 0.0), std=(1.0, 1.0), error=0.0):
+    mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    decoder = LinearDecoder()
+    vae = VAE(prior(mean, std), LinearEncoder(decoder, mean, std, error), decoder)
+    x = torch.rand(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    covariance = decoder.weight * std**2 @ decoder.weight.T + decoder.std**2 * torch.eye(5, dtype=torch.float64)
+    evidence = MultivariateNormal(decoder.bias + decoder.weight @ mean, covariance).log_prob(x)
+    return vae, x, evidence
+
+
+def gaussian_flow(mean, std):
+    """A flow that is the Gaussian with these moments: its layers start at the identity."""
+    return build_flow("masked-affine", 2, layers=2, preprocess=Standardize(mean, std)).double()
+
+
+LINEAR = {
+    "gaussian": (lambda mean, std: StandardNormalPrior(2).double(), {}),
+    "flow": (lambda mean, std: FlowPrior(gaussian_flow(mean, std)), {"mean": (0.5, -1.0), "std": (0.7, 1.5)}),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_at_the_exact_posterior_every_elbo_is_the_exact_log_evidence(name):
+    prior, moments = LINEAR[name]
+    vae, x, evidence = linear_gaussian(prior, **moments)
+    reconstruction, kl = vae.terms(x)
+    assert_close(reconstruction - kl, evidence)
+    assert_close(vae.log_weights(x, 3), evidence.expand(3, 7))
+    for elbo in (
+        Trace_ELBO(),
+        Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1),
+        RenyiELBO(alpha=0.0, num_particles=3),
+    ):
+        assert -elbo.loss(vae.model, vae.guide, x) == pytest.approx(evidence.sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_elsewhere_it_is_less_by_the_kl_and_importance_weighting_makes_up_for_it(name):
+    prior, moments = LINEAR[name]
+    vae, x, evidence = linear_gaussian(prior, error=0.2, **moments)
+    torch.manual_seed(0)
+    loss = Trace_ELBO(num_particles=4000, vectorize_particles=True, max_plate_nesting=1).loss(vae.model, vae.guide, x)
+    gap = kl_divergence(vae.encoder(x), vae.encoder.exact(x)).sum()
+    assert gap > 0.5
+    assert -loss == pytest.approx((evidence.sum() - gap).item(), abs=0.15)
+    weighted = vae.log_weights(x, 4000).logsumexp(0) - math.log(4000)
+    assert_close(weighted, evidence, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_runs_evaluation_is_that_elbo_and_that_gap(name, monkeypatch):
+    prior, moments = LINEAR[name]
+    vae, x, evidence = linear_gaussian(prior, error=0.1, **moments)
+    vae.register_parameter("device", nn.Parameter(torch.zeros(())))
+    reconstruction, kl = pyro_vae.elbo_terms(vae, x, 1500)
+    gap = kl_divergence(vae.encoder(x), vae.encoder.exact(x))
+    assert_close(reconstruction - kl, evidence - gap, atol=0.05, rtol=0)
+    assert_close(pyro_vae.importance_gaps(vae, x, 5000), gap, atol=0.05, rtol=0)
+    assert pyro_vae.mean_elbo(vae, x) == pyro_vae.mean_elbo(vae, x)  # its noise is fixed
+
+
+def a_vae(prior="flow", flow="masked-affine", posterior=False, latent=2, scale=0.3):
+    torch.manual_seed(0)
+    conditional = build_flow(flow, latent, 2 * latent, layers=2, hidden_features=(8,)) if posterior else None
+    encoder = Encoder(latent, 6, (8,), flow=conditional)
+    made = {
+        "gaussian": lambda: StandardNormalPrior(latent),
+        "mog": lambda: MixturePrior(latent, 3),
+        "vamp": lambda: VampPrior(encoder, (batch(4, 6) > 0).float()),
+        "flow": lambda: FlowPrior(build_flow(flow, latent, layers=2, hidden_features=(8,))),
+    }[prior]()
+    x = (batch(9, 6, seed=5) > 0).double()
+    return randomise(VAE(made, encoder, Decoder(latent, 6, (8,))), scale=scale), x
+
+
+@pytest.mark.parametrize("posterior", [False, True])
+@pytest.mark.parametrize("prior", pyro_vae.PRIORS)
+def test_gradients_reach_prior_encoder_and_decoder(prior, posterior):
+    vae, x = a_vae(prior, posterior=posterior)
+    Trace_ELBO()(vae.model, vae.guide)(x).backward()
+    for name, weight in vae.named_parameters():
+        assert weight.grad is not None and weight.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("posterior", [False, True])
+@pytest.mark.parametrize("prior", pyro_vae.PRIORS)
+def test_every_prior_is_a_density_that_samples_and_an_elbo_of_every_kind(prior, posterior):
+    vae, x = a_vae(prior, posterior=posterior, scale=0.1)
+    edge = torch.linspace(-14, 14, 281, dtype=torch.float64)
+    with torch.no_grad():
+        p = vae.prior()
+        assert p.batch_shape == () and p.event_shape == (2,) and p.sample((4,)).shape == (4, 2)
+        assert (p.log_prob(torch.cartesian_prod(edge, edge)).exp().sum() * 0.1**2).item() == pytest.approx(1, abs=2e-3)
+    torch.manual_seed(0)
+    loss = Trace_ELBO().loss(vae.model, vae.guide, x)
+    torch.manual_seed(0)
+    reconstruction, kl = vae.terms(x)
+    assert -loss == pytest.approx((reconstruction - kl).sum().item(), rel=1e-9)
+    for elbo in (TraceMeanField_ELBO(), Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)):
+        assert math.isfinite(elbo.loss(vae.model, vae.guide, x))
+    assert vae.log_weights(x, 3).shape == (3, 9)
+
+
+@pytest.mark.parametrize("flow", ["nflows-maf", "normflows-affine", "zuko-nsf", "pyro-spline", "freia-affine"])
+def test_flows_of_every_library_serve_as_prior_and_posterior(flow):
+    vae, x = a_vae(flow=flow, posterior=True)
+    loss = Trace_ELBO()(vae.model, vae.guide)
+    loss(x).backward()
+    assert all(weight.grad is not None for weight in vae.prior.parameters())
+    torch.manual_seed(0)
+    expected = Trace_ELBO().loss(vae.model, vae.guide, x)
+    torch.manual_seed(0)
+    reconstruction, kl = vae.terms(x)
+    assert -expected == pytest.approx((reconstruction - kl).sum().item(), rel=1e-6)
+
+
+def test_a_flow_posterior_starts_as_the_gaussian_and_is_scored_right():
+    torch.manual_seed(0)
+    flow = build_flow("masked-affine", 2, 4, layers=2, hidden_features=(8,))
+    encoder = Encoder(2, 6, (8,), flow=flow).double()
+    plain = Encoder(2, 6, (8,)).double()
+    plain.network = encoder.network
+    x, z = batch(9, 6), batch(9, 2)
+    assert_close(encoder(x).log_prob(z), plain(x).log_prob(z))
+    randomise(flow)
+    q = encoder(x)
+    z = q.rsample()
+    loc, log_scale = encoder.network(x).chunk(2, 1)
+    context = torch.cat((loc, log_scale), 1)
+    expected = FlowDistribution(flow, context).log_prob((z - loc) / log_scale.exp()) - log_scale.sum(1)
+    assert_close(q.log_prob(z), expected)
+
+
+def test_vae_of_the_exercise():
+    vae = VAE(StandardNormalPrior(32), Encoder(32), Decoder(32))
+    shapes = [tuple(weight.shape) for weight in vae.parameters() if weight.dim() == 2]
+    assert shapes == [(512, 32), (512, 512), (784, 512), (512, 784), (512, 512), (64, 512)]
+    assert any(isinstance(layer, nn.Dropout) for layer in Encoder(2, dropout=0.1).modules())
+
+
+# Bad input
+
+
+def test_images_outside_the_unit_interval_are_refused():
+    vae, x = a_vae()
+    for bad, values in [(255 * x, "0 to 255"), (x - 1, "-1 to 0"), (x * math.nan, "nan to nan")]:
+        for call in (vae.terms, Trace_ELBO()(vae.model, vae.guide), lambda x: vae.log_weights(x, 2)):
+            with pytest.raises(ValueError, match=rf"images must lie in \[0, 1\], but these have values from {values}"):
+                call(bad)
+    with pytest.raises(ValueError, match=r"must have the shape \(batch, pixels\), not \(9, 2, 3\)"):
+        vae.terms(x.view(9, 2, 3))
+    assert vae.terms(x / 2)[0].isfinite().all()  # grey is fine
+
+
+def test_widths_that_differ_are_refused():
+    encoder, decoder = Encoder(3), Decoder(3)
+    for prior in (StandardNormalPrior(2), MixturePrior(2), FlowPrior(build_flow("masked-affine", 2, layers=1))):
+        with pytest.raises(ValueError, match=r"the prior is over \(2,\), but the encoder's z has the shape \(3,\)"):
+            VAE(prior, encoder, decoder)
+    with pytest.raises(ValueError, match=r"context must have the shape|posterior's flow is over \(2,\)"):
+        Encoder(3, flow=build_flow("masked-affine", 2, 6, layers=1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prior": "cauchy"}, "unknown prior 'cauchy'; known: gaussian, mog, vamp, flow, all"),
+        ({"flow": "affine"}, "unknown flow 'affine'; known: masked-affine"),
+        ({"binarize": "grey"}, "unknown binarize 'grey'; known: threshold, dynamic"),
+        ({"posterior": "exact"}, "unknown posterior 'exact'; known: gaussian, flow"),
+        ({"dataset": "CIFAR10"}, "unknown dataset 'CIFAR10'; known: MNIST"),
+        ({"latent": 1}, "a coupling flow needs at least 2 features, not 1; an autoregressive one"),
+        ({"latent": 1, "prior": "all"}, "a coupling flow needs at least 2 features, not 1"),
+        ({"latent": 0}, "latent must be positive, not 0"),
+        ({"width": (16, 0)}, r"width\[1\] must be positive, not 0"),
+        ({"dropout": 1.0}, "dropout must lie between 0 and 1, not 1.0"),
+        ({"importance_samples": 0}, "importance_samples must be positive, not 0"),
+        ({"seeds": 0}, "seeds must be positive, not 0"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"lr": math.nan}, "lr must be positive, not nan"),
+        ({"options": {"bins": 4}}, "masked-affine has no option 'bins'"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(arguments, message, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=message):
+        pyro_vae.main(**arguments, out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        pyro_vae.main(resume=True, out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "flow"])
+def test_nan_stops_with_the_step_and_keeps_the_last_good_state(prior, run, tmp_path):
+    with pytest.raises(NotFinite, match=r"at step \d+; the weights of step \d+ are kept.*saved in .*vae.safetensors"):
+        run(prior=prior, lr=1e30, epochs=20, out=tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / f"{prior}-0" / "vae.safetensors")
+    assert len(weights) > 8 and all(weight.isfinite().all() for weight in weights.values())
+    if prior == "flow":
+        assert all(weight.isfinite().all() for weight in load_flow(tmp_path / "flow-0").parameters())
+
+
+def test_command_line_says_a_mistake_in_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "runs/pyro_vae.py", "--prior", "nosuch"],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: unknown prior 'nosuch'; known: gaussian, mog, vamp, flow, all\n"
+
+
+# Runs
+
+
+def test_end_to_end_with_all_priors(run, tmp_path, capsys):
+    metrics = run(pictures=True, prior="all", seeds=2, out=tmp_path)
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["run"] == "pyro_vae" and record["metrics"] == metrics and list(metrics) == list(pyro_vae.PRIORS)
+    for found in metrics.values():
+        assert found["elbo"] == pytest.approx(found["reconstruction"] - found["kl"])
+        assert found["log_likelihood"] > found["elbo"] and 0 <= found["prior_match"] <= 1
+        assert found["importance_samples"] == 4 and found["steps"] == 4 and found["parameters"] > 0
+        assert found["train_seconds"] > 0 and found["elbo_std"] > 0
+    printed = capsys.readouterr().out
+    assert "Is the test ELBO better?" in printed and "than the Gaussian prior" in printed
+    assert "Do prior and aggregate posterior match?" in printed and "±" in printed
+    names = [f"{kind}-{prior}" for kind in ("samples", "reconstructions", "match") for prior in pyro_vae.PRIORS]
+    for picture in (*names, "elbo", "priors"):
+        assert f"{picture}.png" in printed
+        with Image.open(tmp_path / f"{picture}.png") as image:
+            image.load()
+    flow, again = load_flow(tmp_path), load_flow(tmp_path / "flow-0")
+    z = torch.randn(5, 3)
+    assert torch.equal(flow.log_prob(z), again.log_prob(z))
+    assert not torch.equal(flow.log_prob(z), load_flow(tmp_path / "flow-1").log_prob(z))
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prior": "vamp", "binarize": "dynamic"},
+        {"prior": "mog", "latent": 2, "pictures": True},
+        {"prior": "gaussian", "latent": 1, "pictures": True},
+        {"posterior": "flow", "dropout": 0.2, "average": 0.99, "weight_decay": 1e-3, "clip": 5.0, "decay": 0.3},
+        {"latent": 1, "flow": "nflows-maf", "pictures": True},
+        {"seconds": 0.01, "epochs": 100_000},
+        {"patience": 1, "lr": 1e-9, "epochs": 30, "prior": "gaussian"},
+        *({"flow": name} for name in ("nflows-rqs", "normflows-affine", "zuko-nsf", "pyro-affine", "freia-affine")),
+    ],
+    ids=lambda arguments: "-".join(f"{name}={value}" for name, value in arguments.items()),
+)
+def test_every_option(arguments, run, tmp_path):
+    metrics = run(out=tmp_path, **arguments)
+    (found,) = metrics.values()
+    assert math.isfinite(found["elbo"]) and (tmp_path / "flow.safetensors").exists() == ("flow" in metrics)
+
+
+def test_training_improves_the_elbo_and_dynamic_binarisation_is_fresh(run, tmp_path):
+    short = run(prior="gaussian", epochs=1, out=tmp_path / "short")["gaussian"]
+    long = run(prior="gaussian", epochs=60, lr=5e-3, out=tmp_path / "long")["gaussian"]
+    assert long["elbo"] > short["elbo"] + 50
+    grey = torch.full((4, 28, 28), 128, dtype=torch.uint8)
+    assert threshold(grey).eq(1).all() and threshold(grey - 1).eq(0).all()
+    batches = Batches(grey, None, 4, 0, prepare=binarize)
+    assert batches(0)[0].mean().item() == pytest.approx(0.5, abs=0.05)
+    assert not torch.equal(batches(0)[0], batches(1)[0]) and torch.equal(batches(0)[0], batches(0)[0])
+
+
+def test_resumed_training_ends_where_an_uninterrupted_one_does(run, tmp_path, monkeypatch, capfd):
+    arguments = {"prior": "flow", "epochs": 5, "dropout": 0.2}
+    run(out=tmp_path / "whole", **arguments)
+
+    class Interrupting(Batches):
+        def __call__(self, i):
+            if i == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pyro_vae, "Batches", Interrupting)
+        assert run(out=tmp_path / "parts", **arguments)["flow"]["steps"] == 6
+    with pytest.raises(ValueError, match="belongs to another training: dropout was 0.2, not 0.3"):
+        run(out=tmp_path / "parts", resume=True, **arguments | {"dropout": 0.3})
+    run(out=tmp_path / "parts", resume=True, **arguments)
+    one, other = (
+        safetensors.torch.load_file(tmp_path / name / "flow-0" / "vae.safetensors") for name in ("whole", "parts")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "parts" / "flow-0" / STATE).exists()
+
+
+def test_two_samples_are_told_apart_if_they_differ():
+    torch.manual_seed(0)
+    one, same, other = torch.randn(2000, 3), torch.randn(2000, 3), torch.randn(2000, 3) + torch.tensor([5.0, 0, 0])
+    assert pyro_vae.told_apart(one, same) == pytest.approx(0.5, abs=0.05)
+    assert pyro_vae.told_apart(one, other) > 0.97
+
+
+def test_a_constant_rate_and_one_that_decays_at_the_end():
+    constant = Recipe(steps=100, lr=0.1, warmup=0.0, decay=0.0)
+    assert [constant.rate(share) for share in (0, 0.5, 1)] == [0.1] * 3
+    late = Recipe(steps=100, lr=0.1, warmup=0.0, decay=0.2)
+    assert late.rate(0.8) == 0.1 and late.rate(0.9) == pytest.approx(0.05) and late.rate(1) == pytest.approx(0)
+    with pytest.raises(ValueError, match="decay must lie between 0 and 1, not 2"):
+        Recipe(steps=100, decay=2)
+
+
+def test_the_benchmark_compares_the_same_elbo(monkeypatch, tmp_path):
+    compared = {}
+
+    def timed(functions, rounds, warmup):
+        for name, function in functions.items():
+            torch.manual_seed(0)
+            compared[name] = function
+            function()
+        return {name: [1.0, 2.0] for name in functions}
+
+    monkeypatch.setattr(pyro_vae, "interleaved", timed)
+    found = pyro_vae.main(benchmark=True, **{key: TINY[key] for key in ("latent", "layers", "hidden", "width")})
+    assert found["step_ratio"] == ratio([1.0], [1.0]) and set(compared) == {"pyro", "plain"}
+
+
+@pytest.fixture(autouse=True)
+def pyro_is_left_as_it_was():
+    pyro.clear_param_store()
+    before = torch.distributions.Distribution._validate_args
+    yield
+    assert torch.distributions.Distribution._validate_args == before
+    assert not pyro.get_param_store()
