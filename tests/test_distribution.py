@@ -35,6 +35,7 @@ from torch.distributions import TransformedDistribution, constraints
 from torch.testing import assert_close
 
 from adapters import FlowDistribution, as_flow, build_flow, to_library
+from adapters.bridges.zuko import import_zuko
 from adapters.distribution import Flow
 from adapters.preprocess import Logit
 from tests.laws import batch, randomise
@@ -205,7 +206,7 @@ def test_images_and_event_shapes_that_only_the_caller_knows():
 
 
 def test_flows_of_the_libraries_are_taken_as_they_are():
-    zuko = pytest.importorskip("zuko")
+    zuko = import_zuko()
     native = zuko.flows.NSF(2, transforms=1, hidden_features=(8,))
     p = FlowDistribution(native)
     x = p.sample((3,))
@@ -562,10 +563,8 @@ def test_condition_scores_the_value_given():
 
 
 def test_render_model():
-    """What ``pyro.render_model`` draws; the drawing itself needs graphviz."""
     p, _, _, _, x = pair()
     relations = get_model_relations(p, model_args=(x,))
     assert relations["sample_dist"] == {"z": "FlowDistribution", "x": "Normal"}
     assert relations["sample_sample"]["x"] == ["z"] and relations["observed"] == ["x"]
-    pytest.importorskip("graphviz")
     assert "FlowDistribution" in pyro.render_model(p, model_args=(x,), render_distributions=True).source

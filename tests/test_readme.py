@@ -33,7 +33,8 @@ def test_the_commands_are_ones_the_scripts_take(script, arguments):
 
 def test_pictures_and_files_that_it_names_exist():
     root = Path(__file__).parent.parent
-    named = re.findall(r'<img src="([^"]+)"', README) + re.findall(r"^((?:adapters|runs|tests)/\S+)", README, re.M)
+    named = re.findall(r'<img src="([^"]+)"', README) + re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    named += re.findall(r"^((?:adapters|runs|tests)/\S+)  ", README, re.M)
     assert named
     for name in named:
         assert (root / name).exists(), name
