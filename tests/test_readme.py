@@ -38,3 +38,10 @@ def test_pictures_and_files_that_it_names_exist():
     assert named
     for name in named:
         assert (root / name).exists(), name
+
+
+def test_every_script_is_run_by_a_test():
+    tests = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    for script in (Path(__file__).parent.parent / "runs").glob("*.py"):
+        if script.stem != "__init__":
+            assert f"runs.{script.stem} import" in tests or f"from runs import {script.stem}" in tests, script.name
