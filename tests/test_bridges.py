@@ -1,7 +1,7 @@
 """Every library that has a bridge, in and out: the same values, the same density, one network evaluation, clear errors.
 
-A new file in adapters/bridges is held to all of it without a line changed here, but for its own call noise → data, which
-``DECODERS`` has to know.
+A new file in adapters/bridges is held to all of it without a line changed here, but for its own call noise → data:
+``DECODERS`` has to know it.
 """
 
 import copy
