@@ -29,8 +29,8 @@ from adapters.flow import Flow
 from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPrior
 from adapters.vae import VAE, Decoder, Encoder
 from runs.common import figures
-from runs.common.fit import STATE, Fitted, NotFinite, Recipe, check_resumable, fit, make_accelerator
-from runs.common.images import DATASETS, Batches, Images, binarize, load_images, threshold
+from runs.common.fit import PRECISIONS, STATE, Fitted, NotFinite, Recipe, check_resumable, fit, make_accelerator
+from runs.common.images import DATASETS, Batches, Images, binarize, load_images, shifted, threshold
 from runs.common.results import check_known, cli, open_directory, write_metrics
 from runs.common.timing import interleaved, ratio
 
@@ -101,6 +101,7 @@ def main(
     components: int = 100,
     posterior: str = "gaussian",
     binarize: str = "threshold",
+    shift: int = 0,
     dataset: str = "MNIST",
     data_dir: Path | None = None,
     epochs: int = 25,
@@ -112,6 +113,7 @@ def main(
     average: float | None = 0.999,
     seconds: float | None = None,
     patience: int | None = None,
+    precision: str = "no",
     importance_samples: int = 500,
     importance_images: int = 1000,
     limit: int | None = None,
@@ -136,6 +138,8 @@ def main(
         components: of the mixture and the VampPrior.
         posterior: gaussian, or flow: the encoder's normal, then the same kind of flow, conditional on the image.
         binarize: threshold (pixels > 0.5) or dynamic (a fresh draw in each epoch).
+        shift: move each training image by up to so many pixels, drawn anew in each epoch, so that less is learned by
+            heart; 0 for none.
         dataset: MNIST, FashionMNIST, KMNIST or QMNIST; all but MNIST are downloaded unless they are there.
         data_dir: where the data sets are kept; by default the user's cache.
         epochs: passes over the training images.
@@ -147,6 +151,7 @@ def main(
         average: decay of the moving average of the weights that is evaluated and saved; None for none.
         seconds: end each training after so much time, if that comes before the last epoch.
         patience: end after so many epochs without a better validation ELBO.
+        precision: no (float32), bf16 or fp16, for the training.
         importance_samples: draws of z for an image's importance-weighted log p(x).
         importance_images: test images that tell by how much log p(x) exceeds the ELBO.
         limit: use only so many images of each split, for a quick look.
@@ -163,6 +168,7 @@ def main(
     check_known(POSTERIORS, posterior=posterior)
     check_known(BINARIZE, binarize=binarize)
     check_known(DATASETS, dataset=dataset)
+    check_known(PRECISIONS, precision=precision)
     check_positive(latent=latent, layers=layers, components=components, epochs=epochs, batch_size=batch_size, lr=lr)
     check_positive(importance_samples=importance_samples, importance_images=importance_images, seeds=seeds)
     check_positive(save_every=save_every)
@@ -172,8 +178,8 @@ def main(
     check_positive(**{name: value for name, value in given.items() if value is not None})
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie between 0 and 1, not {dropout}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, but is {seed}")
+    if seed < 0 or not 0 <= shift < min(SHAPE):
+        raise ValueError(f"seed must not be negative, shift lies in 0 to {min(SHAPE) - 1}; they are {seed} and {shift}")
 
     def make_flow(context_features: int | None = None) -> Flow:
         return build_flow(flow, latent, context_features, layers=layers, hidden_features=hidden, **(options or {}))
@@ -195,11 +201,15 @@ def main(
         check_resumable(out / "{}-{}".format(*jobs[0]))
     out = open_directory(out)
     arguments["out"] = out
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(precision)
     device = accelerator.device
     with accelerator.local_main_process_first():
         images = load_images(dataset, data_dir).first(limit)
     prepare = BINARIZE[binarize]
+
+    def prepare_training(chosen: Tensor, generator: torch.Generator) -> Tensor:
+        return prepare(shifted(chosen.view(-1, *SHAPE), shift, generator) if shift else chosen, generator)
+
     share = (accelerator.process_index, accelerator.num_processes)
     validation, test = (
         prepare(part, torch.Generator().manual_seed(EVALUATION_SEED)) for part in (images.validation, images.test)
@@ -207,7 +217,7 @@ def main(
     trained: dict[tuple[str, int], Trained] = {}
     for name, one in jobs:
         torch.manual_seed(one)
-        batches = Batches(images.train, None, batch_size, one, device, share, prepare)
+        batches = Batches(images.train, None, batch_size, one, device, share, prepare_training)
         recipe = Recipe(
             steps=epochs * batches.per_epoch,
             lr=lr,
@@ -219,6 +229,7 @@ def main(
             validate_every=batches.per_epoch,
             patience=patience,
             seconds=seconds,
+            precision=precision,
             save_every=save_every,
         )
         chosen = torch.randperm(len(images.train))[: min(components, len(images.train))]

@@ -27,7 +27,7 @@ from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPr
 from adapters.vae import VAE, Decoder, Encoder
 from runs import pyro_vae
 from runs.common.fit import STATE, NotFinite, Recipe
-from runs.common.images import Batches, Images, binarize, threshold
+from runs.common.images import Batches, Images, binarize, shifted, threshold
 from runs.common.timing import ratio
 from tests.laws import batch, randomise
 
@@ -277,6 +277,8 @@ def test_widths_that_differ_are_refused():
         ({"importance_samples": 0}, "importance_samples must be positive, not 0"),
         ({"seeds": 0}, "seeds must be positive, not 0"),
         ({"seed": -1}, "seed must not be negative"),
+        ({"shift": 28}, "shift lies in 0 to 27; they are 0 and 28"),
+        ({"precision": "int8"}, "unknown precision 'int8'; known: no, bf16, fp16"),
         ({"lr": math.nan}, "lr must be positive, not nan"),
         ({"options": {"bins": 4}}, "masked-affine has no option 'bins'"),
     ],
@@ -348,6 +350,7 @@ def test_end_to_end_with_all_priors(run, tmp_path, capsys):
         {"posterior": "flow", "dropout": 0.2, "average": 0.99, "weight_decay": 1e-3, "clip": 5.0, "decay": 0.3},
         {"latent": 1, "flow": "nflows-maf", "pictures": True},
         {"seconds": 0.01, "epochs": 100_000},
+        {"precision": "bf16", "shift": 1},
         {"patience": 1, "lr": 1e-9, "epochs": 30, "prior": "gaussian"},
         *({"flow": name} for name in ("nflows-rqs", "normflows-affine", "zuko-nsf", "pyro-affine", "freia-affine")),
     ],
@@ -357,6 +360,17 @@ def test_every_option(arguments, run, tmp_path):
     metrics = run(out=tmp_path, **arguments)
     (found,) = metrics.values()
     assert math.isfinite(found["elbo"]) and (tmp_path / "flow.safetensors").exists() == ("flow" in metrics)
+
+
+def test_shifted_images_are_moved_whole_and_by_every_amount():
+    images = torch.zeros(500, 28, 28, dtype=torch.uint8)
+    images[:, 10, 20] = 9
+    moved = shifted(images, 2, torch.Generator().manual_seed(0))
+    _, row, column = moved.nonzero(as_tuple=True)
+    assert moved.shape == images.shape and moved.sum() == images.sum()
+    assert set(row.tolist()) == {8, 9, 10, 11, 12} and set(column.tolist()) == {18, 19, 20, 21, 22}
+    images[:, 0, 0] = 5  # what leaves at one edge doesn't come in at the other
+    assert (shifted(images, 1)[:, -1, -1] == 0).all()
 
 
 def test_training_improves_the_elbo_and_dynamic_binarisation_is_fresh(run, tmp_path):

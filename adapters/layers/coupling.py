@@ -111,10 +111,12 @@ class PackedCoupling(Transform):
     def _couple(self, function, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         check_event(z, self.event_shape, "this layer")
         flat = z.flatten(1)
-        parameters = condition(self.conditioner, self.read(flat.index_select(1, self.unchanged)), context)
+        unchanged = flat.gather(1, self.unchanged.expand(len(z), -1))
+        parameters = condition(self.conditioner, self.read(unchanged), context)
         check_output(parameters, (len(z), self.parameters_per_coordinate * len(self.transformed)), "conditioner")
-        transformed, log_det = function(flat.index_select(1, self.transformed), parameters)
-        return flat.index_copy(1, self.transformed, transformed).view(z.shape), log_det
+        transformed, log_det = function(flat.gather(1, self.transformed.expand(len(z), -1)), parameters)
+        outputs = flat.index_copy(1, self.transformed, transformed)
+        return outputs if z.dim() == 2 else outputs.view(z.shape), log_det
 
 
 class PackedCouplingLayer(PackedCoupling):
@@ -142,12 +144,15 @@ class PackedCouplingLayer(PackedCoupling):
         return torch.addcmul(t, z, s.exp()), s.sum(1)
 
     def elementwise_inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        s, t = self._scale_translation(parameters)
-        return (z - t) * (-s).exp(), -s.sum(1)
+        minus_s, t = self._scale_translation(parameters, sign=-1)
+        return (z - t) * minus_s.exp(), minus_s.sum(1)
 
-    def _scale_translation(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def _scale_translation(self, parameters: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
+        """± s and t. β tanh(s̃) is written 2β (σ(2s̃) − ½), the same function, since torch's tanh is slow on CPUs."""
         s, t = parameters.chunk(2, dim=1)
-        return (s if self.scale_bound is None else self.scale_bound * s.tanh()), t
+        if self.scale_bound is None:
+            return sign * s, t
+        return (2 * sign * self.scale_bound) * (torch.sigmoid(2 * s) - 0.5), t
 
 
 def noise_to_data(layers: Iterable[Transform]) -> Transform:

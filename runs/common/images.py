@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pad
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "mnist"
 MD5 = {
@@ -141,6 +141,13 @@ def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor
     """1 with probability x/255, else 0, drawn anew in each call, flattened: bytes ``(n, …)`` → floats ``(n, D)``."""
     pixels = images.flatten(1)
     return (torch.rand(pixels.shape, generator=generator, device=pixels.device) < pixels / LEVELS).float()
+
+
+def shifted(images: Tensor, pixels: int, generator: torch.Generator | None = None) -> Tensor:
+    """Each image moved by a draw of −pixels to pixels along either axis, zeros moving in: ``(n, H, W)``, as before."""
+    windows = pad(images, [pixels] * 4).unfold(1, images.shape[1], 1).unfold(2, images.shape[2], 1)
+    y, x = torch.randint(2 * pixels + 1, (2, len(images)), generator=generator, device=images.device)
+    return windows[torch.arange(len(images), device=images.device), y, x]
 
 
 class Batches:
