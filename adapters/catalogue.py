@@ -96,6 +96,18 @@ def flow_options(name: str) -> list[str]:
     return [option for option in inspect.signature(_maker(name)).parameters if option != "specification"]
 
 
+def describe_flow(name: str) -> str:
+    """Which layers of which library this is, and how it differs from the others: one paragraph.
+
+    Raises:
+        ValueError: for a name that is not known.
+
+    >>> describe_flow("masked-affine")
+    'Packed affine coupling layers: equations 15 to 17, fast.'
+    """
+    return " ".join(inspect.getdoc(_maker(name)).split())
+
+
 def _maker(name: str) -> Callable[..., Transform]:
     if name not in _flows():
         raise ValueError(f"unknown flow {name!r}; known: {', '.join(flow_names())}")

@@ -10,16 +10,13 @@ from pathlib import Path
 import nflows.flows
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
 
 from adapters import as_flow, build_flow, to_library
 from adapters.bridges import bridges
-from adapters.bridges.nflows import nflows_mask
-from adapters.bridges.zuko import import_zuko
 from adapters.checks import check_positive
 from adapters.flow import StandardNormal
 from adapters.masks import checkerboard_mask
-from adapters.networks import MLP
+from runs.common.native import NATIVE
 from runs.common.results import cli, open_directory, versions, write_metrics
 from runs.common.timing import interleaved, ratio
 
@@ -55,9 +52,11 @@ def main(
     print(f"D={features}, {layers} layers, hidden {hidden}, batch {batch_size}, {torch.get_num_threads()} threads")
     print("in: the library's flow as an nflows Flow / natively")
     for name, make in NATIVE.items():
-        flow, log_prob = make(features, masks, hidden)
-        ours = as_flow(flow)
-        metrics[f"{name}_in"] = compare(name, ours, lambda ours=ours: ours.log_prob(x), lambda f=log_prob: f(x), rounds)
+        native = make(features, masks, hidden)
+        ours = as_flow(native.flow)
+        metrics[f"{name}_in"] = compare(
+            name, ours, lambda ours=ours: ours.log_prob(x), lambda native=native: native.log_prob(x), rounds
+        )
     print("out: an nflows flow in the library's own density class / in nflows")
     for bridge in bridges():
         for name in bridge.LIBRARIES:
@@ -65,10 +64,10 @@ def main(
             exported = to_library(name, flow._transform)
             plain = nflows.flows.Flow(flow._transform, StandardNormal([features]))
 
-            def native(exported=exported, bridge=bridge) -> Tensor:
+            def in_library(exported=exported, bridge=bridge) -> Tensor:
                 return bridge.native_log_prob(exported, x)
 
-            metrics[f"{name}_out"] = compare(name, flow, native, lambda plain=plain: plain.log_prob(x), rounds)
+            metrics[f"{name}_out"] = compare(name, flow, in_library, lambda plain=plain: plain.log_prob(x), rounds)
     write_metrics(out, "overhead", arguments, 0, metrics)
     print(f"processor {versions()['processor']}; figures in {out / 'metrics.json'}")
     return metrics
@@ -88,70 +87,6 @@ def compare(name: str, module: nn.Module, log_prob: Callable, peer: Callable, ro
     print(f"  {name:<12} {found:.3f}   ({statistics.median(times['peer']):.1f} ms)", flush=True)
     return found
 
-
-def normflows_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]):
-    from normflows import NormalizingFlow
-    from normflows.distributions import DiagGaussian
-    from normflows.flows import MaskedAffineFlow
-
-    layers = [MaskedAffineFlow(m, MLP(features, features, hidden), MLP(features, features, hidden)) for m in masks]
-    flow = NormalizingFlow(DiagGaussian(features, trainable=False), layers)
-    return flow, flow.log_prob
-
-
-def zuko_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]):
-    flow = import_zuko().flows.RealNVP(features, transforms=len(masks), hidden_features=hidden)
-    return flow, lambda x: flow().log_prob(x)
-
-
-def pyro_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]):
-    import pyro.distributions as dist
-    from pyro.distributions.transforms import Permute, affine_coupling
-
-    transforms = []
-    for _ in masks:
-        transforms += [affine_coupling(features, hidden_dims=list(hidden)), Permute(torch.arange(features).flip(0))]
-    base = Independent(Normal(torch.zeros(features), torch.ones(features)), 1)
-    flow = dist.TransformedDistribution(base, transforms)
-
-    def log_prob(x: Tensor) -> Tensor:
-        flow.clear_cache()  # what every training loop in Pyro has to do
-        return flow.log_prob(x)
-
-    return flow, log_prob
-
-
-def freia_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]):
-    from FrEIA.framework import SequenceINN
-    from FrEIA.modules import RNVPCouplingBlock
-
-    flow = SequenceINN(features)
-    for _ in masks:
-        flow.append(RNVPCouplingBlock, subnet_constructor=lambda i, o: MLP(i, o, hidden))
-    base = StandardNormal([features])
-
-    def log_prob(x: Tensor) -> Tensor:
-        noise, log_det = flow(x)
-        return base.log_prob(noise) + log_det
-
-    return flow, log_prob
-
-
-def nflows_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]):
-    from nflows.transforms import AffineCouplingTransform, CompositeTransform
-
-    layers = [AffineCouplingTransform(nflows_mask(mask), lambda i, o: MLP(i, o, hidden)) for mask in masks]
-    flow = nflows.flows.Flow(CompositeTransform(layers), StandardNormal([features]))
-    return flow, flow.log_prob
-
-
-NATIVE = {
-    "nflows": nflows_flow,
-    "normflows": normflows_flow,
-    "zuko": zuko_flow,
-    "pyro": pyro_flow,
-    "freia": freia_flow,
-}
 
 if __name__ == "__main__":
     cli(main)

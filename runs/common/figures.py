@@ -54,6 +54,11 @@ def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float
             plt.close(drawing)
 
 
+def many(count: int) -> list:
+    """So many colours, far apart, when ``SERIES`` does not have enough."""
+    return [matplotlib.colormaps["turbo"](0.05 + 0.87 * i / max(1, count - 1)) for i in range(count)]
+
+
 def unit_square(axes: Axes, title: str) -> None:
     """Plots of the toy densities show (0, 1)²."""
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], title=title, aspect="equal")

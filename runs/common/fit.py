@@ -138,6 +138,7 @@ def fit(
     resume: bool = False,
     identity: dict[str, Any] | None = None,
     accelerator: Accelerator | None = None,
+    quiet: bool = False,
 ) -> Fitted:
     """Train the parameters of ``loss`` in place.
 
@@ -159,6 +160,7 @@ def fit(
         identity: what the training depends on beside the code (plain numbers, strings, lists); it is kept in the
             checkpoint, and a training of another identity is not resumed.
         accelerator: device, precision and processes; by default one made from the recipe.
+        quiet: show no progress bar, for one of many short trainings.
 
     Raises:
         NotFinite: when the loss stops being finite, naming the step.
@@ -181,13 +183,13 @@ def fit(
     bar = tqdm(
         total=recipe.steps,
         initial=training.fitted.steps,
-        disable=not accelerator.is_main_process,
+        disable=quiet or not accelerator.is_main_process,
         unit="step",
         mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants few lines
         smoothing=0.05,
         dynamic_ncols=True,
     )
-    say = bar.write if accelerator.is_main_process else lambda text: None
+    say = bar.write if accelerator.is_main_process and not quiet else lambda text: None
     window = []
     started = saved = shown = time.monotonic() - training.fitted.seconds
     try:

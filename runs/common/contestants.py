@@ -1,0 +1,152 @@
+"""Who takes part in a comparison: flows of the catalogue, and anybody's own, each built to the same specification.
+
+A name with a colon, ``my_module:my_flow``, is a dotted path to
+
+- a function called with ``features=`` and those of ``layers=``, ``hidden_features=`` and ``masks=`` that it takes,
+  which gives a flow or a transform of any library; ``zuko.flows:NAF`` is one;
+- or an nflows ``Transform`` class, of which a stack is made: one for each mask, called with those of ``features=``,
+  ``hidden_features=`` and ``mask=`` that it takes; its ``forward`` runs data → noise.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from nflows.transforms import CompositeTransform, Transform
+from torch import Tensor, nn
+
+from adapters import as_flow, as_transform, build_flow, flow_names
+from adapters.catalogue import describe_flow, flow_options
+from adapters.flow import Flow, StandardNormal
+
+REFERENCE = "masked-affine"  # whose parameters the others match, and whose times the ratios are to
+WIDEST = 2**17
+TOLERANCE = 0.02  # of matched numbers of parameters
+
+
+def check_contestants(names: Sequence[str]) -> None:
+    """Raise a ValueError or ImportError unless every name can be found."""
+    for name in names:
+        if ":" in name:
+            load(name)
+        elif name not in flow_names():
+            raise ValueError(
+                f"unknown flow {name!r}; known: {', '.join(flow_names())}, and your own as my_module:my_flow"
+            )
+
+
+def load(name: str) -> Callable:
+    """The object that ``module:object`` names; the working directory is searched first."""
+    module, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{name}: {module} can't be imported ({error}); run from the directory it is in") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{name}: {module} has no {attribute}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"{name} is a {type(found).__name__}; a flow is made by a function or a class")
+    return found
+
+
+def build(
+    name: str,
+    features: int,
+    layers: int,
+    hidden_features: Sequence[int],
+    masks: Sequence[Tensor],
+    preprocess: Transform | None = None,
+    options: dict | None = None,
+) -> Flow:
+    """That contestant's flow; ``options`` go to those flows of the catalogue that have them.
+
+    Raises:
+        TypeError, ValueError: if what the user's own factory takes or gives is not what it should be.
+    """
+    if ":" not in name:
+        known = {key: value for key, value in (options or {}).items() if key in flow_options(name)}
+        return build_flow(
+            name, features, layers=layers, hidden_features=hidden_features, masks=masks, preprocess=preprocess, **known
+        )
+    make = load(name)
+    masks = [masks[i % len(masks)] for i in range(layers)]
+    given = {"features": features, "hidden_features": tuple(hidden_features)}
+    if inspect.isclass(make) and issubclass(make, Transform):
+        made = CompositeTransform([_call(name, make, given | {"mask": mask}) for mask in reversed(masks)])
+    else:
+        made = _call(name, make, given | {"layers": layers, "masks": masks})
+    try:
+        flow = as_flow(made)
+        transform, base = flow._transform, flow._distribution
+    except TypeError:
+        transform, base = as_transform(made), StandardNormal([features])
+    if preprocess is not None:
+        transform = CompositeTransform([preprocess, transform])
+    return Flow(transform, base, (features,))
+
+
+def _call(name: str, make: Callable, offered: dict):
+    parameters = inspect.signature(make).parameters
+    named = {key: one for key, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+    if unmet := [key for key, one in named.items() if one.default is one.empty and key not in offered]:
+        raise TypeError(f"{name} wants {', '.join(unmet)}; it may only want {', '.join(offered)}")
+    return make(**{key: value for key, value in offered.items() if key in parameters})
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def match_parameters(
+    make: Callable[[tuple[int, ...]], nn.Module], target: int, hidden_features: Sequence[int]
+) -> tuple[int, ...]:
+    """Hidden widths at which ``make(widths)`` has about ``target`` parameters: all equal, or one of them different.
+
+    The number grows with the widths, so the common width is found by bisection; then, where the flow takes unequal
+    widths, the first or the last one is moved for what is left. Widths that change nothing are given back as they are.
+    """
+    depth = len(hidden_features)
+
+    def error(widths: tuple[int, ...]) -> float:
+        try:
+            return count(make(widths)) / target - 1
+        except ValueError:
+            if len(set(widths)) == 1:  # narrower than this flow takes
+                return -1.0
+            raise
+
+    def bisect(place: Callable[[int], tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The widths on either side of the target, of those that ``place`` makes of one number."""
+        low, high = 1, 2
+        while error(place(high)) < 0 and high < WIDEST:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if error(place(middle)) >= 0 else (middle, high)
+        return [place(low), place(high)]
+
+    if error((1,) * depth) == error((1000,) * depth):
+        return tuple(hidden_features)
+    found = bisect(lambda width: (width,) * depth)
+    below = found[0]
+    if depth > 1 and min(abs(error(widths)) for widths in found) > TOLERANCE / 4:
+        with suppress(ValueError):  # a network of one width
+            found += bisect(lambda width: (width, *below[1:]))
+            found += bisect(lambda width: (*below[:-1], width))
+    return min(found, key=lambda widths: abs(error(widths)))
+
+
+def footnote(name: str, flow: Flow, hidden_features: Sequence[int], target: int | None) -> str:
+    """What about this contestant can't be made equal: in its own words, and what matching left over."""
+    said = describe_flow(name) if ":" not in name else f"`{name}`, built by its own code; its base is its own."
+    if target is not None and abs(count(flow) / target - 1) > TOLERANCE:
+        said += f" Its widths can't be chosen to match: {100 * (count(flow) / target - 1):+.0f} % parameters."
+    elif target is not None and name != REFERENCE:
+        said += f" Hidden widths {', '.join(map(str, hidden_features))} match the parameters."
+    return said

@@ -1,0 +1,161 @@
+"""What flows are compared on: each task has its data, its loss, its score, and a picture of what was learned."""
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adapters.flow import Flow
+from adapters.masks import checkerboard_mask
+from adapters.preprocess import Marginals
+from adapters.priors import FlowPrior
+from adapters.vae import VAE, Decoder, Encoder
+from runs import mnist, pyro_vae, toy
+from runs.common.densities import DENSITIES, divergence
+from runs.common.images import Batches, bits_per_dim, load_images, threshold
+
+SPLINES = {"bins": 8, "tail_bound": 4.0}  # of every flow that has them
+GRID = 150
+
+
+class Trial(NamedTuple):
+    """One flow's training, ready to start.
+
+    Attributes:
+        loss: a module; ``loss(batch(i))`` is what is minimised, in the task's measure.
+        batch: ``batch(i)`` is the i-th batch.
+        score: the measure on test data, and its standard error.
+        picture: an image of what was learned.
+    """
+
+    loss: nn.Module
+    batch: Callable[[int], Any]
+    score: Callable[[], tuple[float, float]]
+    picture: Callable[[], np.ndarray]
+
+
+class Task:
+    """A task.
+
+    Attributes:
+        measure: what the score is, and ``unit`` in what; lower is better, unless ``higher_is_better``.
+        features, layers, hidden, batch_size, masks, preprocess: what every flow is built with.
+        recipe: what every flow is trained with, beside the budget.
+        box: where a density in the plane lies, for ∫p; ``None`` if there is none.
+        vectors: data as the flow sees them, for gates and timing, ``(n, D)``.
+    """
+
+    unit = "nats"
+    higher_is_better = False
+    preprocess = None
+    box = None
+
+    @property
+    def masks(self) -> list[Tensor]:
+        mask = checkerboard_mask(self.features)
+        return [mask, 1 - mask]
+
+    def vectors(self, n: int) -> Tensor:
+        raise NotImplementedError
+
+    def trial(self, flow: Flow, seed: int) -> Trial:
+        raise NotImplementedError
+
+
+class Toy(Task):
+    """KL(true ‖ flow) on one of the exercise's densities, fresh points in every step."""
+
+    measure, features, layers, hidden, batch_size = "KL", 2, 8, (64, 64), 1024
+    recipe: ClassVar = {"lr": 3e-3, "betas": (0.9, 0.99), "average": 0.999}
+
+    def __init__(self, data: str):
+        self.true = DENSITIES[data]()
+        self.preprocess = self.true.preprocess()
+        self.box = {"two-gaussians": (-0.5, 1.5), "chequerboard": (0.0, 1.0)}[data]
+
+    def vectors(self, n: int) -> Tensor:
+        return self.true.sample(n)
+
+    def trial(self, flow: Flow, seed: int) -> Trial:
+        loss = toy.NegativeLogLikelihood(flow)
+        loss.register_forward_hook(lambda module, args, value: value - self.true.entropy)  # the KL, on this batch
+        return Trial(
+            loss,
+            lambda step: self.true.sample(self.batch_size),
+            lambda: divergence(self.true, flow.log_prob, self.true.sample(toy.TEST_POINTS)),
+            lambda: toy.on_grid(flow.log_prob, GRID),
+        )
+
+
+class Mnist(Task):
+    """Bits per dimension on MNIST, each pixel's histogram as preprocessing, chequerboard masks."""
+
+    measure, unit, layers, hidden, batch_size = "NLL", "bits/dim", 8, (256, 256), 128
+    features = math.prod(mnist.SHAPE)
+    recipe: ClassVar = {"lr": 1e-3, "average": 0.999}
+
+    def __init__(self, data_dir: Path | None = None, limit: int | None = None):
+        self.images = load_images("MNIST", data_dir).first(limit)
+
+    @cached_property
+    def preprocess(self) -> Marginals:
+        return Marginals.of(self.images.train.flatten(1))
+
+    @property
+    def masks(self) -> list[Tensor]:
+        return mnist.checker_masks(None, 0)
+
+    def vectors(self, n: int) -> Tensor:
+        return mnist.dequantize(self.images.validation[:n])
+
+    def trial(self, flow: Flow, seed: int) -> Trial:
+        def score() -> tuple[float, float]:
+            scores = mnist.log_likelihoods(flow, self.images.test, None).double()
+            value = bits_per_dim(-scores.mean().item(), self.features)
+            return value, mnist.standard_error(scores, self.features)
+
+        def picture() -> np.ndarray:
+            return pyro_vae.mosaic(mnist.decode(flow, mnist.base_noise(16, 1.0, seed), None).numpy(), 4)
+
+        batches = Batches(self.images.train, None, self.batch_size, seed)
+        return Trial(mnist.BitsPerDim(flow), batches, score, picture)
+
+
+class VaePrior(Task):
+    """The ELBO of the course's VAE under that flow as prior, pixels > 0.5."""
+
+    measure, higher_is_better, features, layers, hidden, batch_size = "ELBO", True, 32, 8, (128, 128), 128
+    recipe: ClassVar = {"lr": 1e-3, "warmup": 0.0, "decay": 0.3, "average": 0.999, "clip": None}
+
+    def __init__(self, data_dir: Path | None = None, limit: int | None = None):
+        self.images = load_images("MNIST", data_dir).first(limit)
+
+    def vectors(self, n: int) -> Tensor:
+        return torch.randn(n, self.features)
+
+    def trial(self, flow: Flow, seed: int) -> Trial:
+        vae = VAE(FlowPrior(flow), Encoder(self.features), Decoder(self.features))
+
+        def score() -> tuple[float, float]:
+            reconstruction, kl = pyro_vae.elbo_terms(vae, threshold(self.images.test), 4)
+            elbo = reconstruction - kl
+            return elbo.mean().item(), elbo.std().item() / math.sqrt(len(elbo))
+
+        def picture() -> np.ndarray:
+            return pyro_vae.mosaic(pyro_vae.decoded_samples(vae, seed, 16).numpy(), 4)
+
+        batches = Batches(self.images.train, None, self.batch_size, seed, prepare=threshold)
+        return Trial(pyro_vae.NegativeELBO(vae), batches, score, picture)
+
+
+TASKS = {
+    "two-gaussians": lambda **_: Toy("two-gaussians"),
+    "chequerboard": lambda **_: Toy("chequerboard"),
+    "mnist": Mnist,
+    "vae-prior": VaePrior,
+}
