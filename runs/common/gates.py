@@ -63,7 +63,7 @@ def log_det_error(transform: Callable, x: Tensor) -> float:
 def mass_error(flow: Flow, box: tuple[float, float]) -> float:
     """|∫_box p − share of the samples in the box|, by the midpoint rule on a grid of ``GRID``² cells."""
     low, high = box
-    centre = low + (high - low) * (torch.arange(size, dtype=torch.float64) + 0.5) / GRID
+    centre = low + (high - low) * (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
     grid = torch.cartesian_prod(centre, centre)
     density = torch.cat([flow.log_prob(chunk).exp() for chunk in grid.split(50_000)])
     drawn = flow.sample(SAMPLES)
