@@ -7,24 +7,14 @@ import torch
 from nflows.flows import Flow
 from torch import Tensor
 from torch.distributions import Distribution, constraints
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adapters.bridges import as_flow
+from adapters.torch_distributions import optimizer_steps
 
 _found = Distribution._validate_args
 from pyro.distributions import TorchDistribution  # noqa: E402
 
 Distribution.set_default_validate_args(_found)  # Pyro's import switches validation on for the whole process
-
-_steps = 0  # of all optimisers: fused ones change parameters without counting a version
-
-
-def _count_step(*_) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
 
 
 class FlowDistribution(TorchDistribution):
@@ -176,7 +166,12 @@ class FlowDistribution(TorchDistribution):
             versions = tuple((id(t), t.data_ptr(), t._version, t.requires_grad) for t in tensors)
         except RuntimeError:  # within torch.func a tensor has no address
             return None
-        return torch.is_grad_enabled(), _steps, versions, tuple(module.training for module in self.flow.modules())
+        return (
+            torch.is_grad_enabled(),
+            optimizer_steps(),
+            versions,
+            tuple(module.training for module in self.flow.modules()),
+        )
 
 
 def _check_context(flow: Flow, context: Tensor | None) -> None:

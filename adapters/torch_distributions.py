@@ -19,8 +19,25 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import lazy_property
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adapters.flow import Flow
+
+_steps = 0
+
+
+def _count_step(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def optimizer_steps() -> int:
+    """Steps of all optimisers so far: fused ones change parameters without counting a version of these."""
+    return _steps
+
 
 # Width of the context that something reads: None if it reads none, ... if it does not say.
 Width = int | EllipsisType | None
@@ -239,7 +256,7 @@ class ExportedTransform(Transform, nn.Module):
 
     def _state(self, *tensors: Tensor) -> tuple:
         versions = (0 if tensor.is_inference() else tensor._version for tensor in (*tensors, *self.watched))
-        return torch.is_grad_enabled(), *versions
+        return torch.is_grad_enabled(), optimizer_steps(), *versions
 
     def _run(self, value: Tensor, to_noise: bool) -> tuple[Tensor, Tensor]:
         if value.dim() < self.dimensions:

@@ -232,6 +232,10 @@ def test_an_export_gives_no_stale_log_det():
         for parameter in transform.parameters():
             parameter.add_(0.1)
     assert_close(exported.log_abs_det_jacobian(x, y), -transform(y)[1], rtol=0, atol=0)
+    x = exported.inv(y)
+    transform(y)[1].sum().backward()
+    torch.optim.Adam(transform.parameters(), 0.1, fused=True).step()  # which counts no version
+    assert_close(exported.log_abs_det_jacobian(x, y), -transform(y)[1], rtol=0, atol=0)
     x, other_y = exported.inv(y), batch(4, 3, seed=7)
     exported.inv(other_y)
     assert_close(exported.log_abs_det_jacobian(x, y), -transform(y)[1], rtol=0, atol=0)
