@@ -407,6 +407,18 @@ def test_resumed_training_ends_where_an_uninterrupted_one_does(run, tmp_path, mo
     assert (tmp_path / "parts" / "flow-0" / STATE).exists()
 
 
+def test_two_processes_train_one_prior_after_the_other(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["runs/pyro_vae.py", "--prior", "flow", "--seeds", "2", "--limit", "64", "--batch-size", "32"]
+    command += ["--epochs", "2", "--width", "8", "--latent", "3", "--layers", "2", "--hidden", "8"]
+    command += ["--importance-samples", "2", "--importance-images", "4", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("elbo -") == 2
+    assert math.isfinite(json.loads((tmp_path / "metrics.json").read_text())["metrics"]["flow"]["elbo_std"])
+
+
 def test_two_samples_are_told_apart_if_they_differ():
     torch.manual_seed(0)
     one, same, other = torch.randn(2000, 3), torch.randn(2000, 3), torch.randn(2000, 3) + torch.tensor([5.0, 0, 0])
