@@ -111,11 +111,11 @@ class PackedCoupling(Transform):
     def _couple(self, function, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         check_event(z, self.event_shape, "this layer")
         flat = z.flatten(1)
-        unchanged = flat.gather(1, self.unchanged.expand(len(z), -1))
-        parameters = condition(self.conditioner, self.read(unchanged), context)
+        unchanged, index = self.unchanged.expand(len(z), -1), self.transformed.expand(len(z), -1)
+        parameters = condition(self.conditioner, self.read(flat.gather(1, unchanged)), context)
         check_output(parameters, (len(z), self.parameters_per_coordinate * len(self.transformed)), "conditioner")
-        transformed, log_det = function(flat.gather(1, self.transformed.expand(len(z), -1)), parameters)
-        outputs = flat.index_copy(1, self.transformed, transformed)
+        transformed, log_det = function(flat.gather(1, index), parameters)
+        outputs = flat.to(transformed.dtype).scatter(1, index, transformed)  # autocast's dtypes may differ
         return outputs if z.dim() == 2 else outputs.view(z.shape), log_det
 
 

@@ -62,7 +62,9 @@ def pyro_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]) -> Na
 
     transforms = []
     for _ in masks:
-        transforms += [affine_coupling(features, hidden_dims=list(hidden)), Permute(torch.arange(features).flip(0))]
+        coupling = affine_coupling(features, hidden_dims=list(hidden))
+        nn.init.zeros_(coupling.nn.layers[-1].weight)  # as the others start; from Pyro's start, 64 layers overflow
+        transforms += [coupling, Permute(torch.arange(features).flip(0))]
     base = Independent(Normal(torch.zeros(features), torch.ones(features)), 1)
     flow = dist.TransformedDistribution(base, transforms)
 
