@@ -139,7 +139,7 @@ def main(
         posterior: gaussian, or flow: the encoder's normal, then the same kind of flow, conditional on the image.
         binarize: threshold (pixels > 0.5) or dynamic (a fresh draw in each epoch).
         shift: move each training image by up to so many pixels, drawn anew in each epoch, so that less is learned by
-            heart; 0 for none.
+            heart, until the rate starts to fall; the rest of the training sees them where they are. 0 for none.
         dataset: MNIST, FashionMNIST, KMNIST or QMNIST; all but MNIST are downloaded unless they are there.
         data_dir: where the data sets are kept; by default the user's cache.
         epochs: passes over the training images.
@@ -207,8 +207,8 @@ def main(
         images = load_images(dataset, data_dir).first(limit)
     prepare = BINARIZE[binarize]
 
-    def prepare_training(chosen: Tensor, generator: torch.Generator) -> Tensor:
-        return prepare(shifted(chosen.view(-1, *SHAPE), shift, generator) if shift else chosen, generator)
+    def shift_first(chosen: Tensor, generator: torch.Generator) -> Tensor:
+        return prepare(shifted(chosen.view(-1, *SHAPE), shift, generator), generator)
 
     share = (accelerator.process_index, accelerator.num_processes)
     validation, test = (
@@ -217,20 +217,26 @@ def main(
     trained: dict[tuple[str, int], Trained] = {}
     for name, one in jobs:
         torch.manual_seed(one)
-        batches = Batches(images.train, None, batch_size, one, device, share, prepare_training)
+        plain, moved = (
+            Batches(images.train, None, batch_size, one, device, share, prepared) for prepared in (prepare, shift_first)
+        )
         recipe = Recipe(
-            steps=epochs * batches.per_epoch,
+            steps=epochs * plain.per_epoch,
             lr=lr,
             weight_decay=weight_decay,
             warmup=0.0,
             decay=decay,
             clip=clip,
             average=average,
-            validate_every=batches.per_epoch,
+            validate_every=plain.per_epoch,
             patience=patience,
             seconds=seconds,
             precision=precision,
             save_every=save_every,
+        )
+        settling = recipe.steps - round(decay * recipe.steps)  # from here on, on the images as they are
+        batches = (
+            plain if shift == 0 else lambda i, plain=plain, moved=moved, n=settling: (moved if i < n else plain)(i)
         )
         chosen = torch.randperm(len(images.train))[: min(components, len(images.train))]
         vae = make_vae(name, prepare(images.train[chosen], torch.Generator().manual_seed(one))).to(device)
@@ -278,7 +284,7 @@ def main(
 
 def train(
     vae: VAE,
-    batches: Batches,
+    batches: Callable[[int], tuple[Tensor, None]],
     recipe: Recipe,
     validation: Tensor,
     directory: Path,

@@ -373,6 +373,21 @@ def test_shifted_images_are_moved_whole_and_by_every_amount():
     assert (shifted(images, 1)[:, -1, -1] == 0).all()
 
 
+def test_images_are_shifted_until_the_rate_falls(run, tmp_path, monkeypatch):
+    seen = {}
+
+    def look(vae, batches, recipe, *_):
+        seen[len(seen)] = [batches(i)[0] for i in range(recipe.steps)]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pyro_vae, "train", look)
+    for shift in (0, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run(out=tmp_path, shift=shift, epochs=5, decay=0.3)
+    same = [torch.equal(plain, moved) for plain, moved in zip(seen[0], seen[1], strict=True)]
+    assert same == [False] * 7 + [True] * 3
+
+
 def test_training_improves_the_elbo_and_dynamic_binarisation_is_fresh(run, tmp_path):
     short = run(prior="gaussian", epochs=1, out=tmp_path / "short")["gaussian"]
     long = run(prior="gaussian", epochs=60, lr=5e-3, out=tmp_path / "long")["gaussian"]
