@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.ticker import NullFormatter
 from tqdm import tqdm
 
 from adapters import flow_names
@@ -348,25 +347,28 @@ def draw(table: Table, names: list[str], task: Task, out: Path) -> list[Path]:
 
 def draw_gallery(table: Table, names: list[str], task: Task, out: Path) -> Path:
     """A panel for each flow, best first: the density that it learned, or its samples."""
-    path, columns = out / "gallery.png", min(5, len(names) + (task.box is not None))
+    path = out / "gallery.png"
     panels = [(name, np.load(out / "learned" / f"{name.replace(':', '.')}.npy")) for name in names]
     if task.box is not None:
         from runs.toy import on_grid
 
         panels.insert(0, ("true density", on_grid(task.true.log_prob, len(panels[0][1]))))
+    columns = min(range(4, 8), key=lambda n: -len(panels) % n)  # as full a last row as can be
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     how = {"cmap": "gray", "vmin": 0, "vmax": 1}
     if task.box is not None:
         how = {"cmap": figures.DENSITY, "vmin": 0, "vmax": 1.3 * panels[0][1].max(), "origin": "lower"}
-    with figures.figure(path, rows, columns, size=(1.9 * columns, 2.45 * rows), squeeze=False) as (_, axes):
+    with figures.figure(path, rows, columns, size=(1.6 * columns, 1.98 * rows), squeeze=False) as (drawing, axes):
+        drawing.get_layout_engine().set(w_pad=0.03, h_pad=0.03, hspace=0.02, wspace=0.02)
         for axis in axes.flat:
             axis.set_axis_off()
         for axis, (name, values) in zip(axes.flat, panels, strict=False):
             axis.imshow(values, interpolation="nearest", **how)
-            title = name if name not in table.rows else f"{name}\n{score(table.rows[name])[0]:.4g} {task.unit}"
+            title = name if name not in table.rows else f"{name}\n{score(table.rows[name])[0]:#.3g} {task.unit}"
             if "gate_failures" in table.rows.get(name, {}):
                 title = f"{name}\nfails a gate"
-            axis.set_title(title, fontsize=8)
+            axis.set_title(title, fontsize=7.5, pad=3)
     return path
 
 
@@ -374,6 +376,7 @@ def draw_curves(table: Table, names: list[str], task: Task, out: Path, shown: in
     """Training loss against time, the first seed's: the best few by name, the others faint."""
     path = out / "quality.png"
     with figures.figure(path, size=(6.4, 3.8)) as (_, axes):
+        seen = []
         for place, name in reversed(list(enumerate(names))):
             curve = np.array(table.rows[name]["curves"].get("0", []))
             if not len(curve):
@@ -381,12 +384,19 @@ def draw_curves(table: Table, names: list[str], task: Task, out: Path, shown: in
             seconds, losses = curve.T
             half = max(1, len(losses) // 30)
             smooth = [np.median(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
-            style = {"color": figures.many(shown)[place], "label": name} if place < shown else {"color": "#d5dadd"}
-            axes.plot(
-                seconds, smooth, linewidth=1.6 if name.startswith("masked") else 1, zorder=3 - place / 100, **style
-            )
+            seen += smooth[half:]
+            style = {"color": figures.MANY[place], "label": name} if place < shown else {"color": "#d5dadd"}
+            if name == REFERENCE:
+                style["color"] = figures.ACCENT
+            width = 1.8 if name.startswith("masked") else 1
+            axes.plot(seconds, smooth, linewidth=width, zorder=3 - place / 100, **style)
         if not task.higher_is_better and task.measure == "KL":
             axes.set_yscale("log")
+            figures.log_ticks(axes.yaxis)
+        if seen:  # the first steps of some are far off, and would hide the rest
+            low, high = np.quantile(seen, (0, 0.97) if not task.higher_is_better else (0.03, 1))
+            margin = 0.04 * (high - low)
+            axes.set_ylim(*(low / 1.1, high) if axes.get_yscale() == "log" else (low - margin, high + margin))
         axes.set(xlabel="seconds of training", ylabel=f"{task.measure} of the batches ({task.unit})")
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles[::-1], labels[::-1], fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -394,22 +404,24 @@ def draw_curves(table: Table, names: list[str], task: Task, out: Path, shown: in
 
 
 def draw_times(table: Table, names: list[str], out: Path) -> Path:
-    """Bars of step, log_prob and sample time, fastest step first."""
+    """Step, log_prob and sample time on logarithmic axes, fastest step first."""
     path = out / "times.png"
     names = sorted(names, key=lambda name: table.rows[name]["times"]["step"]["ms"])
     with figures.figure(path, 1, 3, size=(8.4, 0.21 * len(names) + 0.9), sharey=True) as (_, axes):
         for axis, kind in zip(axes, KINDS, strict=True):
-            values = [table.rows[name]["times"][kind]["ms"] for name in names]
-            colours = [figures.ACCENT if name.startswith("masked") else figures.INK for name in names]
-            axis.barh(range(len(names)), values, color=colours, height=0.7)
             axis.set(title=f"{kind} (ms)", xscale="log", yticks=range(len(names)), yticklabels=names)
-            axis.tick_params(axis="y", length=0)
-            for place, value in enumerate(values):
+            for place, name in enumerate(names):
+                value = table.rows[name]["times"][kind]["ms"]
+                colour = figures.ACCENT if name.startswith("masked") else figures.INK
+                axis.axhline(place, color="#e6e9eb", linewidth=0.6, zorder=0)
+                axis.plot(value, place, "o", color=colour, markersize=4.5)
                 axis.annotate(
-                    f"{value:.3g}", (value, place), (2, 0), textcoords="offset points", va="center", fontsize=6
-                )
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.margins(x=0.15)
+                    f"{value:.3g}" if value < 1000 else f"{value:,.0f}", (value, place), (5, 0),
+                    textcoords="offset points", va="center", fontsize=6, color=colour,
+                )  # fmt: skip
+            axis.tick_params(axis="y", length=0)
+            axis.margins(x=0.18)
+            figures.log_ticks(axis.xaxis)
         axes[0].invert_yaxis()
     return path
 

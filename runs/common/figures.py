@@ -10,12 +10,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, NullFormatter
 
 INK = "#22303c"
 ACCENT = "#c8553d"
 FAINT = "#5d6b75"
 SERIES = (INK, "#4f8a8b", "#c9973f", ACCENT)  # one colour for each of several curves
+# For more curves than that; ``ACCENT`` stays apart from all of them.
+MANY = ("#22303c", "#2a9d9d", "#c9973f", "#7a5ea8", "#3f7fd0", "#7d9a3a", "#c67fb0", "#8c6d5a", "#58b5e0", "#9aa5ad")
 DENSITY = "magma"
 OUTLINED = {  # a label among points
     "color": INK, "fontsize": 10, "fontweight": "bold", "ha": "center", "va": "center",
@@ -52,11 +56,6 @@ def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float
             drawing.savefig(path)
         finally:
             plt.close(drawing)
-
-
-def many(count: int) -> list:
-    """So many colours, far apart, when ``SERIES`` does not have enough."""
-    return [matplotlib.colormaps["turbo"](0.05 + 0.87 * i / max(1, count - 1)) for i in range(count)]
 
 
 def unit_square(axes: Axes, title: str) -> None:
@@ -146,3 +145,11 @@ def reference(axes: Axes, value: float, label: str) -> None:
         label, (1, value), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
         fontsize=7, color=FAINT,
     )  # fmt: skip
+
+
+def log_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, 20, … on a logarithmic axis, as plain numbers; over many decades 1, 10, 100."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())

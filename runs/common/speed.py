@@ -4,6 +4,7 @@ The yardstick is *bare*: forward, backward and Adam of the packed layers' condit
 gradient. No coupling layer with these networks can be faster.
 """
 
+import itertools
 import os
 import statistics
 import sys
@@ -260,16 +261,18 @@ def draw_growth(metrics: dict, names: Sequence[str], out: Path) -> Path:
     with figures.figure(path, 2, 2, size=(8.6, 6), sharex="col") as (drawing, axes):
         for row, unit in zip(axes, labels, strict=True):
             for axis, sweep in zip(row, axis_labels, strict=True):
-                for colour, name in zip(figures.many(len(names)), names, strict=True):
+                for colour, name in zip(itertools.cycle(figures.MANY), names, strict=False):
                     xs = list(metrics[sweep])
                     ys = [metrics[sweep][x][name][unit] for x in xs]
                     ours = name in OURS
                     axis.plot(
-                        xs, ys, "o-" if ours else ".-", color=figures.ACCENT if name == "masked-affine" else colour,
+                        xs, ys, "o-" if ours else ".-", color=figures.ACCENT if name == OURS[0] else colour,
                         linewidth=1.8 if ours else 1, markersize=3.5, label=name, zorder=3 if ours else 2,
                     )  # fmt: skip
-                axis.set(xscale="log", yscale="log", ylabel=labels[unit] if axis is row[0] else "")
+                axis.set(yscale="log", ylabel=labels[unit] if axis is row[0] else "")
                 axis.set_xscale("log", base=2)
+                axis.set_xticks(xs, [str(x) for x in xs], fontsize=7)
+                figures.log_ticks(axis.yaxis)
         for axis, label in zip(axes[1], axis_labels.values(), strict=True):
             axis.set_xlabel(label)
         drawing.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
