@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.testing import assert_close
 
@@ -39,6 +40,21 @@ def test_finds_the_minimum_and_reports():
     assert_close(module.w.detach(), TARGET, atol=1e-3, rtol=0)
     assert fitted.steps == 400 and fitted.seconds > 0 and not fitted.interrupted
     assert fitted.losses[-1][0] == 400 and seen == list(range(400))
+
+
+def test_a_failure_in_mixed_precision_says_so():
+    class Strict(Quadratic):
+        def forward(self, batch):
+            product = torch.mm(self.w[None], batch[:, None])
+            if product.dtype != torch.float32:
+                raise AssertionError
+            return product.sum()
+
+    fit(Strict(), noisy, Recipe(steps=1, lr=0.1))
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps the first precision for the process
+    with pytest.raises(ValueError, match=r"step 1 fails in bf16.*AssertionError.*precision no"):
+        fit(Strict(), noisy, Recipe(steps=1, lr=0.1, precision="bf16"))
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_average_is_steadier_than_the_last_weights():

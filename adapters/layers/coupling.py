@@ -113,9 +113,10 @@ class PackedCoupling(Transform):
         flat = z.flatten(1)
         unchanged, index = self.unchanged.expand(len(z), -1), self.transformed.expand(len(z), -1)
         parameters = condition(self.conditioner, self.read(flat.gather(1, unchanged)), context)
+        parameters = parameters.to(z.dtype)  # under autocast, only the networks have the lower precision
         check_output(parameters, (len(z), self.parameters_per_coordinate * len(self.transformed)), "conditioner")
         transformed, log_det = function(flat.gather(1, index), parameters)
-        outputs = flat.to(transformed.dtype).scatter(1, index, transformed)  # autocast's dtypes may differ
+        outputs = flat.to(transformed.dtype).scatter(1, index, transformed)
         return outputs if z.dim() == 2 else outputs.view(z.shape), log_det
 
 
@@ -148,11 +149,11 @@ class PackedCouplingLayer(PackedCoupling):
         return (z - t) * minus_s.exp(), minus_s.sum(1)
 
     def _scale_translation(self, parameters: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
-        """± s and t. β tanh(s̃) is written 2β (σ(2s̃) − ½), the same function, since torch's tanh is slow on CPUs."""
+        """± s and t."""
         s, t = parameters.chunk(2, dim=1)
         if self.scale_bound is None:
             return sign * s, t
-        return (2 * sign * self.scale_bound) * (torch.sigmoid(2 * s) - 0.5), t
+        return sign * self.scale_bound * s.tanh(), t
 
 
 def noise_to_data(layers: Iterable[Transform]) -> Transform:

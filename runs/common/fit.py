@@ -165,6 +165,7 @@ def fit(
     Raises:
         NotFinite: when the loss stops being finite, naming the step.
         FileNotFoundError, ValueError: when there is nothing to resume, or what there is belongs to another training.
+        ValueError: when a step fails in mixed precision.
     """
     accelerator = accelerator or make_accelerator(recipe.precision)
     module = accelerator.prepare(loss)
@@ -201,7 +202,15 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.rate(training.progress())
                 optimizer.zero_grad()
-                value = _backward(module, batch, step, recipe.accumulate, accelerator)
+                try:
+                    value = _backward(module, batch, step, recipe.accumulate, accelerator)
+                except (RuntimeError, ValueError, AssertionError) as error:
+                    if recipe.precision == "no":
+                        raise
+                    raise ValueError(
+                        f"step {step + 1} fails in {recipe.precision}, which not every flow stands "
+                        f"({str(error) or type(error).__name__}); precision no trains it in float32"
+                    ) from error
                 value, elapsed, stop = _agree(accelerator, value, time.monotonic() - started, interrupt.asked)
                 if not math.isfinite(value):
                     training.restore_snapshot()
