@@ -26,7 +26,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from adapters import build_flow, flow_names, save_flow
 from adapters.checks import check_positive
 from adapters.flow import Flow
-from adapters.masks import random_mask
 from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPrior
 from adapters.vae import VAE, Decoder, Encoder
 from runs.common import figures
@@ -45,7 +44,6 @@ MATCHED = 10_000  # draws of prior and posterior that the classifier tells apart
 EVALUATION_SEED = 0  # of binarisation and noise on validation and test images: always the same
 BINARIZE = {"threshold": threshold, "dynamic": binarize}
 POSTERIORS = ("gaussian", "flow")
-MASKS = ("checker", "random")
 # Arguments that a resumed training may change: they don't touch the weights.
 FREE = ("prior", "seeds", "data_dir", "out", "resume", "save_every", "importance_samples", "importance_images")
 
@@ -69,12 +67,6 @@ PRIORS = {
     "flow": lambda given: FlowPrior(given.flow()),
 }
 NAMES = {"gaussian": "Gaussian", "mog": "mixture", "vamp": "Vamp", "flow": "flow"}
-
-
-def random_halves(features: int, layers: int) -> list[Tensor]:
-    """A random half of the coordinates, the other half, another random half, and so on."""
-    halves = [random_mask(features) for _ in range(0, layers, 2)]
-    return [mask for half in halves for mask in (half, 1 - half)][:layers]
 
 
 class NegativeELBO(nn.Module):
@@ -102,7 +94,6 @@ def main(
     flow: str = "masked-affine",
     latent: int = 32,
     layers: int = 8,
-    mask: str = "checker",
     hidden: tuple[int, ...] = (128, 128),
     options: dict[str, bool | int | float | str] | None = None,
     width: tuple[int, ...] = (512, 512),
@@ -140,7 +131,6 @@ def main(
         flow: the flow prior: any name of adapters.flow_names(), e.g. masked-affine, nflows-rqs, zuko-nsf.
         latent: M, the width of z.
         layers: layers of the flow.
-        mask: checker, every other coordinate and then the rest, or random: a half drawn anew for every two layers.
         hidden: widths of the hidden layers of each of the flow's networks.
         options: what else build_flow takes for this flow, e.g. --options dropout 0.1 activation gelu.
         width: widths of the encoder's hidden layers, and of the decoder's.
@@ -176,7 +166,6 @@ def main(
     check_known((*PRIORS, "all"), prior=prior)
     check_known(flow_names(), flow=flow)
     check_known(POSTERIORS, posterior=posterior)
-    check_known(MASKS, mask=mask)
     check_known(BINARIZE, binarize=binarize)
     check_known(DATASETS, dataset=dataset)
     check_known(PRECISIONS, precision=precision)
@@ -193,9 +182,7 @@ def main(
         raise ValueError(f"seed must not be negative, shift lies in 0 to {min(SHAPE) - 1}; they are {seed} and {shift}")
 
     def make_flow(context_features: int | None = None) -> Flow:
-        masks = random_halves(latent, layers) if mask == "random" else None
-        shape = {"layers": layers, "hidden_features": hidden, "masks": masks}
-        return build_flow(flow, latent, context_features, **shape, **(options or {}))
+        return build_flow(flow, latent, context_features, layers=layers, hidden_features=hidden, **(options or {}))
 
     def make_vae(name: str, images: Tensor) -> VAE:
         posterior_flow = make_flow(2 * latent) if posterior == "flow" else None

@@ -267,7 +267,6 @@ def test_widths_that_differ_are_refused():
         ({"prior": "cauchy"}, "unknown prior 'cauchy'; known: gaussian, mog, vamp, flow, all"),
         ({"flow": "affine"}, "unknown flow 'affine'; known: masked-affine"),
         ({"binarize": "grey"}, "unknown binarize 'grey'; known: threshold, dynamic"),
-        ({"mask": "half"}, "unknown mask 'half'; known: checker, random"),
         ({"posterior": "exact"}, "unknown posterior 'exact'; known: gaussian, flow"),
         ({"dataset": "CIFAR10"}, "unknown dataset 'CIFAR10'; known: MNIST"),
         ({"latent": 1}, "a coupling flow needs at least 2 features, not 1; an autoregressive one"),
@@ -351,7 +350,7 @@ def test_end_to_end_with_all_priors(run, tmp_path, capsys):
         {"posterior": "flow", "dropout": 0.2, "average": 0.99, "weight_decay": 1e-3, "clip": 5.0, "decay": 0.3},
         {"latent": 1, "flow": "nflows-maf", "pictures": True},
         {"seconds": 0.01, "epochs": 100_000},
-        {"precision": "bf16", "shift": 1, "mask": "random"},
+        {"precision": "bf16", "shift": 1},
         {"patience": 1, "lr": 1e-9, "epochs": 30, "prior": "gaussian"},
         *({"flow": name} for name in ("nflows-rqs", "normflows-affine", "zuko-nsf", "pyro-affine", "freia-affine")),
     ],
@@ -361,16 +360,6 @@ def test_every_option(arguments, run, tmp_path):
     metrics = run(out=tmp_path, **arguments)
     (found,) = metrics.values()
     assert math.isfinite(found["elbo"]) and (tmp_path / "flow.safetensors").exists() == ("flow" in metrics)
-
-
-def test_random_masks_come_in_pairs_and_belong_to_the_seed(run, tmp_path):
-    masks = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(out=tmp_path / name, latent=8, layers=5, mask="random", seed=seed, epochs=1)
-        masks.append(torch.stack(load_flow(tmp_path / name).recipe["masks"]))
-    assert masks[0].sum(1).tolist() == [4] * 5
-    assert torch.equal(masks[0][:4:2], 1 - masks[0][1:4:2]) and not torch.equal(masks[0][0], masks[0][2])
-    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
 
 
 def test_shifted_images_are_moved_whole_and_by_every_amount():
