@@ -1,17 +1,20 @@
 """The masked coupling layer against the exercise's equations 15, 16 and 17, and its packed form against itself."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nflows.transforms import CompositeTransform
 from torch import nn
 from torch.testing import assert_close
 
 from adapters import MaskedCouplingLayer, checkerboard_mask, random_mask
-from adapters.layers.coupling import PackedCouplingLayer
+from adapters.layers.coupling import PackedComposite, PackedCouplingLayer
 from adapters.networks import MLP, ConvNet
 from tests.laws import batch, randomise
 
@@ -224,3 +227,43 @@ def test_conv_net_wants_square_images_and_equal_channels():
         ConvNet(torch.ones(50), torch.zeros(50), 2)
     with pytest.raises(ValueError, match=r"net conv has one number of channels, so \(4, 5\) must all be equal"):
         ConvNet(torch.ones(64), torch.zeros(64), 2, (4, 5))
+
+
+def composite(masks, seed=0):
+    torch.manual_seed(seed)
+    layers = [PackedCouplingLayer(MLP(int(mask.sum()), 2 * int((1 - mask).sum())), mask) for mask in masks]
+    return randomise(PackedComposite(layers))
+
+
+CHECKER = checkerboard_mask(5)
+SOME = torch.tensor([0.0, 1, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("masks", "split_once"),
+    [
+        ([CHECKER, 1 - CHECKER, CHECKER], True),
+        ([CHECKER, CHECKER, 1 - CHECKER], True),
+        ([torch.zeros(5), torch.zeros(5)], True),
+        ([CHECKER, SOME], False),
+        ([CHECKER, 1 - SOME], False),
+    ],
+)
+def test_packed_layers_split_once_compute_what_each_alone_does(masks, split_once):
+    packed = composite(masks)
+    assert (packed.swapped is not None) == split_once
+    z = batch(7, 5)
+    for ours, nflows in ((packed, CompositeTransform.forward), (packed.inverse, CompositeTransform.inverse)):
+        for one, other in zip(ours(z), nflows(packed, z), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_packed_layers_split_by_the_masks_they_are_loaded_with():
+    other = composite([CHECKER, 1 - SOME], seed=1)
+    z = batch(7, 5)
+    for packed in (composite([CHECKER, 1 - CHECKER]), pickle.loads(pickle.dumps(composite([CHECKER, 1 - CHECKER])))):
+        loaded = copy.deepcopy(packed)
+        assert loaded.swapped == [0, 1]
+        loaded.load_state_dict(other.state_dict())
+        assert loaded.swapped is None and packed.swapped == [0, 1]
+        assert torch.equal(loaded(z)[0], other(z)[0]) and torch.equal(loaded.inverse(z)[0], other.inverse(z)[0])

@@ -9,6 +9,7 @@ matter, for speed. ``forward`` runs (15), noise → data; a flow is therefore
 ``Flow(InverseTransform(CompositeTransform(layers)), base)``, which samples with (15) and scores with (16).
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -103,21 +104,72 @@ class PackedCoupling(Transform):
         return unchanged
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(self.elementwise, z, context)
+        return self._run(self.elementwise, z, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(self.elementwise_inverse, z, context)
+        return self._run(self.elementwise_inverse, z, context)
 
-    def _couple(self, function, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def couple(
+        self, function: Callable, kept: Tensor, changed: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``function``, f or f⁻¹ with its log-determinant, of z_{b=0} = ``changed``, given z_{b=1} = ``kept``."""
+        parameters = condition(self.conditioner, self.read(kept), context)
+        check_output(parameters, (len(kept), self.parameters_per_coordinate * changed.shape[1]), "conditioner")
+        return function(changed, parameters.to(changed.dtype))  # under autocast the networks alone are less precise
+
+    def _run(self, function: Callable, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         check_event(z, self.event_shape, "this layer")
         flat = z.flatten(1)
         unchanged, index = self.unchanged.expand(len(z), -1), self.transformed.expand(len(z), -1)
-        parameters = condition(self.conditioner, self.read(flat.gather(1, unchanged)), context)
-        parameters = parameters.to(z.dtype)  # under autocast, only the networks have the lower precision
-        check_output(parameters, (len(z), self.parameters_per_coordinate * len(self.transformed)), "conditioner")
-        transformed, log_det = function(flat.gather(1, index), parameters)
+        transformed, log_det = self.couple(function, flat.gather(1, unchanged), flat.gather(1, index), context)
         outputs = flat.to(transformed.dtype).scatter(1, index, transformed)
         return outputs if z.dim() == 2 else outputs.view(z.shape), log_det
+
+
+class PackedComposite(CompositeTransform):
+    """Packed layers in a row. Where their masks are all one mask or its complement, the vector is split only once.
+
+    Then each layer changes one part given the other, and the parts are joined at the end; else it is as in nflows'
+    ``CompositeTransform``. The numbers are the same.
+    """
+
+    def __init__(self, layers: Iterable[PackedCoupling]):
+        super().__init__(layers)
+        self._compare_masks()
+        self.register_load_state_dict_post_hook(PackedComposite._compare_masks)  # it may bring other masks
+
+    def _compare_masks(self, _=None) -> None:
+        """Note for each layer 0 if its mask is the first one's, 1 if it is the complement; or that some are neither."""
+        pairs = [(layer.unchanged.tolist(), layer.transformed.tolist()) for layer in self._transforms]
+        first = pairs[0]
+        whole = len(first[0]) + len(first[1]) == math.prod(self._transforms[0].event_shape)
+        one_split = whole and all(pair in (first, first[::-1]) for pair in pairs)
+        self.swapped = [int(pair != first) for pair in pairs] if one_split else None
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.swapped is None:
+            return super().forward(z, context)
+        return self._run([(layer, layer.elementwise) for layer in self._transforms], self.swapped, z, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.swapped is None:
+            return super().inverse(z, context)
+        layers = [(layer, layer.elementwise_inverse) for layer in reversed(self._transforms)]
+        return self._run(layers, self.swapped[::-1], z, context)
+
+    def _run(self, layers: list, swapped: list[int], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        first = self._transforms[0]
+        check_event(z, first.event_shape, "this layer")
+        flat, log_det = z.flatten(1), 0.0
+        indices = [index.expand(len(z), -1) for index in (first.unchanged, first.transformed)]
+        parts = [flat.gather(1, index) for index in indices]
+        for (layer, function), i in zip(layers, swapped, strict=True):
+            parts[1 - i], step = layer.couple(function, parts[i], parts[1 - i], context)
+            log_det = log_det + step
+        outputs = torch.empty_like(flat, dtype=torch.promote_types(parts[0].dtype, parts[1].dtype))
+        for index, part in zip(indices, parts, strict=True):
+            outputs = outputs.scatter(1, index, part.to(outputs.dtype))
+        return outputs.view(z.shape), log_det
 
 
 class PackedCouplingLayer(PackedCoupling):
@@ -156,11 +208,6 @@ class PackedCouplingLayer(PackedCoupling):
         return sign * self.scale_bound * s.tanh(), t
 
 
-def noise_to_data(layers: Iterable[Transform]) -> Transform:
-    """Layers that run noise → data, the noise side first, as the transform data → noise of an nflows ``Flow``."""
-    return InverseTransform(CompositeTransform(layers))
-
-
 def packed_flow(
     specification: Specification,
     layer: Callable[..., PackedCoupling],
@@ -169,14 +216,15 @@ def packed_flow(
     dropout: float = 0.0,
     reads: Iterable[Tensor] | None = None,
 ) -> Transform:
-    """A stack of ``layer(conditioner, mask, reads=…)``, with one conditioner of kind ``net`` each, noise side first."""
+    """Data → noise by a stack of ``layer(conditioner, mask, reads=…)``, each with its conditioner of kind ``net``."""
     masks = specification.coupling_masks
     reads = [torch.ones_like(mask) for mask in masks] if reads is None else reads
     network = dict(specification.network, dropout=dropout)
-    return noise_to_data(
+    layers = [
         layer(conditioner(net, mask * seen, 1 - mask, parameters_per_coordinate, **network), mask, reads=seen)
         for mask, seen in zip(masks, reads, strict=True)
-    )
+    ]
+    return InverseTransform(PackedComposite(layers))
 
 
 def masked_affine(
@@ -193,9 +241,10 @@ def masked_affine_textbook(specification: Specification) -> Transform:
     def network() -> MLP:
         return MLP(specification.features, specification.features, **specification.network)
 
-    return noise_to_data(
+    layers = [
         MaskedCouplingLayer(network().append(nn.Tanh()), network(), mask) for mask in specification.coupling_masks
-    )
+    ]
+    return InverseTransform(CompositeTransform(layers))
 
 
 FLOWS = {"masked-affine": masked_affine, "masked-affine-textbook": masked_affine_textbook}
@@ -225,6 +274,14 @@ EXAMPLES = {
         ),
         (4, 4),
         context_features=3,
+    ),
+    "packed-composite": Example(
+        lambda: PackedComposite(
+            PackedCouplingLayer(MLP(int(mask.sum()), 2 * int((1 - mask).sum()), context_features=2), mask)
+            for mask in (checkerboard_mask(1, 1, 5), 1 - checkerboard_mask(1, 1, 5), checkerboard_mask(1, 1, 5))
+        ),
+        (1, 1, 5),
+        context_features=2,
     ),
     "packed-context": Example(
         lambda: PackedCouplingLayer(MLP(1, 4, context_features=2), torch.tensor([0, 1, 0])), (3,), context_features=2
