@@ -20,9 +20,9 @@ from adapters import flow_names
 from adapters.checks import check_positive
 from adapters.flow import Flow
 from runs.common import figures, gates
-from runs.common.contestants import REFERENCE, build, check_contestants, count, footnote, match_parameters
+from runs.common.contestants import REFERENCE, build, check_contestants, footnote, match_parameters
 from runs.common.fit import NotFinite, Recipe, fit
-from runs.common.results import check_known, cli, open_directory, versions, write_text
+from runs.common.results import check_known, cli, open_directory, parameter_count, versions, write_text
 from runs.common.speed import KINDS, compile_gain, measure, peak_of_step, speed, training_step
 from runs.common.tasks import SPLINES, TASKS, Task
 from runs.common.timing import ratio
@@ -130,7 +130,7 @@ def prepare(task: Task, names: list[str], shape: dict, match: str, table: "Table
         torch.manual_seed(0)
         return build(name, task.features, shape["layers"], hidden, task.masks, task.preprocess, SPLINES)
 
-    target = count(make(REFERENCE, shape["hidden_features"])) if match == "parameters" else None
+    target = parameter_count(make(REFERENCE, shape["hidden_features"])) if match == "parameters" else None
     for name in names:
         row = table.rows.setdefault(name, {"scores": {}, "curves": {}})
         widths[name] = tuple(row.get("hidden", shape["hidden_features"]))
@@ -140,7 +140,7 @@ def prepare(task: Task, names: list[str], shape: dict, match: str, table: "Table
             if target is not None and name != REFERENCE:
                 widths[name] = match_parameters(lambda hidden, name=name: make(name, hidden), target, widths[name])
             flow = make(name, widths[name])
-            row |= {"hidden": list(widths[name]), "parameters": count(flow)}
+            row |= {"hidden": list(widths[name]), "parameters": parameter_count(flow)}
             row["footnote"] = footnote(name, flow, widths[name], target)
         except Exception as error:
             row["failed"] = reason(error)

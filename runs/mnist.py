@@ -40,7 +40,7 @@ from runs.common.images import (
     dequantize,
     load_images,
 )
-from runs.common.results import check_known, cli, open_directory, peak_memory, write_metrics
+from runs.common.results import check_known, cli, open_directory, parameter_count, peak_memory, write_metrics
 
 SHAPE = (28, 28)
 RESULTS = Path("results/mnist")
@@ -227,7 +227,7 @@ def main(
         seconds=seconds,
         save_every=save_every,
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = parameter_count(model)
     accelerator.print(
         f"{flow} ({net}, {mask}): {layers} layers, {parameters:,} parameters, "
         f"{len(images.train):,} images of {dataset}, {recipe.steps:,} steps of {batch_size * accumulate}, on {device}"

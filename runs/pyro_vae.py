@@ -31,7 +31,7 @@ from adapters.vae import VAE, Decoder, Encoder
 from runs.common import figures
 from runs.common.fit import PRECISIONS, STATE, Fitted, NotFinite, Recipe, check_resumable, fit, make_accelerator
 from runs.common.images import DATASETS, Batches, Images, binarize, load_images, shifted, threshold
-from runs.common.results import check_known, cli, open_directory, write_metrics
+from runs.common.results import check_known, cli, open_directory, parameter_count, write_metrics
 from runs.common.timing import interleaved, ratio
 
 SHAPE = (28, 28)
@@ -180,6 +180,10 @@ def main(
         raise ValueError(f"dropout must lie between 0 and 1, not {dropout}")
     if seed < 0 or not 0 <= shift < min(SHAPE):
         raise ValueError(f"seed must not be negative, shift lies in 0 to {min(SHAPE) - 1}; they are {seed} and {shift}")
+    if shift and seconds is not None:
+        raise ValueError(
+            "shift ends where the rate starts to fall, a step that seconds leave open: give epochs instead of seconds"
+        )
 
     def make_flow(context_features: int | None = None) -> Flow:
         return build_flow(flow, latent, context_features, layers=layers, hidden_features=hidden, **(options or {}))
@@ -246,9 +250,10 @@ def main(
             for key, value in arguments.items()
             if key not in FREE
         }
+        parameters = parameter_count(vae)
         accelerator.print(
             f"{NAMES[name]} prior{f' ({flow})' * (name == 'flow')}, seed {one}: M = {latent}, "
-            f"{count(vae):,} parameters, {len(images.train):,} images of {dataset}, {recipe.steps:,} steps of "
+            f"{parameters:,} parameters, {len(images.train):,} images of {dataset}, {recipe.steps:,} steps of "
             f"{batch_size}, on {device}"
         )
         fitted = train(
@@ -260,7 +265,7 @@ def main(
         save(vae, *places)
         metrics = evaluate(vae, images, test, prepare, importance_samples, importance_images) | {
             "elbo_validation": -min(value for _, value in fitted.validation),
-            "parameters": count(vae),
+            "parameters": parameters,
             "steps": fitted.steps,
             "train_seconds": round(fitted.seconds, 2),
             "images_per_second": round(fitted.steps * batch_size / max(fitted.seconds, 1e-9), 1),
@@ -324,10 +329,6 @@ def save(vae: VAE, *directories: Path) -> Path:
     path = directories[0] / "vae.safetensors"
     safetensors.torch.save_model(vae, str(path))
     return path
-
-
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 # What the test set says

@@ -17,7 +17,7 @@ from adapters.flow import Flow
 from runs.common import figures
 from runs.common.densities import DENSITIES, divergence
 from runs.common.fit import Fitted, NotFinite, Recipe, fit
-from runs.common.results import cli, open_directory, write_metrics
+from runs.common.results import cli, open_directory, parameter_count, write_metrics
 
 TEST_POINTS = 100_000
 
@@ -91,7 +91,7 @@ def main(
     torch.manual_seed(seed)
     model = build_flow(flow, 2, layers=layers, hidden_features=hidden, preprocess=true.preprocess(), **options)
     out = open_directory(out or Path("results/toy") / f"{data}-{flow}")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = parameter_count(model)
     print(f"{flow}: {layers} layers, {parameters:,} parameters, on {data}")
 
     frames: list[Tensor] = []

@@ -16,6 +16,7 @@ from adapters.preprocess import Standardize
 from runs import compare
 from runs.common import contestants, gates, speed, tasks
 from runs.common.fit import Fitted
+from runs.common.results import parameter_count
 from tests.laws import randomise
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -31,6 +32,13 @@ def quick(monkeypatch):
 @pytest.fixture
 def without_pictures(monkeypatch):
     monkeypatch.setattr(compare, "draw", lambda *_: [])
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """Writes a module of the user's own, which can then be imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda name, code: (tmp_path / f"{name}.py").write_text(code)
 
 
 def width_of(path):
@@ -92,15 +100,15 @@ def test_nan_passes_no_gate():
     assert gates.failures({"round_trip": math.nan, "log_det": 0.0}) == ["round trip off by nan"]
 
 
-def test_a_flow_that_fails_a_gate_is_shown_and_not_ranked(tmp_path, monkeypatch, capsys, without_pictures):
-    (tmp_path / "wrong_one.py").write_text(
+def test_a_flow_that_fails_a_gate_is_shown_and_not_ranked(tmp_path, own_module, monkeypatch, capsys, without_pictures):
+    own_module(
+        "wrong_one",
         "from adapters.preprocess import Standardize\nimport torch\n"
         "class Wrong(Standardize):\n"
         "    def __init__(self, features):\n        super().__init__(torch.zeros(features), torch.ones(features))\n"
         "    def forward(self, inputs, context=None):\n"
-        "        outputs, log_det = super().forward(inputs)\n        return outputs, log_det + 5.0\n"
+        "        outputs, log_det = super().forward(inputs)\n        return outputs, log_det + 5.0\n",
     )
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(compare, "fit", lambda *_, **__: Fitted(steps=1, seconds=1.0))  # it has no parameters
     monkeypatch.setattr(compare, "training_step", lambda *_: lambda: None)
     monkeypatch.setattr(compare, "peak_of_step", lambda *_: 0.0)
@@ -121,9 +129,9 @@ def test_parameters_are_matched_within_two_percent(name, features):
     def make(hidden):
         return build_flow(name, features, layers=2, hidden_features=hidden)
 
-    target = contestants.count(build_flow("masked-affine", features, layers=2, hidden_features=(64, 64)))
+    target = parameter_count(build_flow("masked-affine", features, layers=2, hidden_features=(64, 64)))
     hidden = contestants.match_parameters(make, target, (64, 64))
-    assert abs(contestants.count(make(hidden)) / target - 1) <= contestants.TOLERANCE, hidden
+    assert abs(parameter_count(make(hidden)) / target - 1) <= contestants.TOLERANCE, hidden
 
 
 @pytest.mark.parametrize("name", ["nflows-realnvp", "nflows-maf", "normflows-maf"])
@@ -131,11 +139,11 @@ def test_networks_of_one_width_come_as_near_as_they_can_and_say_so(name):
     def make(hidden):
         return build_flow(name, 2, layers=2, hidden_features=hidden)
 
-    target = contestants.count(build_flow("masked-affine", 2, layers=2, hidden_features=(64, 64)))
+    target = parameter_count(build_flow("masked-affine", 2, layers=2, hidden_features=(64, 64)))
     hidden = contestants.match_parameters(make, target, (64, 64))
-    error = abs(contestants.count(make(hidden)) / target - 1)
+    error = abs(parameter_count(make(hidden)) / target - 1)
     for width in (hidden[0] - 1, hidden[0] + 1):
-        assert abs(contestants.count(make((width, width))) / target - 1) >= error
+        assert abs(parameter_count(make((width, width))) / target - 1) >= error
     said = contestants.footnote(name, make(hidden), hidden, target)
     assert ("% parameters" in said) == (error > contestants.TOLERANCE)
 
@@ -189,16 +197,16 @@ def test_finished_rows_survive_an_interruption(tmp_path, monkeypatch, without_pi
         compare.main(**TINY, out=tmp_path / "new", resume=True)
 
 
-def test_one_failing_flow_is_a_row_that_says_why(tmp_path, monkeypatch, without_pictures, capsys):
-    (tmp_path / "failing.py").write_text(
+def test_one_failing_flow_is_a_row_that_says_why(tmp_path, own_module, without_pictures, capsys):
+    own_module(
+        "failing",
         "from adapters import build_flow\n"
         "def at_once(features):\n    raise ZeroDivisionError('in my code')\n"
         "def later(features):\n    flow = build_flow('masked-affine', features)\n"
         "    flow._transform.forward = lambda *_: 1 / 0\n    return flow\n"
         "def wants(features, width):\n    pass\n"
-        "def text(features):\n    return 'a flow'\n"
+        "def text(features):\n    return 'a flow'\n",
     )
-    monkeypatch.syspath_prepend(tmp_path)
     names = ("failing:at_once", "failing:later", "failing:wants", "failing:text", "masked-affine")
     rows = compare.main(**TINY, flows=names, out=tmp_path / "out")
     assert rows["failing:at_once"]["failed"] == "ZeroDivisionError: in my code"
@@ -220,7 +228,7 @@ def test_the_readmes_own_layer_gets_its_row(tmp_path, monkeypatch, without_pictu
     rows = compare.main(**TINY | {"layers": 4}, flows=("my_layer:SoftsignCoupling", "masked-affine"), out=tmp_path)
     row = rows["my_layer:SoftsignCoupling"]
     assert math.isfinite(row["scores"]["0"]["value"]) and "gate_failures" not in row
-    assert row["parameters"] == 4 * contestants.count(torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Linear(8, 4)))
+    assert row["parameters"] == 4 * parameter_count(torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Linear(8, 4)))
 
 
 def test_a_librarys_own_class_is_a_factory(tmp_path, without_pictures):
@@ -238,7 +246,7 @@ def test_image_tasks(task, tmp_path, monkeypatch):
 
 
 def test_better_scores_are_ranked_first():
-    class Up(tasks.Task):
+    class Up(tasks.Toy):
         higher_is_better = True
 
     table = compare.Table.__new__(compare.Table)
@@ -246,11 +254,11 @@ def test_better_scores_are_ranked_first():
         name: {"scores": {"0": {"value": value, "stderr": 0.1}}}
         for name, value in zip("abc", (-3, -1, -2), strict=True)
     }
-    assert table.ranked(list("abc"), Up()) == ["b", "c", "a"]
-    assert table.ranked(list("abc"), tasks.Task()) == ["a", "c", "b"]
+    assert table.ranked(list("abc"), Up("two-gaussians")) == ["b", "c", "a"]
+    assert table.ranked(list("abc"), tasks.Toy("two-gaussians")) == ["a", "c", "b"]
     table.rows["a"]["gate_failures"] = ["round trip"]
     table.rows["b"]["failed"] = "why"
-    assert table.ranked(list("abc"), tasks.Task()) == ["c", "a", "b"]
+    assert table.ranked(list("abc"), tasks.Toy("two-gaussians")) == ["c", "a", "b"]
 
 
 # Speed

@@ -258,6 +258,14 @@ def test_packed_layers_split_once_compute_what_each_alone_does(masks, split_once
             assert torch.equal(one, other)
 
 
+def test_a_composite_of_nothing_is_refused_and_one_of_several_shapes_fails_as_its_layers_do():
+    with pytest.raises(ValueError, match="at least one layer"):
+        PackedComposite([])
+    packed = composite([CHECKER, (1 - CHECKER).view(1, 5)])
+    with pytest.raises(ValueError, match=r"takes inputs of shape \(batch, 1, 5\), not \(7, 5\)"):
+        packed(batch(7, 5))
+
+
 def test_packed_layers_split_by_the_masks_they_are_loaded_with():
     other = composite([CHECKER, 1 - SOME], seed=1)
     z = batch(7, 5)

@@ -278,6 +278,7 @@ def test_widths_that_differ_are_refused():
         ({"seeds": 0}, "seeds must be positive, not 0"),
         ({"seed": -1}, "seed must not be negative"),
         ({"shift": 28}, "shift lies in 0 to 27; they are 0 and 28"),
+        ({"shift": 1, "seconds": 60.0}, "give epochs instead of seconds"),
         ({"precision": "int8"}, "unknown precision 'int8'; known: no, bf16, fp16"),
         ({"lr": math.nan}, "lr must be positive, not nan"),
         ({"options": {"bins": 4}}, "masked-affine has no option 'bins'"),

@@ -129,22 +129,33 @@ class PackedCoupling(Transform):
 class PackedComposite(CompositeTransform):
     """Packed layers in a row. Where their masks are all one mask or its complement, the vector is split only once.
 
-    Then each layer changes one part given the other, and the parts are joined at the end; else it is as in nflows'
-    ``CompositeTransform``. The numbers are the same.
+    Then each layer changes one part given the other, and the parts are joined at the end; hooks on the single layers
+    are not called. Else it is as in nflows' ``CompositeTransform``. The numbers are the same.
+
+    Args:
+        layers: of one event shape; the first runs first in ``forward``.
+
+    Raises:
+        ValueError: if there is no layer.
     """
 
     def __init__(self, layers: Iterable[PackedCoupling]):
         super().__init__(layers)
+        if not self._transforms:
+            raise ValueError("PackedComposite needs at least one layer")
         self._compare_masks()
         self.register_load_state_dict_post_hook(PackedComposite._compare_masks)  # it may bring other masks
 
     def _compare_masks(self, _=None) -> None:
-        """Note for each layer 0 if its mask is the first one's, 1 if it is the complement; or that some are neither."""
-        pairs = [(layer.unchanged.tolist(), layer.transformed.tolist()) for layer in self._transforms]
-        first = pairs[0]
-        whole = len(first[0]) + len(first[1]) == math.prod(self._transforms[0].event_shape)
-        one_split = whole and all(pair in (first, first[::-1]) for pair in pairs)
-        self.swapped = [int(pair != first) for pair in pairs] if one_split else None
+        """``swapped``: for each layer 0 if its mask is the first one's, 1 if the complement; None if any is neither."""
+        first = self._transforms[0]
+        halves = [(layer.unchanged.tolist(), layer.transformed.tolist()) for layer in self._transforms]
+        one_split = (
+            all(layer.event_shape == first.event_shape for layer in self._transforms)
+            and len(first.unchanged) + len(first.transformed) == math.prod(first.event_shape)
+            and all(pair in (halves[0], halves[0][::-1]) for pair in halves)
+        )
+        self.swapped = [int(pair != halves[0]) for pair in halves] if one_split else None
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.swapped is None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adapters import as_flow, as_transform, build_flow, flow_names
 from adapters.catalogue import describe_flow, flow_options
 from adapters.flow import Flow, StandardNormal
+from runs.common.results import parameter_count
 
 REFERENCE = "masked-affine"  # whose parameters the others match, and whose times the ratios are to
 WIDEST = 2**17
@@ -99,10 +100,6 @@ def _call(name: str, make: Callable, offered: dict):
     return make(**{key: value for key, value in offered.items() if key in parameters})
 
 
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
 def match_parameters(
     make: Callable[[tuple[int, ...]], nn.Module], target: int, hidden_features: Sequence[int]
 ) -> tuple[int, ...]:
@@ -115,7 +112,7 @@ def match_parameters(
 
     def error(widths: tuple[int, ...]) -> float:
         try:
-            return count(make(widths)) / target - 1
+            return parameter_count(make(widths)) / target - 1
         except ValueError:
             if len(set(widths)) == 1:  # narrower than this flow takes
                 return -1.0
@@ -145,8 +142,8 @@ def match_parameters(
 def footnote(name: str, flow: Flow, hidden_features: Sequence[int], target: int | None) -> str:
     """What about this contestant can't be made equal: in its own words, and what matching left over."""
     said = describe_flow(name) if ":" not in name else f"`{name}`, built by its own code; its base is its own."
-    if target is not None and abs(count(flow) / target - 1) > TOLERANCE:
-        said += f" Its widths can't be chosen to match: {100 * (count(flow) / target - 1):+.0f} % parameters."
+    if target is not None and abs(parameter_count(flow) / target - 1) > TOLERANCE:
+        said += f" Its widths can't be chosen to match: {100 * (parameter_count(flow) / target - 1):+.0f} % parameters."
     elif target is not None and name != REFERENCE:
         said += f" Hidden widths {', '.join(map(str, hidden_features))} match the parameters."
     return said

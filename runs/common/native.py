@@ -1,6 +1,6 @@
 """Each library's own affine coupling flow, built and scored as its authors would: no bridge in between.
 
-Every function takes D, masks and hidden widths, and gives the library's flow, its log_prob and its parameters.
+Every function takes D, masks and hidden widths, and gives a ``Native``.
 Libraries whose coupling knows halves only take the halves, whatever the masks.
 """
 
@@ -19,10 +19,11 @@ from adapters.networks import MLP
 
 
 class Native(NamedTuple):
-    """A library's flow, its own log_prob, and its parameters."""
+    """A library's flow, its own log_prob and sample (of so many), and its parameters."""
 
     flow: Any
     log_prob: Callable[[Tensor], Tensor]
+    sample: Callable[[int], Any]
     parameters: list[Tensor]
 
 
@@ -48,12 +49,12 @@ def _normflows(features: int, layers: list[nn.Module]) -> Native:
     from normflows.distributions import DiagGaussian
 
     flow = NormalizingFlow(DiagGaussian(features, trainable=False), layers)
-    return Native(flow, flow.log_prob, list(flow.parameters()))
+    return Native(flow, flow.log_prob, flow.sample, list(flow.parameters()))
 
 
 def zuko_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]) -> Native:
     flow = import_zuko().flows.RealNVP(features, transforms=len(masks), hidden_features=hidden)
-    return Native(flow, lambda x: flow().log_prob(x), list(flow.parameters()))
+    return Native(flow, lambda x: flow().log_prob(x), lambda n: flow().sample((n,)), list(flow.parameters()))
 
 
 def pyro_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]) -> Native:
@@ -73,7 +74,7 @@ def pyro_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]) -> Na
         return flow.log_prob(x)
 
     modules = nn.ModuleList(transform for transform in transforms if isinstance(transform, nn.Module))
-    return Native(flow, log_prob, list(modules.parameters()))
+    return Native(flow, log_prob, lambda n: flow.sample((n,)), list(modules.parameters()))
 
 
 def freia_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]) -> Native:
@@ -89,7 +90,7 @@ def freia_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]) -> N
         noise, log_det = flow(x)
         return base.log_prob(noise) + log_det
 
-    return Native(flow, log_prob, list(flow.parameters()))
+    return Native(flow, log_prob, lambda n: flow(base.sample(n), rev=True)[0], list(flow.parameters()))
 
 
 def nflows_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]) -> Native:
@@ -97,7 +98,7 @@ def nflows_flow(features: int, masks: list[Tensor], hidden: tuple[int, ...]) -> 
 
     layers = [AffineCouplingTransform(nflows_mask(mask), lambda i, o: MLP(i, o, hidden)) for mask in masks]
     flow = nflows.flows.Flow(CompositeTransform(layers), StandardNormal([features]))
-    return Native(flow, flow.log_prob, list(flow.parameters()))
+    return Native(flow, flow.log_prob, flow.sample, list(flow.parameters()))
 
 
 NATIVE = {

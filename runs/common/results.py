@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import tyro
+from torch import nn
 
-LIBRARIES = ("torch", "nflows", "normflows", "zuko", "pyro-ppl", "flow-adapters")
+LIBRARIES = ("torch", "nflows", "normflows", "zuko", "pyro-ppl", "FrEIA", "flow-adapters")
 
 
 def cli(main: Callable) -> None:
@@ -49,6 +50,11 @@ def check_known(known: Collection[str], **values: str) -> None:
     for name, value in values.items():
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+
+
+def parameter_count(module: nn.Module) -> int:
+    """How many parameters are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def peak_memory() -> float:

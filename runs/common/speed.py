@@ -156,26 +156,18 @@ class Racer:
             self.loss = lambda: torch.stack([net(one).mean() for net, one in zip(nets, inputs, strict=True)]).sum()
         else:
             if name in LIBRARIES:
-                flow, log_prob, self.parameters = LIBRARIES[name](features, masks, tuple(hidden))
+                timed = LIBRARIES[name](features, masks, tuple(hidden))
             else:
                 flow = build(name, features, layers, hidden, masks)
-                log_prob, self.parameters = flow.log_prob, list(flow.parameters())
-            self.loss = lambda: -log_prob(x).mean()
-            self.log_prob = torch.no_grad()(lambda: log_prob(x))
-            self.sample = torch.no_grad()(lambda: draw(flow, batch_size))
+                timed = native.Native(flow, flow.log_prob, flow.sample, list(flow.parameters()))
+            self.parameters = timed.parameters
+            self.loss = lambda: -timed.log_prob(x).mean()
+            self.log_prob = torch.no_grad()(lambda: timed.log_prob(x))
+            self.sample = torch.no_grad()(lambda: timed.sample(batch_size))
         self.step = training_step(self.parameters, self.loss)
 
     def compiled(self) -> Callable[[], None]:
         return training_step(self.parameters, torch.compile(self.loss))
-
-
-def draw(flow, n: int):
-    """n samples, however the library spells it."""
-    if hasattr(flow, "sample"):
-        return flow.sample((n,)) if type(flow).__module__.startswith("pyro") else flow.sample(n)
-    if type(flow).__module__.startswith("zuko"):
-        return flow().sample((n,))
-    return flow(torch.randn(n, flow.shapes[0][0]), rev=True)[0]  # FrEIA has no base of its own
 
 
 def speed(

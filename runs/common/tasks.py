@@ -1,6 +1,7 @@
 """What flows are compared on: each task has its data, its loss, its score, and a picture of what was learned."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +40,7 @@ class Trial(NamedTuple):
     picture: Callable[[], np.ndarray]
 
 
-class Task:
+class Task(ABC):
     """A task.
 
     Attributes:
@@ -47,7 +48,6 @@ class Task:
         features, layers, hidden, batch_size, masks, preprocess: what every flow is built with.
         recipe: what every flow is trained with, beside the budget.
         box: where a density in the plane lies, for ∫p; ``None`` if there is none.
-        vectors: data as the flow sees them, for gates and timing, ``(n, D)``.
     """
 
     unit = "nats"
@@ -60,11 +60,13 @@ class Task:
         mask = checkerboard_mask(self.features)
         return [mask, 1 - mask]
 
+    @abstractmethod
     def vectors(self, n: int) -> Tensor:
-        raise NotImplementedError
+        """Data as the flow sees them, for gates and timing, ``(n, D)``."""
 
+    @abstractmethod
     def trial(self, flow: Flow, seed: int) -> Trial:
-        raise NotImplementedError
+        """That flow's training with that seed, from its start."""
 
 
 class Toy(Task):
