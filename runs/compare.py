@@ -278,10 +278,16 @@ class Table:
         ]
 
     def header(self, task: Task) -> str:
-        return align(self.columns(task))
+        return self._align(self.columns(task))
 
     def line(self, name: str, task: Task) -> str:
-        return align(self.cells(name, task))
+        return self._align(self.cells(name, task))
+
+    def _align(self, cells: list[str]) -> str:
+        """Figures to the right under their columns' names, the flow's name and its score to the left."""
+        left, right = (max(map(len, self.rows)), 20), (10, 15, 15, 17, 7, 16)
+        padded = [f"{cell:<{width}}" for cell, width in zip(cells, left, strict=False)]
+        return " ".join(padded + [f"{cell:>{width}}" for cell, width in zip(cells[2:], right, strict=False)])
 
     def finish(self, names: list[str], task: Task, seeds: int) -> None:
         """Print the ranking, and write it with what was equal and what could not be made so."""
@@ -307,13 +313,6 @@ def score(row: dict) -> tuple[float, float]:
     if len(values) == 1:
         return values[0], next(iter(row["scores"].values()))["stderr"]
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def align(cells: list[str]) -> str:
-    """Figures to the right under their columns' names, the flow's name and its score to the left."""
-    left, right = (23, 20), (11, 16, 16, 18, 8, 9)
-    padded = [f"{cell:<{width}}" for cell, width in zip(cells, left, strict=False)]
-    return "".join(padded + [f"{cell:>{width}}" for cell, width in zip(cells[2:], right, strict=False)])
 
 
 def fairness(table: Table, task: Task, seeds: int) -> list[str]:
@@ -422,7 +421,7 @@ def draw_times(table: Table, names: list[str], out: Path) -> Path:
             axis.tick_params(axis="y", length=0)
             axis.margins(x=0.18)
             figures.log_ticks(axis.xaxis)
-        axes[0].invert_yaxis()
+        axes[0].set_ylim(len(names) - 0.4, -0.6)
     return path
 
 

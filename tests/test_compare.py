@@ -114,7 +114,7 @@ def test_a_flow_that_fails_a_gate_is_shown_and_not_ranked(tmp_path, own_module, 
     monkeypatch.setattr(compare, "peak_of_step", lambda *_: 0.0)
     compare.main(**TINY, flows=("wrong_one:Wrong", "masked-affine"), out=tmp_path / "out")
     last = capsys.readouterr().out.splitlines()[-3]
-    assert last.startswith("wrong_one:Wrong") and "not ranked: log-determinant off by 1.0e+01" in last
+    assert last.startswith("wrong_one:Wrong ") and "not ranked: log-determinant off by 1.0e+01" in last
     assert "not ranked" in (tmp_path / "out/compare.md").read_text()
 
 
