@@ -277,6 +277,11 @@ def test_memory_counts_what_a_step_allocates():
     weight = torch.zeros(1, requires_grad=True)
     assert 4 <= speed.peak(lambda: (weight * torch.ones(2**20)).sum().backward(), [weight]) < 20
 
+    def hold_three() -> None:
+        [torch.ones(2**20) for _ in range(3)]
+
+    assert 12 <= speed.peak(hold_three, [weight]) < 13
+
 
 def test_slow_calls_are_timed_once_and_failing_ones_named(monkeypatch):
     monkeypatch.setattr(speed, "SLOW", 0.0)
@@ -304,3 +309,20 @@ def test_mistakes_are_named_before_any_work(arguments, error, message, tmp_path)
     with pytest.raises(error, match=message):
         compare.main(**arguments, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", speed.LIBRARIES)
+def test_a_librarys_samples_are_of_the_density_that_it_scores(name):
+    torch.manual_seed(0)
+    mask = torch.tensor([1.0, 0.0])
+    native = speed.LIBRARIES[name](2, [mask, 1 - mask, mask], (8,))
+    with torch.no_grad():
+        for parameter in native.parameters:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        axis = torch.linspace(-15, 15, 1201)  # 40 points a unit
+        grid = native.log_prob(torch.cartesian_prod(axis, axis)).nan_to_num(-math.inf)  # normflows overflows far out
+        assert (mass := grid.exp().sum().item() / 40**2) == pytest.approx(1, abs=0.01), mass
+        samples = native.sample(40_000)
+        samples = samples[0] if isinstance(samples, tuple) else samples  # normflows gives the log_prob too
+        negative_entropy = (grid.exp() * grid).nan_to_num().sum().item() / 40**2
+        assert native.log_prob(samples).mean().item() == pytest.approx(negative_entropy, abs=0.04)
