@@ -14,10 +14,10 @@ from adapters.registry import Specification, modules
 
 
 def flow_names() -> list[str]:
-    """Every name that ``build_flow`` knows, hand-written layers first.
+    """Every name that ``build_flow`` knows, hand-written layers first, each part in alphabetical order.
 
     >>> flow_names()[:3]
-    ['masked-affine', 'masked-affine-textbook', 'masked-histogram']
+    ['masked-affine', 'masked-affine-textbook', 'masked-autoregressive']
     """
     return list(_flows())
 
@@ -116,8 +116,11 @@ def _maker(name: str) -> Callable[..., Transform]:
 
 @cache
 def _flows() -> dict[str, Callable[..., Transform]]:
-    found = [module.FLOWS for package in ("adapters.layers", "adapters.bridges") for module in modules(package)]
-    return {name: make for flows in found for name, make in flows.items()}
+    packages = [
+        {name: make for module in modules(package) for name, make in module.FLOWS.items()}
+        for package in ("adapters.layers", "adapters.bridges")
+    ]
+    return {name: flows[name] for flows in packages for name in sorted(flows)}
 
 
 def _cycle(masks: Sequence[Tensor] | None, features: int, layers: int) -> tuple[Tensor, ...]:

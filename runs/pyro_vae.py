@@ -30,7 +30,7 @@ from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPr
 from adapters.vae import VAE, Decoder, Encoder
 from runs.common import figures
 from runs.common.fit import PRECISIONS, STATE, Fitted, NotFinite, Recipe, check_resumable, fit, make_accelerator
-from runs.common.images import DATASETS, Batches, Images, binarize, load_images, shifted, threshold
+from runs.common.images import DATASETS, Batches, Images, binarize, load_images, threshold, warped
 from runs.common.results import check_known, cli, open_directory, parameter_count, write_metrics
 from runs.common.timing import interleaved, ratio
 
@@ -101,7 +101,7 @@ def main(
     components: int = 100,
     posterior: str = "gaussian",
     binarize: str = "threshold",
-    shift: int = 0,
+    augment: float = 0.0,
     dataset: str = "MNIST",
     data_dir: Path | None = None,
     epochs: int = 25,
@@ -138,8 +138,9 @@ def main(
         components: of the mixture and the VampPrior.
         posterior: gaussian, or flow: the encoder's normal, then the same kind of flow, conditional on the image.
         binarize: threshold (pixels > 0.5) or dynamic (a fresh draw in each epoch).
-        shift: move each training image by up to so many pixels, drawn anew in each epoch, so that less is learned by
-            heart, until the rate starts to fall; the rest of the training sees them where they are. 0 for none.
+        augment: turn, stretch, shear and shift each training image, anew in each epoch, so that less is learned by
+            heart: by up to 6 degrees, 6 %, 0.06 and a pixel for 1. It fades as the rate falls: the training ends on
+            the images as they are. 0 for none.
         dataset: MNIST, FashionMNIST, KMNIST or QMNIST; all but MNIST are downloaded unless they are there.
         data_dir: where the data sets are kept; by default the user's cache.
         epochs: passes over the training images.
@@ -178,12 +179,12 @@ def main(
     check_positive(**{name: value for name, value in given.items() if value is not None})
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie between 0 and 1, not {dropout}")
-    if seed < 0 or not 0 <= shift < min(SHAPE):
-        raise ValueError(f"seed must not be negative, shift lies in 0 to {min(SHAPE) - 1}; they are {seed} and {shift}")
-    if shift and seconds is not None:
-        raise ValueError(
-            "shift ends where the rate starts to fall, a step that seconds leave open: give epochs instead of seconds"
-        )
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, but is {seed}")
+    if not 0 <= augment <= 5:
+        raise ValueError(f"augment must lie between 0 (none) and 5, not {augment}: 1 is a slight change")
+    if augment and seconds is not None:
+        raise ValueError("augment fades by the step, which seconds leave open: give epochs instead of seconds")
 
     def make_flow(context_features: int | None = None) -> Flow:
         return build_flow(flow, latent, context_features, layers=layers, hidden_features=hidden, **(options or {}))
@@ -211,9 +212,6 @@ def main(
         images = load_images(dataset, data_dir).first(limit)
     prepare = BINARIZE[binarize]
 
-    def shift_first(chosen: Tensor, generator: torch.Generator) -> Tensor:
-        return prepare(shifted(chosen.view(-1, *SHAPE), shift, generator), generator)
-
     share = (accelerator.process_index, accelerator.num_processes)
     validation, test = (
         prepare(part, torch.Generator().manual_seed(EVALUATION_SEED)) for part in (images.validation, images.test)
@@ -221,27 +219,25 @@ def main(
     trained: dict[tuple[str, int], Trained] = {}
     for name, one in jobs:
         torch.manual_seed(one)
-        plain, moved = (
-            Batches(images.train, None, batch_size, one, device, share, prepared) for prepared in (prepare, shift_first)
-        )
+        batches = Batches(images.train, None, batch_size, one, device, share, prepare)
         recipe = Recipe(
-            steps=epochs * plain.per_epoch,
+            steps=epochs * batches.per_epoch,
             lr=lr,
             weight_decay=weight_decay,
             warmup=0.0,
             decay=decay,
             clip=clip,
             average=average,
-            validate_every=plain.per_epoch,
+            validate_every=batches.per_epoch,
             patience=patience,
             seconds=seconds,
             precision=precision,
             save_every=save_every,
         )
-        settling = recipe.steps - round(decay * recipe.steps)  # from here on, on the images as they are
-        batches = (
-            plain if shift == 0 else lambda i, plain=plain, moved=moved, n=settling: (moved if i < n else plain)(i)
-        )
+        if augment:
+            batches.augment = lambda x, i, generator, recipe=recipe: warped(
+                x, augment * recipe.rate(i / recipe.steps) / recipe.lr, generator
+            )
         chosen = torch.randperm(len(images.train))[: min(components, len(images.train))]
         vae = make_vae(name, prepare(images.train[chosen], torch.Generator().manual_seed(one))).to(device)
         directory = out / f"{name}-{one}"

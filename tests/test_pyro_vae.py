@@ -27,7 +27,7 @@ from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPr
 from adapters.vae import VAE, Decoder, Encoder
 from runs import pyro_vae
 from runs.common.fit import STATE, NotFinite, Recipe
-from runs.common.images import Batches, Images, binarize, shifted, threshold
+from runs.common.images import Batches, Images, binarize, threshold, warped
 from runs.common.timing import ratio
 from tests.laws import batch, randomise
 
@@ -277,8 +277,9 @@ def test_widths_that_differ_are_refused():
         ({"importance_samples": 0}, "importance_samples must be positive, not 0"),
         ({"seeds": 0}, "seeds must be positive, not 0"),
         ({"seed": -1}, "seed must not be negative"),
-        ({"shift": 28}, "shift lies in 0 to 27; they are 0 and 28"),
-        ({"shift": 1, "seconds": 60.0}, "give epochs instead of seconds"),
+        ({"augment": -1.0}, "augment must lie between 0 .none. and 5, not -1.0"),
+        ({"augment": math.nan}, "augment must lie between 0 .none. and 5, not nan"),
+        ({"augment": 1.0, "seconds": 60.0}, "give epochs instead of seconds"),
         ({"precision": "int8"}, "unknown precision 'int8'; known: no, bf16, fp16"),
         ({"lr": math.nan}, "lr must be positive, not nan"),
         ({"options": {"bins": 4}}, "masked-affine has no option 'bins'"),
@@ -351,7 +352,7 @@ def test_end_to_end_with_all_priors(run, tmp_path, capsys):
         {"posterior": "flow", "dropout": 0.2, "average": 0.99, "weight_decay": 1e-3, "clip": 5.0, "decay": 0.3},
         {"latent": 1, "flow": "nflows-maf", "pictures": True},
         {"seconds": 0.01, "epochs": 100_000},
-        {"precision": "bf16", "shift": 1},
+        {"precision": "bf16", "augment": 1.0},
         {"patience": 1, "lr": 1e-9, "epochs": 30, "prior": "gaussian"},
         *({"flow": name} for name in ("nflows-rqs", "normflows-affine", "zuko-nsf", "pyro-affine", "freia-affine")),
     ],
@@ -363,30 +364,42 @@ def test_every_option(arguments, run, tmp_path):
     assert math.isfinite(found["elbo"]) and (tmp_path / "flow.safetensors").exists() == ("flow" in metrics)
 
 
-def test_shifted_images_are_moved_whole_and_by_every_amount():
-    images = torch.zeros(500, 28, 28, dtype=torch.uint8)
-    images[:, 10, 20] = 9
-    moved = shifted(images, 2, torch.Generator().manual_seed(0))
-    _, row, column = moved.nonzero(as_tuple=True)
-    assert moved.shape == images.shape and moved.sum() == images.sum()
-    assert set(row.tolist()) == {8, 9, 10, 11, 12} and set(column.tolist()) == {18, 19, 20, 21, 22}
-    images[:, 0, 0] = 5  # what leaves at one edge doesn't come in at the other
-    assert (shifted(images, 1)[:, -1, -1] == 0).all()
+def test_warped_images_move_by_draws_of_their_own_and_no_further_than_said():
+    images = torch.zeros(2_000, 28, 28, dtype=torch.uint8)
+    images[:, 13:15, 13:15] = 200
+    assert_close(warped(images, 0.0), images.float(), rtol=0, atol=0.01)
+    one, again, other = (warped(images, 1.0, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other) and not torch.equal(one[0], one[1])
+    where = torch.arange(28.0)
+    centre = torch.stack([(one.sum(axis) * where).sum(1) / one.sum((1, 2)) for axis in (1, 2)], 1) - 13.5
+    assert centre.abs().max() < 1.15 and centre.mean(0).abs().max() < 0.05  # a pixel, turned and stretched
+    assert (centre.amax(0) > 0.9).all() and (centre.amin(0) < -0.9).all()
+    bar = torch.zeros(2_000, 28, 28)
+    bar[:, 13:15, 2:26] = 1.0
+    columns = warped(bar, 1.0, torch.Generator().manual_seed(0))[:, :, [8, 20]]
+    heights = (columns * where[:, None]).sum(1) / columns.sum(1)
+    tilt = torch.atan((heights[:, 1] - heights[:, 0]) / 12).rad2deg()
+    assert tilt.max() == pytest.approx(6, abs=0.4) and tilt.min() == pytest.approx(-6, abs=0.4)
+    assert (warped(torch.ones(9, 28, 28), 5.0)[:, 0, 0] < 1).any()  # what moves in is black
 
 
-def test_images_are_shifted_until_the_rate_falls(run, tmp_path, monkeypatch):
-    seen = {}
+def test_augmentation_fades_with_the_rate(run, tmp_path, monkeypatch):
+    seen, plain = [], []
 
-    def look(vae, batches, recipe, *_):
-        seen[len(seen)] = [batches(i)[0] for i in range(recipe.steps)]
+    def look(images, amount, generator):
+        seen.append(amount)
+        return images.float()
+
+    def train(vae, batches, recipe, *_):
+        plain.extend(torch.equal(batches(i)[0], batches(i)[0]) for i in range(recipe.steps))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pyro_vae, "train", look)
-    for shift in (0, 3):
-        with pytest.raises(KeyboardInterrupt):
-            run(out=tmp_path, shift=shift, epochs=5, decay=0.3)
-    same = [torch.equal(plain, moved) for plain, moved in zip(seen[0], seen[1], strict=True)]
-    assert same == [False] * 7 + [True] * 3
+    monkeypatch.setattr(pyro_vae, "warped", look)
+    monkeypatch.setattr(pyro_vae, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        run(out=tmp_path, augment=0.5, epochs=5, decay=0.4)
+    assert all(plain) and len(seen) == 20
+    assert seen[:12] == [0.5] * 12 and sorted(seen[12:], reverse=True) == seen[12:] and seen[-1] < 0.1
 
 
 def test_training_improves_the_elbo_and_dynamic_binarisation_is_fresh(run, tmp_path):

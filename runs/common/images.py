@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import affine_grid, grid_sample, one_hot
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "mnist"
 MD5 = {
@@ -143,11 +143,19 @@ def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor
     return (torch.rand(pixels.shape, generator=generator, device=pixels.device) < pixels / LEVELS).float()
 
 
-def shifted(images: Tensor, pixels: int, generator: torch.Generator | None = None) -> Tensor:
-    """Each image moved by a draw of −pixels to pixels along either axis, zeros moving in: ``(n, H, W)``, as before."""
-    windows = pad(images, [pixels] * 4).unfold(1, images.shape[1], 1).unfold(2, images.shape[2], 1)
-    y, x = torch.randint(2 * pixels + 1, (2, len(images)), generator=generator, device=images.device)
-    return windows[torch.arange(len(images), device=images.device), y, x]
+def warped(images: Tensor, amount: float, generator: torch.Generator | None = None) -> Tensor:
+    """Each image turned, stretched, sheared and shifted by draws of its own: ``(n, N, N)`` → floats ``(n, N, N)``.
+
+    Uniform draws, for an amount of 1, of ±6 degrees, ±6 %, ±0.06 and ±1 pixel along either axis, bilinear, zeros moving
+    in; an amount of 0 leaves the images as they are.
+    """
+    n, size = len(images), images.shape[1]
+    turn, stretch, shear, right, down = amount * (2 * torch.rand(5, n, generator=generator, device=images.device) - 1)
+    angle, scale, shear = math.radians(6) * turn, torch.exp(0.06 * stretch), 0.06 * shear
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    rows = (cos, shear * cos - sin, 2 / size * right), (sin, shear * sin + cos, 2 / size * down)
+    places = affine_grid(torch.stack([torch.stack(row, 1) for row in rows], 1), [n, 1, size, size], align_corners=False)
+    return grid_sample(images[:, None].float(), places, align_corners=False)[:, 0]
 
 
 class Batches:
@@ -163,7 +171,8 @@ class Batches:
         seed: of the order and the noise.
         device: where the batches are wanted.
         share: (k, P): give the k-th of P equal parts of each batch.
-        prepare: ``prepare(bytes, generator)`` makes floats of the images; by default it dequantises.
+        prepare: ``prepare(images, generator)`` makes floats ``(n, D)`` of them; by default it dequantises.
+        augment: ``augment(images, i, generator)`` changes the i-th batch's images before that; by default nothing does.
 
     Raises:
         ValueError: if there are fewer images than a batch needs, or the processes can't share a batch evenly.
@@ -178,18 +187,20 @@ class Batches:
         device: torch.device | str = "cpu",
         share: tuple[int, int] = (0, 1),
         prepare: Callable[[Tensor, torch.Generator], Tensor] = dequantize,
+        augment: Callable[[Tensor, int, torch.Generator], Tensor] = lambda images, i, generator: images,
     ):
         part, parts = share
         if len(images) < size:
             raise ValueError(f"batch_size {size} is more than the {len(images)} training images")
         if size % parts:
             raise ValueError(f"batch_size {size} can't be shared evenly by {parts} processes")
-        self.images = images.flatten(1).to(device)
+        self.images = images.to(device)
         self.context = None if context is None else context.to(device)
         self.size = size
         self.per_epoch = len(images) // size
         self.seed = seed
         self.prepare = prepare
+        self.augment = augment
         self.rows = slice(part * size // parts, (part + 1) * size // parts)
         self.seconds = 0.0  # spent here so far
         self.served = 0
@@ -206,7 +217,8 @@ class Batches:
             self._epoch, self._order = epoch, order.to(self.images.device)
         chosen = self._order[position * self.size : (position + 1) * self.size]
         self._generator.manual_seed(_mix(self.seed, 1, i))
-        x = self.prepare(self.images.index_select(0, chosen), self._generator)[self.rows]
+        images = self.augment(self.images.index_select(0, chosen), i, self._generator)
+        x = self.prepare(images, self._generator)[self.rows]
         context = None if self.context is None else self.context.index_select(0, chosen[self.rows])
         self.seconds += time.perf_counter() - started
         self.served += 1
