@@ -70,7 +70,7 @@ class Specification:
         """The masks; a ValueError if there is only one coordinate, and so nothing to couple it with."""
         if self.features == 1:
             raise ValueError(
-                "a coupling flow needs at least 2 features, not 1; an autoregressive one (masked-autoregressive) takes 1"
+                "a coupling flow needs at least 2 features, not 1; an autoregressive one (masked-autoregressive) does"
             )
         return self.masks
 
