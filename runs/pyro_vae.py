@@ -107,6 +107,7 @@ def main(
     epochs: int = 25,
     batch_size: int = 128,
     lr: float = 1e-3,
+    warmup: float = 0.02,
     decay: float = 0.3,
     weight_decay: float = 0.0,
     clip: float | None = None,
@@ -139,13 +140,14 @@ def main(
         posterior: gaussian, or flow: the encoder's normal, then the same kind of flow, conditional on the image.
         binarize: threshold (pixels > 0.5) or dynamic (a fresh draw in each epoch).
         augment: turn, stretch, shear and shift each training image, anew in each epoch, so that less is learned by
-            heart: by up to 6 degrees, 6 %, 0.06 and a pixel for 1. It fades as the rate falls: the training ends on
-            the images as they are. 0 for none.
+            heart: by up to 6 degrees, 6 %, 0.06 and a pixel for 1. It follows the learning rate: the training ends
+            on the images as they are. 0 for none.
         dataset: MNIST, FashionMNIST, KMNIST or QMNIST; all but MNIST are downloaded unless they are there.
         data_dir: where the data sets are kept; by default the user's cache.
         epochs: passes over the training images.
         batch_size: images in a batch, over all processes.
         lr: learning rate.
+        warmup: share of the training, at its start, over which the rate rises to lr: fewer hidden units die.
         decay: share of the training, at its end, over which the rate falls to 0.
         weight_decay: of AdamW.
         clip: largest norm of the gradient of the ELBO per image; None for no clipping.
@@ -177,6 +179,9 @@ def main(
     check_positive(**{f"width[{i}]": size for i, size in enumerate(width)})
     given = {"seconds": seconds, "patience": patience, "clip": clip, "limit": limit}
     check_positive(**{name: value for name, value in given.items() if value is not None})
+    for part, value in (("warmup", warmup), ("decay", decay)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{part} must lie between 0 and 1, not {value}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie between 0 and 1, not {dropout}")
     if seed < 0:
@@ -224,7 +229,7 @@ def main(
             steps=epochs * batches.per_epoch,
             lr=lr,
             weight_decay=weight_decay,
-            warmup=0.0,
+            warmup=warmup,
             decay=decay,
             clip=clip,
             average=average,

@@ -277,6 +277,8 @@ def test_widths_that_differ_are_refused():
         ({"importance_samples": 0}, "importance_samples must be positive, not 0"),
         ({"seeds": 0}, "seeds must be positive, not 0"),
         ({"seed": -1}, "seed must not be negative"),
+        ({"warmup": 1.5}, "warmup must lie between 0 and 1, not 1.5"),
+        ({"decay": -0.1}, "decay must lie between 0 and 1, not -0.1"),
         ({"augment": -1.0}, "augment must lie between 0 .none. and 5, not -1.0"),
         ({"augment": math.nan}, "augment must lie between 0 .none. and 5, not nan"),
         ({"augment": 1.0, "seconds": 60.0}, "give epochs instead of seconds"),
@@ -383,7 +385,7 @@ def test_warped_images_move_by_draws_of_their_own_and_no_further_than_said():
     assert (warped(torch.ones(9, 28, 28), 5.0)[:, 0, 0] < 1).any()  # what moves in is black
 
 
-def test_augmentation_fades_with_the_rate(run, tmp_path, monkeypatch):
+def test_augmentation_follows_the_rate(run, tmp_path, monkeypatch):
     seen, plain = [], []
 
     def look(images, amount, generator):
@@ -397,9 +399,10 @@ def test_augmentation_fades_with_the_rate(run, tmp_path, monkeypatch):
     monkeypatch.setattr(pyro_vae, "warped", look)
     monkeypatch.setattr(pyro_vae, "train", train)
     with pytest.raises(KeyboardInterrupt):
-        run(out=tmp_path, augment=0.5, epochs=5, decay=0.4)
-    assert all(plain) and len(seen) == 20
-    assert seen[:12] == [0.5] * 12 and sorted(seen[12:], reverse=True) == seen[12:] and seen[-1] < 0.1
+        run(out=tmp_path, augment=0.5, epochs=5, warmup=0.2, decay=0.4)
+    seen = seen[::2]
+    assert all(plain) and seen[:6] == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.5])
+    assert seen[6:] == pytest.approx([0.25 * (1 + math.cos(math.pi * share)) for share in (0, 0.25, 0.5, 0.75)])
 
 
 def test_training_improves_the_elbo_and_dynamic_binarisation_is_fresh(run, tmp_path):

@@ -96,8 +96,9 @@ class Recipe:
         check_positive(**{name: value for name, value in optional.items() if value is not None})
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must not be negative, but is {self.weight_decay}")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay must lie between 0 and 1, not {self.decay}")
+        for name, share in (("warmup", self.warmup), ("decay", self.decay)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {share}")
         if self.average is not None and not 0 < self.average < 1:
             raise ValueError(f"average must lie between 0 and 1, not {self.average}")
         if self.precision not in PRECISIONS:
