@@ -107,7 +107,7 @@ def main(
     epochs: int = 25,
     batch_size: int = 128,
     lr: float = 1e-3,
-    warmup: float = 0.02,
+    warmup: float = 0.0,
     decay: float = 0.3,
     weight_decay: float = 0.0,
     clip: float | None = None,
