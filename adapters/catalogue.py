@@ -116,11 +116,10 @@ def _maker(name: str) -> Callable[..., Transform]:
 
 @cache
 def _flows() -> dict[str, Callable[..., Transform]]:
-    packages = [
-        {name: make for module in modules(package) for name, make in module.FLOWS.items()}
-        for package in ("adapters.layers", "adapters.bridges")
-    ]
-    return {name: flows[name] for flows in packages for name in sorted(flows)}
+    found = {}
+    for package in ("adapters.layers", "adapters.bridges"):
+        found |= sorted(flow for module in modules(package) for flow in module.FLOWS.items())
+    return found
 
 
 def _cycle(masks: Sequence[Tensor] | None, features: int, layers: int) -> tuple[Tensor, ...]:

@@ -70,7 +70,8 @@ class Specification:
         """The masks; a ValueError if there is only one coordinate, and so nothing to couple it with."""
         if self.features == 1:
             raise ValueError(
-                "a coupling flow needs at least 2 features, not 1; an autoregressive one (masked-autoregressive) does"
+                "a coupling flow needs at least 2 features, not 1; "
+                "an autoregressive one, such as masked-autoregressive, takes 1"
             )
         return self.masks
 

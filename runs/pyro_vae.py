@@ -11,6 +11,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from adapters.flow import Flow
 from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPrior
 from adapters.vae import VAE, Decoder, Encoder
 from runs.common import figures
-from runs.common.fit import PRECISIONS, STATE, Fitted, NotFinite, Recipe, check_resumable, fit, make_accelerator
+from runs.common.fit import STATE, Fitted, NotFinite, Recipe, check_resumable, fit, make_accelerator
 from runs.common.images import DATASETS, Batches, Images, binarize, load_images, threshold, warped
 from runs.common.results import check_known, cli, open_directory, parameter_count, write_metrics
 from runs.common.timing import interleaved, ratio
@@ -171,25 +172,33 @@ def main(
     check_known(POSTERIORS, posterior=posterior)
     check_known(BINARIZE, binarize=binarize)
     check_known(DATASETS, dataset=dataset)
-    check_known(PRECISIONS, precision=precision)
-    check_positive(latent=latent, layers=layers, components=components, epochs=epochs, batch_size=batch_size, lr=lr)
+    check_positive(latent=latent, layers=layers, components=components, epochs=epochs, batch_size=batch_size)
     check_positive(importance_samples=importance_samples, importance_images=importance_images, seeds=seeds)
-    check_positive(save_every=save_every)
     check_positive(**{f"hidden[{i}]": size for i, size in enumerate(hidden)})
     check_positive(**{f"width[{i}]": size for i, size in enumerate(width)})
-    given = {"seconds": seconds, "patience": patience, "clip": clip, "limit": limit}
-    check_positive(**{name: value for name, value in given.items() if value is not None})
-    for part, value in (("warmup", warmup), ("decay", decay)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{part} must lie between 0 and 1, not {value}")
+    if limit is not None:
+        check_positive(limit=limit)
+    recipe = Recipe(
+        steps=1,  # and validate_every: known when the images are
+        lr=lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        decay=decay,
+        clip=clip,
+        average=average,
+        patience=patience,
+        seconds=seconds,
+        precision=precision,
+        save_every=save_every,
+    )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie between 0 and 1, not {dropout}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, but is {seed}")
-    if not 0 <= augment <= 5:
-        raise ValueError(f"augment must lie between 0 (none) and 5, not {augment}: 1 is a slight change")
+    if not 0 <= augment < math.inf:
+        raise ValueError(f"augment must be 0 (none) or positive, not {augment}")
     if augment and seconds is not None:
-        raise ValueError("augment fades by the step, which seconds leave open: give epochs instead of seconds")
+        raise ValueError("augment follows the rate, which seconds leave open: give epochs instead of seconds")
 
     def make_flow(context_features: int | None = None) -> Flow:
         return build_flow(flow, latent, context_features, layers=layers, hidden_features=hidden, **(options or {}))
@@ -217,6 +226,9 @@ def main(
         images = load_images(dataset, data_dir).first(limit)
     prepare = BINARIZE[binarize]
 
+    def augmented(chosen: Tensor, epoch: float, generator: torch.Generator) -> Tensor:
+        return warped(chosen, augment * recipe.rate(epoch / epochs) / lr, generator)
+
     share = (accelerator.process_index, accelerator.num_processes)
     validation, test = (
         prepare(part, torch.Generator().manual_seed(EVALUATION_SEED)) for part in (images.validation, images.test)
@@ -224,25 +236,8 @@ def main(
     trained: dict[tuple[str, int], Trained] = {}
     for name, one in jobs:
         torch.manual_seed(one)
-        batches = Batches(images.train, None, batch_size, one, device, share, prepare)
-        recipe = Recipe(
-            steps=epochs * batches.per_epoch,
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            decay=decay,
-            clip=clip,
-            average=average,
-            validate_every=batches.per_epoch,
-            patience=patience,
-            seconds=seconds,
-            precision=precision,
-            save_every=save_every,
-        )
-        if augment:
-            batches.augment = lambda x, i, generator, recipe=recipe: warped(
-                x, augment * recipe.rate(i / recipe.steps) / recipe.lr, generator
-            )
+        batches = Batches(images.train, None, batch_size, one, device, share, prepare, augmented if augment else None)
+        steps = epochs * batches.per_epoch
         chosen = torch.randperm(len(images.train))[: min(components, len(images.train))]
         vae = make_vae(name, prepare(images.train[chosen], torch.Generator().manual_seed(one))).to(device)
         directory = out / f"{name}-{one}"
@@ -254,11 +249,18 @@ def main(
         parameters = parameter_count(vae)
         accelerator.print(
             f"{NAMES[name]} prior{f' ({flow})' * (name == 'flow')}, seed {one}: M = {latent}, "
-            f"{parameters:,} parameters, {len(images.train):,} images of {dataset}, {recipe.steps:,} steps of "
+            f"{parameters:,} parameters, {len(images.train):,} images of {dataset}, {steps:,} steps of "
             f"{batch_size}, on {device}"
         )
         fitted = train(
-            vae, batches, recipe, validation, directory, resume, identity | {"prior": name, "seed": one}, accelerator
+            vae,
+            batches,
+            replace(recipe, steps=steps, validate_every=batches.per_epoch),
+            validation,
+            directory,
+            resume,
+            identity | {"prior": name, "seed": one},
+            accelerator,
         )
         if not accelerator.is_main_process:
             continue

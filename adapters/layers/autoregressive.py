@@ -5,8 +5,8 @@
     log|det J_T(z)| = Σ_d s_d(z'_{<d})
 
 A coupling layer goes by one half of the coordinates to change the other; here each goes by all that come before it. One
-masked network gives all s_d and t_d in one pass, so that scoring costs what it costs in a coupling layer, while
-sampling takes D passes. Equations 15 to 17 in their place otherwise: ``forward`` runs noise → data.
+masked network gives all s_d and t_d in one pass, so that scoring takes one pass, as in a coupling layer, and sampling
+takes D. As there, ``forward`` runs noise → data.
 """
 
 import itertools
@@ -41,8 +41,9 @@ class AutoregressiveMLP(nn.Sequential):
     """A perceptron whose answers for a coordinate see the coordinates before it, and the context, alone.
 
     Each hidden unit has a degree m and sees the first m coordinates; the answers for the d-th see units of a degree
-    below d (MADE: Germain et al. 2015, section 3). Units of degree 0 see the context only. The last layer starts at
-    zero, so that the layer around it starts at the identity.
+    below d (MADE: Germain et al. 2015, section 3). Units of degree 0 see the context only: through them it reaches the
+    first coordinate, too, which in nflows' MADE it does not. The last layer starts at zero, so that the layer around it
+    starts at the identity.
 
     Args:
         order: the D coordinates, the first one first, e.g. ``torch.arange(D)``.
@@ -66,7 +67,7 @@ class AutoregressiveMLP(nn.Sequential):
         features = len(order)
         if order.dim() != 1 or not features or sorted(order.tolist()) != list(range(features)):
             raise ValueError(f"order must hold each of 0 to D − 1 once, not {order.tolist()}")
-        place = order.argsort() + 1  # the d-th of the order has place d
+        place = order.argsort().cpu() + 1  # the d-th of the order has place d
         lowest = 0 if context_features or features == 1 else 1
         degrees = [torch.cat((place, torch.zeros(context_features or 0, dtype=place.dtype)))]
         degrees += [lowest + torch.arange(width) * (features - lowest) // width for width in hidden_features]
@@ -108,7 +109,7 @@ class MaskedAutoregressiveLayer(Transform):
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z ↦ z' and log|det J_T(z)|, in D passes: after the d-th the first d coordinates of z' are what they are."""
         check_event(z, (self.features,), "this layer")
-        z_prime, s = torch.zeros_like(z), z
+        z_prime = torch.zeros_like(z)
         for _ in range(self.features):
             s, t = self._scale_translation(z_prime, context)
             z_prime = z * s.exp() + t

@@ -92,6 +92,7 @@ class Recipe:
 
     def __post_init__(self):
         check_positive(steps=self.steps, lr=self.lr, accumulate=self.accumulate, validate_every=self.validate_every)
+        check_positive(save_every=self.save_every)
         optional = {"clip": self.clip, "patience": self.patience, "seconds": self.seconds}
         check_positive(**{name: value for name, value in optional.items() if value is not None})
         if not self.weight_decay >= 0:

@@ -172,7 +172,8 @@ class Batches:
         device: where the batches are wanted.
         share: (k, P): give the k-th of P equal parts of each batch.
         prepare: ``prepare(images, generator)`` makes floats ``(n, D)`` of them; by default it dequantises.
-        augment: ``augment(images, i, generator)`` changes the i-th batch's images before that; by default nothing does.
+        augment: ``augment(images, epoch, generator)`` changes them before that, e.g. less in later epochs: ``epoch`` is
+            how many have passed, 1.5 in the middle of the second one. ``None`` for no change.
 
     Raises:
         ValueError: if there are fewer images than a batch needs, or the processes can't share a batch evenly.
@@ -187,7 +188,7 @@ class Batches:
         device: torch.device | str = "cpu",
         share: tuple[int, int] = (0, 1),
         prepare: Callable[[Tensor, torch.Generator], Tensor] = dequantize,
-        augment: Callable[[Tensor, int, torch.Generator], Tensor] = lambda images, i, generator: images,
+        augment: Callable[[Tensor, float, torch.Generator], Tensor] | None = None,
     ):
         part, parts = share
         if len(images) < size:
@@ -217,7 +218,9 @@ class Batches:
             self._epoch, self._order = epoch, order.to(self.images.device)
         chosen = self._order[position * self.size : (position + 1) * self.size]
         self._generator.manual_seed(_mix(self.seed, 1, i))
-        images = self.augment(self.images.index_select(0, chosen), i, self._generator)
+        images = self.images.index_select(0, chosen)
+        if self.augment is not None:
+            images = self.augment(images, i / self.per_epoch, self._generator)
         x = self.prepare(images, self._generator)[self.rows]
         context = None if self.context is None else self.context.index_select(0, chosen[self.rows])
         self.seconds += time.perf_counter() - started
