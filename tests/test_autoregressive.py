@@ -53,6 +53,40 @@ def test_answers_see_all_that_comes_before_and_nothing_else(order, context_featu
     assert (told != 0).all()  # the first coordinate's too, which sees nothing else
 
 
+def test_no_hidden_unit_is_wasted():
+    for network in (
+        AutoregressiveMLP(torch.arange(5), hidden_features=(8, 9)),
+        AutoregressiveMLP(torch.arange(5), 2, (2,)),
+    ):
+        for layer in list(network)[:-1:2]:
+            assert layer.mask.any(1).all()  # sees a coordinate
+        assert network[-1].mask.any(0).all()  # and is seen
+
+
+def test_the_order_turns_from_layer_to_layer():
+    flow = randomise(build_flow("masked-autoregressive", 4, layers=2))
+    x = batch(4)
+    assert (jacobian(lambda x: flow._transform(x[None])[0][0], x) != 0).all()
+    flow = randomise(build_flow("masked-autoregressive", 4, layers=1))
+    assert (jacobian(lambda x: flow._transform(x[None])[0][0], x).triu(1) == 0).all()
+
+
+def test_the_catalogues_options_reach_the_layers():
+    flow = build_flow("masked-autoregressive", 3, layers=2, dropout=0.25, scale_bound=0.5)
+    assert {module.p for module in flow.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
+    bounds = [module.scale_bound for module in flow.modules() if isinstance(module, MaskedAutoregressiveLayer)]
+    assert len(bounds) == 2 and all((bound == 0.5).all() for bound in bounds)
+
+
+def test_under_autocast_only_the_network_is_less_precise():
+    layer = randomise(MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(3)), 3)).float()
+    x = batch(5, 3).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, log_det = layer.inverse(x)
+        s, _ = layer.conditioner(x).float().chunk(2, dim=1)
+    assert_close(log_det, -(layer.scale_bound * s.tanh()).sum(1), rtol=0, atol=1e-6)
+
+
 def test_it_starts_at_the_identity_and_learns_what_coupling_of_one_layer_cannot():
     flow = build_flow("masked-autoregressive", 3, layers=1)
     x = batch(4, 3).float()

@@ -404,6 +404,7 @@ def test_augmentation_follows_the_rate(run, tmp_path, monkeypatch):
         return images.float()
 
     def train(vae, batches, recipe, *_):
+        assert recipe.validate_every == batches.per_epoch == recipe.steps / 5
         plain.extend(torch.equal(batches(i)[0], batches(i)[0]) for i in range(recipe.steps))
         raise KeyboardInterrupt
 
