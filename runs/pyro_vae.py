@@ -108,7 +108,7 @@ def main(
     epochs: int = 25,
     batch_size: int = 128,
     lr: float = 1e-3,
-    warmup: float = 0.0,
+    warmup: float = 0.05,
     decay: float = 0.3,
     weight_decay: float = 0.0,
     clip: float | None = None,
@@ -148,7 +148,7 @@ def main(
         epochs: passes over the training images.
         batch_size: images in a batch, over all processes.
         lr: learning rate.
-        warmup: share of the training, at its start, over which the rate rises to lr: fewer hidden units die.
+        warmup: share of the training, at its start, over which the rate rises to lr.
         decay: share of the training, at its end, over which the rate falls to 0.
         weight_decay: of AdamW.
         clip: largest norm of the gradient of the ELBO per image; None for no clipping.

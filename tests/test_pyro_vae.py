@@ -291,7 +291,8 @@ def test_widths_that_differ_are_refused():
         ({"options": {"bins": 4}}, "masked-affine has no option 'bins'"),
     ],
 )
-def test_mistakes_are_named_before_any_work(arguments, message, tmp_path):
+def test_mistakes_are_named_before_any_work(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(pyro_vae, "load_images", lambda *_: pytest.fail("noticed too late"))
     with pytest.raises((ValueError, TypeError), match=message):
         pyro_vae.main(**arguments, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
