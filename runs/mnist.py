@@ -10,6 +10,7 @@ torchrun --nproc_per_node 2 runs/mnist.py --mask checker            as two proce
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from adapters.flow import Flow
 from adapters.masks import pyramid_masks
 from adapters.preprocess import Logit, Marginals, Standardize
 from runs.common import figures
-from runs.common.fit import PRECISIONS, Fitted, NotFinite, Recipe, check_resumable, fit, make_accelerator
+from runs.common.fit import Fitted, NotFinite, Recipe, check_resumable, fit, make_accelerator
 from runs.common.images import (
     CLASSES,
     DATASETS,
@@ -175,18 +176,29 @@ def main(
     check_known(HIDDEN, net=net)
     check_known(DATASETS, dataset=dataset)
     check_known(PREPROCESS, preprocess=preprocess)
-    check_known(PRECISIONS, precision=precision)
     if net != "mlp" and "net" not in flow_options(flow):
         raise ValueError(f"net {net} is for hand-written flows; {flow} has its own networks")
     hidden = hidden or HIDDEN[net]
     known = ("activation", *flow_options(flow))
     options = {name: value for name, value in OPTIONS.items() if name in known} | (options or {})
-    check_positive(epochs=epochs, batch_size=batch_size, lr=lr, accumulate=accumulate, save_every=save_every)
+    check_positive(epochs=epochs, batch_size=batch_size)
     check_positive(**{f"hidden[{i}]": width for i, width in enumerate(hidden)})
-    given = {"layers": layers, "seconds": seconds, "patience": patience, "clip": clip, "limit": limit}
+    given = {"layers": layers, "limit": limit}
     check_positive(**{name: value for name, value in given.items() if value is not None})
     if seed < 0 or importance < 0:
         raise ValueError(f"seed and importance must not be negative, but are {seed} and {importance}")
+    recipe = Recipe(
+        steps=1,  # and validate_every: known when the images are
+        lr=lr,
+        weight_decay=weight_decay,
+        clip=clip,
+        average=average,
+        accumulate=accumulate,
+        precision=precision,
+        patience=patience,
+        seconds=seconds,
+        save_every=save_every,
+    )
     out = out or RESULTS / "-".join([dataset, mask, flow, net] + ["conditional"] * conditional).lower()
     if resume:
         check_resumable(out)
@@ -214,18 +226,10 @@ def main(
     context = class_context if conditional else lambda labels: None
     share = (accelerator.process_index, accelerator.num_processes)
     batches = Batches(images.train, context(images.train_labels), batch_size, seed, device, share)
-    recipe = Recipe(
+    recipe = replace(
+        recipe,
         steps=max(1, epochs * batches.per_epoch // accumulate),
-        lr=lr,
-        weight_decay=weight_decay,
-        clip=clip,
-        average=average,
-        accumulate=accumulate,
-        precision=precision,
         validate_every=max(1, batches.per_epoch // accumulate),
-        patience=patience,
-        seconds=seconds,
-        save_every=save_every,
     )
     parameters = parameter_count(model)
     accelerator.print(

@@ -86,7 +86,8 @@ def main(
         raise ValueError(f"unknown data {data!r}; known: {', '.join(DENSITIES)}")
     arguments |= {key: value for key, value in defaults(data, flow).items() if arguments[key] is None}
     layers, hidden, steps, options = (arguments[key] for key in ("layers", "hidden", "steps", "options"))
-    check_positive(steps=steps, batch_size=batch_size, lr=lr)
+    check_positive(batch_size=batch_size)
+    recipe = Recipe(steps=steps, lr=lr, betas=(0.9, 0.99), average=0.999, seconds=seconds)
     true = DENSITIES[data]()
     torch.manual_seed(seed)
     model = build_flow(flow, 2, layers=layers, hidden_features=hidden, preprocess=true.preprocess(), **options)
@@ -95,7 +96,6 @@ def main(
     print(f"{flow}: {layers} layers, {parameters:,} parameters, on {data}")
 
     frames: list[Tensor] = []
-    recipe = Recipe(steps=steps, lr=lr, betas=(0.9, 0.99), average=0.999, seconds=seconds)
     try:
         fitted = fit(
             NegativeLogLikelihood(model),

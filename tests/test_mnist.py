@@ -375,9 +375,12 @@ def test_neighbours_are_the_nearest():
         ({"temperature": 0.0}, "temperature must be positive, not 0"),
         ({"limit": 0}, "limit must be positive, not 0"),
         ({"importance": -1}, "must not be negative"),
+        ({"average": 1.5}, "average must lie between 0 and 1, not 1.5"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative, but is -1.0"),
     ],
 )
-def test_mistakes_are_named_before_any_work(arguments, message, tmp_path):
+def test_mistakes_are_named_before_any_work(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(mnist, "load_images", lambda *_: pytest.fail("images were loaded"))
     with pytest.raises(ValueError, match=message):
         mnist.main(**arguments, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -387,8 +390,6 @@ def test_mistakes_are_named_before_any_work(arguments, message, tmp_path):
     ("arguments", "message"),
     [
         ({"batch_size": 65}, "batch_size 65 is more than the 64 training images"),
-        ({"average": 1.5}, "average must lie between 0 and 1, not 1.5"),
-        ({"weight_decay": -1.0}, "weight_decay must not be negative, but is -1.0"),
         ({"track": "paper"}, "unknown track 'paper'; known: .*tensorboard"),
         ({"options": {"bins": 4}}, "masked-affine has no option 'bins'"),
     ],
