@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from nflows.flows import Flow
+from pyro import poutine
 from pyro.distributions.transforms import AffineTransform
 from torch import Tensor, nn
 
@@ -88,10 +89,11 @@ class Model(nn.Module):
         super().__init__()
         self.prior, self.decoder = prior, decoder
 
-    def forward(self, x: Tensor) -> None:
+    def forward(self, x: Tensor, kl_weight: float | Tensor = 1.0) -> None:
         check_images(x)
         with pyro.plate("images", len(x)):
-            z = pyro.sample("z", self.prior())
+            with poutine.scale(scale=kl_weight):
+                z = pyro.sample("z", self.prior())
             pyro.sample("x", self.decoder(z), obs=x)
 
 
@@ -102,13 +104,16 @@ class Guide(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, x: Tensor) -> None:
-        with pyro.plate("images", len(x)):
+    def forward(self, x: Tensor, kl_weight: float | Tensor = 1.0) -> None:
+        with pyro.plate("images", len(x)), poutine.scale(scale=kl_weight):
             pyro.sample("z", self.encoder(x))
 
 
 class VAE(nn.Module):
     """``Trace_ELBO()(vae.model, vae.guide)(x)`` is −Σ ELBO(x) over the batch, and so is every other ELBO of Pyro's.
+
+    With a second argument β > 0 the KL counts β times: E_q[log p(x|z)] − β E_q[log q(z|x) − log p(z)] (Bowman et al.,
+    2016), for a training that begins with less of it.
 
     Args:
         prior, encoder, decoder: modules whose call gives p(z), q(z | x) and p(x | z); the encoder says its ``latent``.

@@ -71,15 +71,15 @@ NAMES = {"gaussian": "Gaussian", "mog": "mixture", "vamp": "Vamp", "flow": "flow
 
 
 class NegativeELBO(nn.Module):
-    """−ELBO of a batch ``(x, context)``, in nats per image: what is minimised."""
+    """−ELBO of a batch ``(x, kl_weight)``, in nats per image: what is minimised. ``None`` is a weight of 1."""
 
     def __init__(self, vae: VAE):
         super().__init__()
         self.elbo = Trace_ELBO()(vae.model, vae.guide)
 
-    def forward(self, batch: tuple[Tensor, None]) -> Tensor:
-        x, _ = batch
-        return self.elbo(x) / len(x)
+    def forward(self, batch: tuple[Tensor, Tensor | None]) -> Tensor:
+        x, kl_weight = batch
+        return self.elbo(x, 1.0 if kl_weight is None else kl_weight) / len(x)
 
 
 class Trained(NamedTuple):
@@ -110,6 +110,7 @@ def main(
     lr: float = 1e-3,
     warmup: float = 0.05,
     decay: float = 0.3,
+    kl_warmup: float = 0.0,
     weight_decay: float = 0.0,
     clip: float | None = None,
     average: float | None = 0.999,
@@ -150,6 +151,8 @@ def main(
         lr: learning rate.
         warmup: share of the training, at its start, over which the rate rises to lr.
         decay: share of the training, at its end, over which the rate falls to 0.
+        kl_warmup: epochs over which the KL's weight in the training rises to 1, so that the encoder's hidden units are
+            of use before the KL puts them out; 0 for none.
         weight_decay: of AdamW.
         clip: largest norm of the gradient of the ELBO per image; None for no clipping.
         average: decay of the moving average of the weights that is evaluated and saved; None for none.
@@ -197,6 +200,8 @@ def main(
         raise ValueError(f"seed must not be negative, but is {seed}")
     if not 0 <= augment < math.inf:
         raise ValueError(f"augment must be 0 (none) or positive, not {augment}")
+    if not 0 <= kl_warmup < math.inf:
+        raise ValueError(f"kl_warmup must be 0 (none) or positive, not {kl_warmup}")
     if augment and seconds is not None:
         raise ValueError("augment follows the rate, which seconds leave open: give epochs instead of seconds")
 
@@ -229,6 +234,9 @@ def main(
     def augmented(chosen: Tensor, epoch: float, generator: torch.Generator) -> Tensor:
         return warped(chosen, augment * recipe.rate(epoch / epochs) / lr, generator)
 
+    def kl_weight(epoch: float) -> float:
+        return 1.0 if epoch >= kl_warmup else max(1e-3, epoch / kl_warmup)  # Pyro takes no 0
+
     share = (accelerator.process_index, accelerator.num_processes)
     validation, test = (
         prepare(part, torch.Generator().manual_seed(EVALUATION_SEED)) for part in (images.validation, images.test)
@@ -255,6 +263,7 @@ def main(
         fitted = train(
             vae,
             batches,
+            kl_weight,
             replace(recipe, steps=steps, validate_every=batches.per_epoch),
             validation,
             directory,
@@ -292,7 +301,8 @@ def main(
 
 def train(
     vae: VAE,
-    batches: Callable[[int], tuple[Tensor, None]],
+    batches: Batches,
+    kl_weight: Callable[[float], float],
     recipe: Recipe,
     validation: Tensor,
     directory: Path,
@@ -306,7 +316,7 @@ def train(
         try:
             return fit(
                 NegativeELBO(vae),
-                batches,
+                lambda step: (batches(step)[0], torch.tensor(kl_weight(step / batches.per_epoch))),
                 recipe,
                 validate=lambda: -mean_elbo(vae, validation),
                 describe=lambda loss: f"ELBO {-loss:.2f} nats",

@@ -285,6 +285,7 @@ def test_widths_that_differ_are_refused():
         ({"decay": -0.1}, "decay must lie between 0 and 1, not -0.1"),
         ({"augment": -1.0}, "augment must be 0 .none. or positive, not -1.0"),
         ({"augment": math.nan}, "augment must be 0 .none. or positive, not nan"),
+        ({"kl_warmup": -1.0}, "kl_warmup must be 0 .none. or positive, not -1.0"),
         ({"augment": 1.0, "seconds": 60.0}, "give epochs instead of seconds"),
         ({"precision": "int8"}, "unknown precision 'int8'; known: no, bf16, fp16"),
         ({"lr": math.nan}, "lr must be positive, not nan"),
@@ -404,7 +405,7 @@ def test_augmentation_follows_the_rate(run, tmp_path, monkeypatch):
         seen.append(amount)
         return images.float()
 
-    def train(vae, batches, recipe, *_):
+    def train(vae, batches, kl_weight, recipe, *_):
         assert recipe.validate_every == batches.per_epoch == recipe.steps / 5
         plain.extend(torch.equal(batches(i)[0], batches(i)[0]) for i in range(recipe.steps))
         raise KeyboardInterrupt
@@ -416,6 +417,35 @@ def test_augmentation_follows_the_rate(run, tmp_path, monkeypatch):
     seen = seen[::2]
     assert all(plain) and seen[:6] == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.5])
     assert seen[6:] == pytest.approx([0.25 * (1 + math.cos(math.pi * share)) for share in (0, 0.25, 0.5, 0.75)])
+
+
+def test_the_kls_weight_rises_and_resuming_does_not_change_it(run, tmp_path, monkeypatch):
+    def weights(**arguments):
+        def fit(loss, batch, recipe, **_):
+            seen.extend(batch(i)[1].item() for i in reversed(range(recipe.steps)))
+            raise KeyboardInterrupt
+
+        seen = []
+        monkeypatch.setattr(pyro_vae, "fit", fit)
+        with pytest.raises(KeyboardInterrupt):
+            run(out=tmp_path, epochs=4, **arguments)
+        return seen[::-1]
+
+    assert set(weights()) == {1.0}
+    rising = weights(kl_warmup=2.5)
+    per_epoch = len(rising) // 4
+    assert rising[0] == pytest.approx(1e-3) and rising[per_epoch] == pytest.approx(0.4)
+    assert rising[:per_epoch] == sorted(set(rising[:per_epoch])) and set(rising[-per_epoch:]) == {1.0}
+
+
+def test_a_weight_of_the_kl_weighs_the_kl_alone():
+    vae = VAE(StandardNormalPrior(2), Encoder(2, 5, (4,)), Decoder(2, 5, (4,)))
+    x = torch.rand(7, 5).round()
+    torch.manual_seed(0)
+    reconstruction, kl = vae.terms(x)
+    for weight in (0.3, torch.tensor(2.0)):
+        torch.manual_seed(0)
+        assert_close(-Trace_ELBO()(vae.model, vae.guide)(x, weight), (reconstruction - weight * kl).sum())
 
 
 def test_training_improves_the_elbo_and_dynamic_binarisation_is_fresh(run, tmp_path):
@@ -430,7 +460,7 @@ def test_training_improves_the_elbo_and_dynamic_binarisation_is_fresh(run, tmp_p
 
 
 def test_resumed_training_ends_where_an_uninterrupted_one_does(run, tmp_path, monkeypatch, capfd):
-    arguments = {"prior": "flow", "epochs": 5, "dropout": 0.2}
+    arguments = {"prior": "flow", "epochs": 5, "dropout": 0.2, "kl_warmup": 4.0}
     run(out=tmp_path / "whole", **arguments)
 
     class Interrupting(Batches):
