@@ -112,8 +112,8 @@ class Guide(nn.Module):
 class VAE(nn.Module):
     """``Trace_ELBO()(vae.model, vae.guide)(x)`` is −Σ ELBO(x) over the batch, and so is every other ELBO of Pyro's.
 
-    With a second argument β > 0 the KL counts β times: E_q[log p(x|z)] − β E_q[log q(z|x) − log p(z)] (Bowman et al.,
-    2016), for a training that begins with less of it.
+    With a second argument β > 0, ``kl_weight``, the KL counts β times: E_q[log p(x|z)] − β E_q[log q(z|x) − log p(z)]
+    (Bowman et al., 2016), for a training that begins with less of it. Pyro refuses other β.
 
     Args:
         prior, encoder, decoder: modules whose call gives p(z), q(z | x) and p(x | z); the encoder says its ``latent``.

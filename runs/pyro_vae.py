@@ -151,8 +151,8 @@ def main(
         lr: learning rate.
         warmup: share of the training, at its start, over which the rate rises to lr.
         decay: share of the training, at its end, over which the rate falls to 0.
-        kl_warmup: epochs over which the KL's weight in the training rises to 1, so that the encoder's hidden units are
-            of use before the KL puts them out; 0 for none.
+        kl_warmup: epochs over which the KL's weight in the training rises from 0 to 1, in the progress bar's ELBO,
+            too; 0 for none.
         weight_decay: of AdamW.
         clip: largest norm of the gradient of the ELBO per image; None for no clipping.
         average: decay of the moving average of the weights that is evaluated and saved; None for none.
@@ -273,6 +273,8 @@ def main(
         )
         if not accelerator.is_main_process:
             continue
+        # while the KL weighs less, the training loss is no ELBO, and not for the picture
+        fitted.losses = [(step, loss) for step, loss in fitted.losses if kl_weight(step / batches.per_epoch) == 1.0]
         places = [directory, out] if one == seed else [directory]
         save(vae, *places)
         metrics = evaluate(vae, images, test, prepare, importance_samples, importance_images) | {
@@ -500,7 +502,7 @@ def measure(make: Callable[[], VAE], batch_size: int, rounds: int = 200) -> dict
     torch.manual_seed(0)
     vae = make()
     x = (torch.rand(batch_size, PIXELS) > 0.8).float()
-    loss = NegativeELBO(vae)
+    loss, one = NegativeELBO(vae), torch.tensor(1.0)
     optimizer = torch.optim.Adam(vae.parameters(), 1e-5, fused=True)
 
     def plain() -> Tensor:
@@ -518,7 +520,7 @@ def measure(make: Callable[[], VAE], batch_size: int, rounds: int = 200) -> dict
 
     with pyro.validation_enabled(False):
         times = interleaved(
-            {"pyro": lambda: step(lambda: loss((x, None))), "plain": lambda: step(plain)}, rounds, warmup=20
+            {"pyro": lambda: step(lambda: loss((x, one))), "plain": lambda: step(plain)}, rounds, warmup=20
         )
     found = {"step_ratio": ratio(times["pyro"], times["plain"])} | {
         f"{name}_ms": statistics.median(each) for name, each in times.items()

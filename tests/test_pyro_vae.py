@@ -419,7 +419,7 @@ def test_augmentation_follows_the_rate(run, tmp_path, monkeypatch):
     assert seen[6:] == pytest.approx([0.25 * (1 + math.cos(math.pi * share)) for share in (0, 0.25, 0.5, 0.75)])
 
 
-def test_the_kls_weight_rises_and_resuming_does_not_change_it(run, tmp_path, monkeypatch):
+def test_the_kls_weight_rises_and_depends_on_the_step_alone(run, tmp_path, monkeypatch):
     def weights(**arguments):
         def fit(loss, batch, recipe, **_):
             seen.extend(batch(i)[1].item() for i in reversed(range(recipe.steps)))
@@ -438,6 +438,23 @@ def test_the_kls_weight_rises_and_resuming_does_not_change_it(run, tmp_path, mon
     assert rising[:per_epoch] == sorted(set(rising[:per_epoch])) and set(rising[-per_epoch:]) == {1.0}
 
 
+def test_the_picture_shows_no_loss_in_which_the_kl_weighs_less(run, tmp_path, monkeypatch):
+    def draw(trained, *_):
+        seen.append([step for step, _ in trained["flow"].fitted.losses])
+        return []
+
+    def every_step(*arguments, **keywords):
+        fitted = fit(*arguments, **keywords)
+        fitted.losses = [(step, 0.0) for step in range(1, fitted.steps + 1)]
+        return fitted
+
+    seen, fit = [], pyro_vae.fit
+    monkeypatch.setattr(pyro_vae, "draw", draw)
+    monkeypatch.setattr(pyro_vae, "fit", every_step)
+    steps = run(pictures=True, prior="flow", epochs=4, kl_warmup=2.0, out=tmp_path)["flow"]["steps"]
+    assert seen == [list(range(steps // 2, steps + 1))]
+
+
 def test_a_weight_of_the_kl_weighs_the_kl_alone():
     vae = VAE(StandardNormalPrior(2), Encoder(2, 5, (4,)), Decoder(2, 5, (4,)))
     x = torch.rand(7, 5).round()
@@ -446,6 +463,8 @@ def test_a_weight_of_the_kl_weighs_the_kl_alone():
     for weight in (0.3, torch.tensor(2.0)):
         torch.manual_seed(0)
         assert_close(-Trace_ELBO()(vae.model, vae.guide)(x, weight), (reconstruction - weight * kl).sum())
+    with pytest.raises(ValueError, match="scale > 0"):
+        Trace_ELBO()(vae.model, vae.guide)(x, 0.0)
 
 
 def test_training_improves_the_elbo_and_dynamic_binarisation_is_fresh(run, tmp_path):

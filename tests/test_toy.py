@@ -65,6 +65,8 @@ def test_every_flow_of_the_catalogue_swaps_in(flow, tmp_path, monkeypatch):
         ({"layers": 0}, "layers must be a positive integer, not 0"),
         ({"steps": 0}, "steps must be positive, not 0"),
         ({"batch_size": -4}, "batch_size must be positive, not -4"),
+        ({"lr": math.nan}, "lr must be positive, not nan"),
+        ({"seconds": 0.0}, "seconds must be positive, not 0.0"),
     ],
 )
 def test_mistakes_are_named_before_any_work(arguments, message, tmp_path):
