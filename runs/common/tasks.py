@@ -132,7 +132,7 @@ class VaePrior(Task):
     """The ELBO of the course's VAE under that flow as prior, pixels > 0.5."""
 
     measure, higher_is_better, features, layers, hidden, batch_size = "ELBO", True, 32, 8, (128, 128), 128
-    recipe: ClassVar = {"lr": 1e-3, "warmup": 0.0, "decay": 0.3, "average": 0.999, "clip": None}
+    recipe: ClassVar = {"lr": 1e-3, "warmup": 0.05, "decay": 0.3, "average": 0.999, "clip": None}
 
     def __init__(self, data_dir: Path | None = None, limit: int | None = None):
         self.images = load_images("MNIST", data_dir).first(limit)
