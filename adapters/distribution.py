@@ -130,7 +130,7 @@ class FlowDistribution(TorchDistribution):
     def _draw(self, sample_shape) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         rows = shape[: len(shape) - len(self.event_shape)]
-        count, dtype = math.prod(rows), _like(self.flow)
+        count, dtype = int(math.prod(rows)), _like(self.flow)  # while torch.jit traces, sizes are tensors
         if count == 0:
             return dtype.new_empty(shape)
         context = self.flow._embedding_net(self._rows(rows))

@@ -428,9 +428,10 @@ def test_an_elbo_evaluates_the_guide_once():
         assert flow._transform.passes == passes + 1
 
 
-def test_jit_trace_elbo():
+@pytest.mark.parametrize("context_features", [None, 2])
+def test_jit_trace_elbo(context_features):
     """Compiled code reads weights that pass through the parameter store: ``pyro.module`` returns the flow to use."""
-    prior, posterior, x = a_flow(), a_flow(context_features=2), batch(6, 2)
+    prior, posterior, x = a_flow(), a_flow(context_features=context_features), batch(6, 2)
 
     def p(x):
         flow = pyro.module("prior", prior)
@@ -441,7 +442,7 @@ def test_jit_trace_elbo():
     def q(x):
         flow = pyro.module("posterior", posterior)
         with pyro.plate("data", len(x)):
-            pyro.sample("z", FlowDistribution(flow, x))
+            pyro.sample("z", FlowDistribution(flow, None if context_features is None else x))
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.trace")  # newer versions of torch deprecate it
