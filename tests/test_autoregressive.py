@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.functional import jacobian
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from adapters import build_flow
 from adapters.layers.autoregressive import AutoregressiveMLP, MaskedAutoregressiveLayer
@@ -13,7 +14,7 @@ from tests.laws import batch, randomise
 
 
 def layer_of(order, **options):
-    return randomise(MaskedAutoregressiveLayer(AutoregressiveMLP(torch.tensor(order), **options), len(order)))
+    return randomise(MaskedAutoregressiveLayer(AutoregressiveMLP(torch.tensor(order), **options)))
 
 
 @settings(deadline=None, max_examples=25)
@@ -34,6 +35,40 @@ def test_the_equations_coordinate_by_coordinate(order, seed):
     again, minus = layer.inverse(known)
     assert_close(again, z, rtol=0, atol=1e-10)
     assert_close(minus, -total, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("context_features", [None, 3])
+def test_sampling_takes_the_arithmetic_of_one_pass(context_features):
+    network = randomise(AutoregressiveMLP(torch.randperm(12), 2, (32, 20, 40), context_features))
+    layer, z, context = MaskedAutoregressiveLayer(network), batch(5, 12), batch(5, context_features or 0)
+    given = (z,) if context_features is None else (z, context)
+    operations = {}
+    for name in ("forward", "inverse"):
+        with FlopCounterMode(display=False) as counter:
+            getattr(layer, name)(*given)
+        operations[name] = counter.get_total_flops()
+    assert 0 < operations["forward"] <= operations["inverse"]
+
+
+def test_an_order_is_saved_with_the_weights():
+    one, other = layer_of([2, 0, 1]), layer_of([0, 1, 2])
+    other.load_state_dict(one.state_dict())
+    z = batch(4, 3)
+    assert_close(other(z)[0], one(z)[0], rtol=0, atol=0)
+
+
+def test_a_network_without_hidden_layers():
+    layer, z = layer_of([1, 2, 0], hidden_features=()), batch(4, 3)
+    assert_close(layer.inverse(layer(z)[0])[0], z)
+
+
+def test_dropout_drops_the_same_units_for_all_coordinates():
+    torch.manual_seed(0)
+    layer = layer_of([0, 1, 2], hidden_features=(6,), dropout=0.5).train()
+    z, seen = batch(2, 3), []
+    layer.conditioner[2].register_forward_hook(lambda module, args, output: seen.append(output))
+    layer(z)
+    assert sum(each.shape[1] for each in seen) == 6  # each unit is drawn once
 
 
 @pytest.mark.parametrize("order", [[0], [0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
@@ -79,7 +114,7 @@ def test_the_catalogues_options_reach_the_layers():
 
 
 def test_under_autocast_only_the_network_is_less_precise():
-    layer = randomise(MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(3)), 3)).float()
+    layer = randomise(MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(3)))).float()
     x = batch(5, 3).float()
     with torch.autocast("cpu", torch.bfloat16):
         _, log_det = layer.inverse(x)
@@ -116,12 +151,18 @@ def test_an_order_that_is_none_is_refused(order):
 
 
 def test_mistakes_are_named():
-    layer = MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(3)), 3)
+    layer = MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(3)))
     with pytest.raises(ValueError, match="this layer"):
         layer(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="conditioner"):
-        MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(3), 1), 3).inverse(torch.zeros(2, 3))
+        MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(3), 1)).inverse(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="conditioner"):
+        MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(3), 1))(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="context must have 0 features, not 2"):
+        layer(torch.zeros(2, 3), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="context must have 2 features, not 0"):
+        MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(3), context_features=2))(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="scale_bound must be positive, not 0"):
-        MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(3)), 3, 0)
+        MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(3)), 0)
     with pytest.raises(ValueError, match="unknown activation 'sine'"):
         AutoregressiveMLP(torch.arange(3), activation="sine")

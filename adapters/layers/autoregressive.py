@@ -5,12 +5,13 @@
     log|det J_T(z)| = Σ_d s_d(z'_{<d})
 
 A coupling layer goes by one half of the coordinates to change the other; here each goes by all that come before it. One
-masked network gives all s_d and t_d in one pass, so that scoring takes one pass, as in a coupling layer, and sampling
-takes D. As there, ``forward`` runs noise → data.
+masked network gives all s_d and t_d in one pass, so that scoring takes one pass, as in a coupling layer. Sampling takes
+D steps, but each computes only what the coordinate before it has made known: the arithmetic of one pass, not of D. As
+there, ``forward`` runs noise → data.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from nflows.transforms import CompositeTransform, InverseTransform, Transform
@@ -79,53 +80,98 @@ class AutoregressiveMLP(nn.Sequential):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         super().__init__(*layers, last)
+        self.register_buffer("order", order.clone())
+        # of each hidden layer, how many units have a degree of at most 0, 1, …: these come first
+        self.counts = [[int((degree <= m).sum()) for m in range(features)] for degree in degrees[1:]]
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         return super().forward(inputs if context is None else torch.cat((inputs, context), dim=1))
+
+    def solve(self, coordinate: Callable[[int, Tensor], Tensor], context: Tensor) -> Tensor:
+        """The x whose every x_d is ``coordinate(d, parameters)``, with this network's answers for d at x itself.
+
+        Since these see only what comes before, x is found one coordinate after another. Each hidden unit is computed
+        once, as soon as the coordinates that it sees are known.
+
+        Args:
+            coordinate: from d and its parameters, ``(batch, P)``, to x_d, ``(batch, 1)``; called once for each d.
+            context: ``(batch, context_features)``; ``(batch, 0)`` for no context.
+
+        Returns:
+            x, ``(batch, D)``.
+
+        Raises:
+            ValueError: for a context of another width.
+        """
+        blocks = []  # each linear layer and what comes after it
+        for module in self:
+            if isinstance(module, MaskedLinear):
+                blocks.append([])
+            blocks[-1].append(module)
+        *hidden, (last,) = blocks
+        order = self.order.tolist()
+        weights = [layer.weight for layer, *_ in blocks]
+        columns = [*range(len(order), weights[0].shape[1]), *order]  # first the context, which is known at once
+        if context.shape[1] + len(order) != len(columns):
+            raise ValueError(f"the context must have {len(columns) - len(order)} features, not {context.shape[1]}")
+        weights[0] = weights[0][:, columns]
+        known, units = context, [context[:, :0] for _ in hidden]
+        for m, d in enumerate(order):
+            seen = known
+            for i, (layer, *rest) in enumerate(hidden):
+                rows = slice(self.counts[i][m - 1] if m else 0, self.counts[i][m])
+                new = linear(seen, weights[i][rows, : seen.shape[1]], layer.bias[rows])
+                for module in rest:
+                    new = module(new)
+                seen = units[i] = torch.cat((units[i], new), dim=1)
+            parameters = linear(seen, weights[-1][d :: len(order), : seen.shape[1]], last.bias[d :: len(order)])
+            known = torch.cat((known, coordinate(d, parameters)), dim=1)
+        return known[:, context.shape[1] :].index_select(1, self.order.argsort())
 
 
 class MaskedAutoregressiveLayer(Transform):
     """The equations above: (s̃, t) = conditioner(z'), s = β ⊙ tanh(s̃).
 
     Args:
-        conditioner: a module from ``(batch, D)`` to ``(batch, 2 D)``, all of s̃, then all of t, whose answers for a
-            coordinate depend on those before it alone, in whatever order: an ``AutoregressiveMLP``. It is also handed
-            ``context`` when the layer is given one.
-        features: D.
+        conditioner: from ``(batch, D)`` to ``(batch, 2 D)``, all of s̃, then all of t: an ``AutoregressiveMLP`` with two
+            parameters per coordinate. It is also handed ``context`` when the layer is given one.
         scale_bound: the initial β, learnable, one per coordinate.
 
     Raises:
-        ValueError: for numbers that are not positive; in a call, for an input of another width or a conditioner whose
+        ValueError: for a bound that is not positive; in a call, for an input of another width or a conditioner whose
             output is.
     """
 
-    def __init__(self, conditioner: nn.Module, features: int, scale_bound: float = 2.0):
+    def __init__(self, conditioner: AutoregressiveMLP, scale_bound: float = 2.0):
         super().__init__()
-        check_positive(features=features, scale_bound=scale_bound)
+        check_positive(scale_bound=scale_bound)
         self.conditioner = conditioner
-        self.features = features
-        self.scale_bound = nn.Parameter(torch.full((features,), float(scale_bound)))
+        self.features = len(conditioner.order)
+        self.scale_bound = nn.Parameter(torch.full((self.features,), float(scale_bound)))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z ↦ z' and log|det J_T(z)|, in D passes: after the d-th the first d coordinates of z' are what they are."""
+        """z ↦ z' and log|det J_T(z)|, one coordinate after another."""
         check_event(z, (self.features,), "this layer")
-        z_prime = torch.zeros_like(z)
-        for _ in range(self.features):
-            s, t = self._scale_translation(z_prime, context)
-            z_prime = z * s.exp() + t
-        return z_prime, s.sum(1)
+        scales = []
+
+        def coordinate(d: int, parameters: Tensor) -> Tensor:
+            s, t = self._scale_translation(parameters, z[:, d : d + 1], self.scale_bound[d])
+            scales.append(s)
+            return z[:, d : d + 1] * s.exp() + t
+
+        z_prime = self.conditioner.solve(coordinate, z[:, :0] if context is None else context)
+        return z_prime, torch.cat(scales, dim=1).sum(1)
 
     def inverse(self, z_prime: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z' ↦ z and log|det J_T⁻¹(z')|, in one pass."""
         check_event(z_prime, (self.features,), "this layer")
-        s, t = self._scale_translation(z_prime, context)
+        s, t = self._scale_translation(condition(self.conditioner, z_prime, context), z_prime, self.scale_bound)
         return (z_prime - t) * (-s).exp(), -s.sum(1)
 
-    def _scale_translation(self, z_prime: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        parameters = condition(self.conditioner, z_prime, context)
-        check_output(parameters, (len(z_prime), 2 * self.features), "conditioner")
-        s, t = parameters.to(z_prime.dtype).chunk(2, dim=1)  # under autocast the networks alone are less precise
-        return self.scale_bound * s.tanh(), t
+    def _scale_translation(self, parameters: Tensor, z: Tensor, scale_bound: Tensor) -> tuple[Tensor, Tensor]:
+        check_output(parameters, (len(z), 2 * z.shape[1]), "conditioner")
+        s, t = parameters.to(z.dtype).chunk(2, dim=1)  # under autocast the networks alone are less precise
+        return scale_bound * s.tanh(), t
 
 
 def masked_autoregressive(specification: Specification, scale_bound: float = 2.0, dropout: float = 0.0) -> Transform:
@@ -138,24 +184,22 @@ def masked_autoregressive(specification: Specification, scale_bound: float = 2.0
         AutoregressiveMLP(ascending.flip(0) if i % 2 else ascending, dropout=dropout, **specification.network)
         for i in range(specification.layers)
     ]
-    layers = [MaskedAutoregressiveLayer(network, specification.features, scale_bound) for network in networks]
+    layers = [MaskedAutoregressiveLayer(network, scale_bound) for network in networks]
     return InverseTransform(CompositeTransform(layers))
 
 
 FLOWS = {"masked-autoregressive": masked_autoregressive}
 
 EXAMPLES = {
-    "autoregressive": Example(lambda: MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(5)), 5), (5,)),
+    "autoregressive": Example(lambda: MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(5))), (5,)),
     "autoregressive-order": Example(
-        lambda: MaskedAutoregressiveLayer(
-            AutoregressiveMLP(torch.tensor([2, 0, 3, 1]), 2, (6, 2), None, "tanh"), 4, 0.5
-        ),
+        lambda: MaskedAutoregressiveLayer(AutoregressiveMLP(torch.tensor([2, 0, 3, 1]), 2, (6, 2), None, "tanh"), 0.5),
         (4,),
     ),
     "autoregressive-context": Example(
-        lambda: MaskedAutoregressiveLayer(AutoregressiveMLP(torch.tensor([1, 0, 2]), context_features=2), 3), (3,), 2
+        lambda: MaskedAutoregressiveLayer(AutoregressiveMLP(torch.tensor([1, 0, 2]), context_features=2)), (3,), 2
     ),
     "autoregressive-1d": Example(
-        lambda: MaskedAutoregressiveLayer(AutoregressiveMLP(torch.zeros(1).long(), context_features=3), 1), (1,), 3
+        lambda: MaskedAutoregressiveLayer(AutoregressiveMLP(torch.zeros(1).long(), context_features=3)), (1,), 3
     ),
 }
