@@ -486,6 +486,8 @@ def answer(metrics: dict[str, dict[str, float]], seeds: int, published: bool) ->
             )
     if list(metrics) == ["gaussian"]:
         print("  this is the prior to compare with: --prior all trains the others too")
+    elif "gaussian" not in metrics and not published:
+        print("  --prior all trains the Gaussian prior too, to compare with")
     print("Do prior and aggregate posterior match?")
     for name, found in metrics.items():
         print(

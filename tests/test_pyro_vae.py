@@ -327,6 +327,20 @@ def test_command_line_says_a_mistake_in_one_line(tmp_path):
 # Runs
 
 
+@pytest.mark.parametrize(
+    ("prior", "options", "said"),
+    [
+        ("gaussian", {}, "this is the prior to compare with"),
+        ("flow", {}, "with a Gaussian prior (-81.76)"),
+        ("flow", {"binarize": "dynamic"}, "--prior all trains the Gaussian prior too"),
+    ],
+)
+def test_the_first_question_always_has_an_answer(run, prior, options, said, capsys):
+    run(prior=prior, **options)
+    answered = capsys.readouterr().out.split("Is the test ELBO better?")[1].split("Do prior")[0]
+    assert said in answered and answered.count("\n") == 2
+
+
 def test_end_to_end_with_all_priors(run, tmp_path, capsys):
     metrics = run(pictures=True, prior="all", seeds=2, out=tmp_path)
     record = json.loads((tmp_path / "metrics.json").read_text())
