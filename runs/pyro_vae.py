@@ -472,21 +472,20 @@ def answer(metrics: dict[str, dict[str, float]], seeds: int, published: bool) ->
         + (f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed; --seeds 3 for the spread")
     )
     print("\nIs the test ELBO better?")
-    for name, found in metrics.items():
-        if name == "gaussian":
-            continue
-        if "gaussian" in metrics:
-            gain = found["elbo"] - metrics["gaussian"]["elbo"]
-            print(f"  {NAMES[name]}: {abs(gain):.2f} nats {'better' if gain > 0 else 'worse'} than the Gaussian prior")
-        elif published:
-            gain = found["elbo"] - PUBLISHED["gaussian"]
-            print(
-                f"  {NAMES[name]}: {abs(gain):.2f} nats {'better' if gain > 0 else 'worse'} than the best published "
-                f"with a Gaussian prior ({PUBLISHED['gaussian']}); --prior all trains that one too"
-            )
+
+    def compare(reference: float, than: str) -> None:
+        for name in (name for name in metrics if name != "gaussian"):
+            gain = metrics[name]["elbo"] - reference
+            print(f"  {NAMES[name]}: {abs(gain):.2f} nats {'better' if gain > 0 else 'worse'} than {than}")
+
     if list(metrics) == ["gaussian"]:
         print("  this is the prior to compare with: --prior all trains the others too")
-    elif "gaussian" not in metrics and not published:
+    elif "gaussian" in metrics:
+        compare(metrics["gaussian"]["elbo"], "the Gaussian prior")
+    elif published:
+        best = PUBLISHED["gaussian"]
+        compare(best, f"the best published with a Gaussian prior ({best}); --prior all trains that one too")
+    else:
         print("  --prior all trains the Gaussian prior too, to compare with")
     print("Do prior and aggregate posterior match?")
     for name, found in metrics.items():

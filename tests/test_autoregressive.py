@@ -120,6 +120,12 @@ def test_under_autocast_only_the_network_is_less_precise():
         _, log_det = layer.inverse(x)
         s, _ = layer.conditioner(x).float().chunk(2, dim=1)
     assert_close(log_det, -(layer.scale_bound * s.tanh()).sum(1), rtol=0, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_prime, log_det = layer(x)
+        s, t = layer.conditioner(z_prime).float().chunk(2, dim=1)
+    assert z_prime.dtype == log_det.dtype == torch.float32
+    assert_close(log_det, (layer.scale_bound * s.tanh()).sum(1), rtol=0, atol=0.05)  # other sums, rounded otherwise
+    assert_close(z_prime, x * (layer.scale_bound * s.tanh()).exp() + t, rtol=0.05, atol=0.05)
 
 
 def test_it_starts_at_the_identity_and_learns_what_coupling_of_one_layer_cannot():

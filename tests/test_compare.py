@@ -1,5 +1,6 @@
 """runs/compare.py: its gates catch wrong flows, matching matches, rows survive, and anybody's own flow takes part."""
 
+import inspect
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from PIL import Image
 from adapters import build_flow, flow_names
 from adapters.flow import Flow, StandardNormal
 from adapters.preprocess import Standardize
-from runs import compare
+from runs import compare, pyro_vae
 from runs.common import contestants, gates, speed, tasks
 from runs.common.fit import Fitted
 from runs.common.results import parameter_count
@@ -243,6 +244,12 @@ def test_image_tasks(task, tmp_path, monkeypatch):
     values = [row["scores"]["0"]["value"] for row in rows.values()]
     assert all(map(math.isfinite, values)) and (tmp_path / "gallery.png").exists()
     assert (max(values) < 0) == (task == "vae-prior")
+
+
+def test_a_flow_prior_is_trained_as_its_own_run_trains_it():
+    defaults = inspect.signature(pyro_vae.main).parameters
+    assert tasks.VaePrior.recipe == {name: defaults[name].default for name in tasks.VaePrior.recipe}
+    assert {"lr", "warmup", "decay", "average", "clip"} <= set(tasks.VaePrior.recipe)
 
 
 def test_better_scores_are_ranked_first():
