@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import EllipsisType
 
+import torch
 from torch import Tensor
 
 
@@ -44,6 +45,15 @@ def check_context(context: Tensor | None, width: int | EllipsisType | None, inpu
         check_event(context, (width,), f"the context of {what}")
     if len(context) != len(inputs):
         raise ValueError(f"the context of {what} has {len(context)} rows for {len(inputs)} inputs")
+
+
+def must_wait(tensor: Tensor) -> bool:
+    """Whether reading a number of this tensor, as a check of its values does, would hold the program up.
+
+    A device other than the CPU works behind the program, which would have to wait for it in each step; and a compiler
+    that traces the program would have to cut it in two. Checks of values are left out there.
+    """
+    return tensor.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 @contextmanager

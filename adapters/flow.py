@@ -15,8 +15,9 @@ class StandardNormal(nflows.distributions.StandardNormal):
     """nflows' standard normal N(0, I), sampled in the dtype and on the device it was moved to (nflows': float32)."""
 
     def __init__(self, shape):
-        super().__init__(shape)
-        self._log_z = self._log_z.to(torch.get_default_dtype())
+        with torch.device("cpu"):  # nflows makes a float64 constant, which not every device has
+            super().__init__(shape)
+        self._log_z = torch.zeros(()) + self._log_z.to(torch.get_default_dtype()).item()
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
         leading = (num_samples,) if context is None else (len(context), num_samples)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from adapters import flow_names
@@ -21,8 +22,9 @@ from adapters.checks import check_positive
 from adapters.flow import Flow
 from runs.common import figures, gates
 from runs.common.contestants import REFERENCE, build, check_contestants, footnote, match_parameters
+from runs.common.devices import make_accelerator
 from runs.common.fit import NotFinite, Recipe, fit
-from runs.common.results import check_known, cli, open_directory, parameter_count, versions, write_text
+from runs.common.results import check_known, cli, open_directory, parameter_count, versions, where, write_text
 from runs.common.speed import KINDS, compile_gain, measure, peak_of_step, speed, training_step
 from runs.common.tasks import SPLINES, TASKS, Task
 from runs.common.timing import ratio
@@ -46,6 +48,7 @@ def main(
     data_dir: Path | None = None,
     out: Path | None = None,
     resume: bool = False,
+    device: str = "auto",
 ) -> dict[str, dict]:
     """Train every flow alike, check it, time it beside the others, and rank those that pass.
 
@@ -57,11 +60,13 @@ def main(
         match: width, all with the same hidden widths, or parameters, all with as many as masked-affine, within 2 %.
         layers: layers of each flow; where the default is None, it is the task's.
         hidden: hidden widths of each conditioner.
-        compile: also time each flow's step under torch.compile, which takes about a minute a flow.
+        compile: train under torch.compile and, on CUDA, by one graph of the whole step, and time that step beside the
+            plain one; the compiler takes about a minute a flow, which is not counted.
         limit: use only so many images, for a quick look.
         data_dir: where MNIST is unpacked; by default the user's cache.
         out: directory for compare.md, compare.json and figures; by default results/compare/TASK.
         resume: keep the rows that are done in that directory, after a crash or Ctrl-C.
+        device: where to compute: auto (the fastest that there is), cpu, cuda, cuda:1, mps, …
     """
     arguments = {name: value for name, value in locals().items() if name not in FREE}
     check_known((*TASKS, "speed"), task=task)
@@ -72,25 +77,26 @@ def main(
     amount, by_steps = parse_budget(budget)
     check_contestants(flows)
     out = out or RESULTS / task
+    accelerator = make_accelerator(device)
     if task == "speed":
-        return speed(flows, layers or 8, hidden or (256, 256), compile, open_directory(out))
+        return speed(flows, layers or 8, hidden or (256, 256), compile, open_directory(out), accelerator.device)
+    arguments["device"] = str(accelerator.device)
     table = Table(out, json.loads(json.dumps(arguments)), resume)
-    chosen = TASKS[task](
-        **({} if task in ("two-gaussians", "chequerboard") else {"data_dir": data_dir, "limit": limit})
-    )
+    images = {} if task in ("two-gaussians", "chequerboard") else {"data_dir": data_dir, "limit": limit}
+    chosen = TASKS[task](accelerator.device, **images)
     shape = {"layers": layers or chosen.layers, "hidden_features": hidden or chosen.hidden}
     open_directory(out)
     names = list(dict.fromkeys(flows or flow_names()))
     print(
         f"{task}: {len(names)} flows, {seeds} seed{'s' * (seeds > 1)} of {budget} each, {shape['layers']} layers of "
-        f"{'×'.join(map(str, shape['hidden_features']))}, {match} matched, {torch.get_num_threads()} threads"
+        f"{'×'.join(map(str, shape['hidden_features']))}, {match} matched, on {where(accelerator.device)}"
     )
     widths = prepare(chosen, names, shape, match, table)
     time_all(chosen, shape, widths, table, compile)
     print(table.header(chosen))
     recipe = Recipe(
         steps=int(amount) if by_steps else 10**7, seconds=None if by_steps else amount, validate_every=10**9,
-        **chosen.recipe,
+        compile=compile, **chosen.recipe,
     )  # fmt: skip
     for name in tqdm(names, unit="flow", dynamic_ncols=True, disable=None):
         row = table.rows[name]
@@ -98,7 +104,7 @@ def main(
             if "failed" in row or str(seed) in row["scores"]:
                 continue
             try:
-                run_one(chosen, name, shape | {"hidden_features": widths[name]}, recipe, seed, row, out)
+                run_one(chosen, name, shape | {"hidden_features": widths[name]}, recipe, seed, row, out, accelerator)
             except Exception as error:  # whatever a flow does wrong is its row's affair, not the table's
                 row["failed"] = reason(error)
             table.save()
@@ -158,6 +164,7 @@ def time_all(task: Task, shape: dict, widths: dict[str, tuple[int, ...]], table:
         hidden = widths.get(name, shape["hidden_features"])
         try:
             flows[name] = build(name, task.features, shape["layers"], hidden, task.masks, task.preprocess, SPLINES)
+            flows[name].to(task.device)
         except Exception as error:
             table.rows[name]["failed"] = reason(error)
     calls: dict[str, dict] = {kind: {} for kind in KINDS}
@@ -166,7 +173,7 @@ def time_all(task: Task, shape: dict, widths: dict[str, tuple[int, ...]], table:
         calls["log_prob"][name] = torch.no_grad()(lambda flow=flow: flow.log_prob(x))
         calls["sample"][name] = torch.no_grad()(lambda flow=flow: flow.sample(len(x)))
     for kind in tqdm(KINDS, desc="timing", unit="kind", leave=False, disable=None):
-        times, failed = measure(calls[kind])
+        times, failed = measure(calls[kind], task.device)
         for name in widths:
             row = table.rows[name]
             if name in failed:
@@ -187,13 +194,16 @@ def ratio_of(times: list[float], peer: list[float]) -> float:
     return ratio(times, peer) if len(times) == len(peer) else statistics.median(times) / statistics.median(peer)
 
 
-def run_one(task: Task, name: str, shape: dict, recipe: Recipe, seed: int, row: dict, out: Path) -> None:
+def run_one(
+    task: Task, name: str, shape: dict, recipe: Recipe, seed: int, row: dict, out: Path, accelerator: Accelerator
+) -> None:
     """Train that flow with that seed, check it, score it."""
     torch.manual_seed(seed)
     flow = build(name, task.features, masks=task.masks, preprocess=task.preprocess, options=SPLINES, **shape)
+    flow = flow.to(task.device)
     trial = task.trial(flow, seed)
     sign = -1 if task.higher_is_better else 1
-    fitted = fit(trial.loss, trial.batch, recipe, quiet=True)
+    fitted = fit(trial.loss, trial.batch, recipe, quiet=True, accelerator=accelerator)
     if fitted.interrupted:
         raise KeyboardInterrupt
     trial.loss.eval()
@@ -204,6 +214,8 @@ def run_one(task: Task, name: str, shape: dict, recipe: Recipe, seed: int, row: 
         row["gate_failures"] = failed
     value, error = trial.score()
     pace = fitted.seconds / fitted.steps
+    if fitted.notes:
+        row["notes"] = fitted.notes
     row["curves"][str(seed)] = [(round(step * pace, 3), round(sign * loss, 5)) for step, loss in fitted.losses]
     row["scores"][str(seed)] = {"value": value, "stderr": error, "steps": fitted.steps, "seconds": fitted.seconds}
     if seed == 0:
@@ -351,7 +363,7 @@ def draw_gallery(table: Table, names: list[str], task: Task, out: Path) -> Path:
     if task.box is not None:
         from runs.toy import on_grid
 
-        panels.insert(0, ("true density", on_grid(task.true.log_prob, len(panels[0][1]))))
+        panels.insert(0, ("true density", on_grid(task.true, len(panels[0][1]))))
     columns = min(range(4, 8), key=lambda n: -len(panels) % n)  # as full a last row as can be
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)

@@ -7,6 +7,7 @@ accelerate launch --num_processes 2 runs/mnist.py --mask checker    on two GPUs
 torchrun --nproc_per_node 2 runs/mnist.py --mask checker            as two processes, on CPUs too
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -28,7 +29,8 @@ from adapters.flow import Flow
 from adapters.masks import pyramid_masks
 from adapters.preprocess import Logit, Marginals, Standardize
 from runs.common import figures
-from runs.common.fit import Fitted, NotFinite, Recipe, check_resumable, fit, make_accelerator
+from runs.common.devices import device_of, make_accelerator, peak_device_memory
+from runs.common.fit import Fitted, NotFinite, Recipe, check_resumable, fit
 from runs.common.images import (
     CLASSES,
     DATASETS,
@@ -53,6 +55,7 @@ OPTIONS = {"activation": "gelu", "dropout": 0.1}  # where the flow has them and 
 EVALUATION_SEED = 0  # of the noise on validation and test images: always the same
 # Arguments that a resumed training may change: they don't touch the weights.
 FREE = ("data_dir", "out", "resume", "load", "track", "save_every", "samples", "temperature", "importance")
+FREE += ("device", "compile")  # they change the weights' rounding alone
 
 # Published bits per dimension on MNIST's test set, to compare with.
 PUBLISHED = {"Real NVP, fully connected": 1.93, "MAF MoG": 1.52, "Glow, convolutional": 1.05}
@@ -130,6 +133,8 @@ def main(
     samples: int = 100,
     temperature: float = 1.0,
     importance: int = 0,
+    device: str = "auto",
+    compile: bool = False,
 ) -> dict[str, float]:
     """Fit a flow to dequantised images by maximum likelihood, score it on the test set, and draw samples.
 
@@ -166,11 +171,13 @@ def main(
         samples: images in the sample grid.
         temperature: factor on the base's noise for all samples; below 1 they are likelier and less diverse.
         importance: draws of dequantisation noise per test image for the importance-weighted bits per dimension.
+        device: where to compute: auto (the fastest that there is), cpu, cuda, cuda:1, mps, …
+        compile: make the training step faster by torch.compile and, on CUDA, by one graph of the whole step.
     """
     arguments = dict(locals())
     check_positive(samples=samples, temperature=temperature)
     if load is not None:
-        return draw_again(load, out, samples, temperature, seed)
+        return draw_again(load, out, samples, temperature, seed, device)
     check_known(MASKS, mask=mask)
     check_known(flow_names(), flow=flow)
     check_known(HIDDEN, net=net)
@@ -198,6 +205,7 @@ def main(
         patience=patience,
         seconds=seconds,
         save_every=save_every,
+        compile=compile,
     )
     out = out or RESULTS / "-".join([dataset, mask, flow, net] + ["conditional"] * conditional).lower()
     if resume:
@@ -206,8 +214,8 @@ def main(
     masks = MASKS[mask](layers, seed)
     layers = layers or (len(masks) if mask == "pyramid" else LAYERS)
     arguments |= {"layers": layers, "hidden": hidden, "options": options, "out": out}  # as they were used
-    accelerator = open_accelerator(precision, track, out)
-    device, main_process = accelerator.device, accelerator.is_main_process
+    accelerator = open_accelerator(device, precision, track, out)
+    main_process = accelerator.is_main_process
     with accelerator.local_main_process_first():  # the others find the files that the first one fetched
         images = load_images(dataset, data_dir).first(limit)
 
@@ -222,10 +230,10 @@ def main(
         preprocess=PREPROCESS[preprocess](images.train.flatten(1)),
         **({} if net == "mlp" else {"net": net}),
         **options,
-    ).to(device)
+    ).to(accelerator.device)
     context = class_context if conditional else lambda labels: None
     share = (accelerator.process_index, accelerator.num_processes)
-    batches = Batches(images.train, context(images.train_labels), batch_size, seed, device, share)
+    batches = Batches(images.train, context(images.train_labels), batch_size, seed, accelerator.device, share)
     recipe = replace(
         recipe,
         steps=max(1, epochs * batches.per_epoch // accumulate),
@@ -234,7 +242,8 @@ def main(
     parameters = parameter_count(model)
     accelerator.print(
         f"{flow} ({net}, {mask}): {layers} layers, {parameters:,} parameters, "
-        f"{len(images.train):,} images of {dataset}, {recipe.steps:,} steps of {batch_size * accumulate}, on {device}"
+        f"{len(images.train):,} images of {dataset}, {recipe.steps:,} steps of {batch_size * accumulate}, "
+        f"on {accelerator.device}"
     )
 
     def validation() -> float:
@@ -270,7 +279,7 @@ def main(
         "steps": fitted.steps,
         "train_seconds": round(fitted.seconds, 2),
     }
-    metrics |= costs(batches, fitted, recipe, device)
+    metrics |= costs(batches, fitted, recipe, accelerator.device)
     write_metrics(out, "mnist", arguments, seed, metrics)
     say(metrics)
     pictures = draw(model, images, context, fitted, camera, out, dataset, samples, temperature, seed)
@@ -279,18 +288,18 @@ def main(
     return metrics
 
 
-def open_accelerator(precision: str, track: str | None, out: Path) -> Accelerator:
-    """Device, processes and tracker, as ``accelerate`` finds them.
+def open_accelerator(device: str, precision: str, track: str | None, out: Path) -> Accelerator:
+    """Device, processes and tracker.
 
     Raises:
-        ValueError: for a tracker or precision that is unknown or can't be had here.
+        ValueError: for a device, tracker or precision that is unknown or can't be had here.
         ImportError: for a tracker that is not installed.
     """
     if track is not None:
         check_known(TRACKERS, track=track)
         if track not in {str(kind.value) for kind in get_available_trackers()}:
             raise ImportError(f"--track {track} needs the package {track}: pip install {track}")
-    accelerator = make_accelerator(precision, log_with=track, project_dir=out)
+    accelerator = make_accelerator(device, precision, log_with=track, project_dir=out)
     if track is not None:
         accelerator.init_trackers("mnist")
     return accelerator
@@ -307,13 +316,14 @@ def log_likelihoods(
 
     With ``share`` (k, P), only those of the k-th of P processes, with the noise that they would have had without it.
     """
-    device = next(flow.parameters()).device
+    device = device_of(flow)
     generator = torch.Generator(device).manual_seed(EVALUATION_SEED)
     scores = []
-    for rows in torch.arange(len(images)).split(CHUNK):
-        chunk = images[rows].to(device)
-        mine = slice(share[0], None, share[1])
-        given = None if context is None else context[rows][mine].to(device)
+    contexts = itertools.repeat(None) if context is None else context.split(CHUNK)
+    mine = slice(share[0], None, share[1])
+    for chunk, given in zip(images.split(CHUNK), contexts, strict=False):
+        chunk = chunk.to(device)
+        given = None if given is None else given[mine].to(device)
         each = [flow.log_prob(dequantize(chunk, generator)[mine], given) for _ in range(draws)]
         scores.append(torch.stack(each).logsumexp(0) - math.log(draws))
     return torch.cat(scores)
@@ -322,7 +332,7 @@ def log_likelihoods(
 def evaluate(flow: Flow, images: Images, context: Callable, importance: int) -> dict[str, float]:
     """What the test set says: mean NLL in nats, bits per dimension with the mean's standard error."""
     test, given = images.test, context(images.test_labels)
-    scores = log_likelihoods(flow, test, given).double().cpu()
+    scores = log_likelihoods(flow, test, given).cpu().double()
     dimensions = test[0].numel()
     nll = -scores.mean().item()
     metrics = {
@@ -331,7 +341,7 @@ def evaluate(flow: Flow, images: Images, context: Callable, importance: int) -> 
         "nll": nll,
     }
     if importance:
-        scores = log_likelihoods(flow, test, given, importance).double().cpu()
+        scores = log_likelihoods(flow, test, given, importance).cpu().double()
         metrics |= {
             "bits_per_dim_importance": bits_per_dim(-scores.mean().item(), dimensions),
             "bits_per_dim_importance_stderr": standard_error(scores, dimensions),
@@ -357,9 +367,8 @@ def costs(batches: Batches, fitted: Fitted, recipe: Recipe, device: torch.device
         "data_share": round(data / step, 5) if step else 0.0,
         "peak_memory_mib": round(peak_memory(), 1),
     }
-    if device.type == "cuda":
-        found["peak_device_memory_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    return found
+    on_device = peak_device_memory(device)
+    return found if on_device is None else found | {"peak_device_memory_mib": round(on_device, 1)}
 
 
 def say(metrics: dict[str, float]) -> None:
@@ -385,11 +394,10 @@ def say(metrics: dict[str, float]) -> None:
 @torch.no_grad()
 def decode(flow: Flow, noise: Tensor, context: Tensor | None) -> Tensor:
     """Noise ``(n, D)`` → images ``(n, 28, 28)`` in [0, 1], on the CPU."""
-    device = next(flow.parameters()).device
-    images = []
-    for rows in torch.arange(len(noise)).split(CHUNK):
-        given = None if context is None else context[rows].to(device)
-        images.append(flow._transform.inverse(noise[rows].to(device), given)[0].cpu())
+    device = device_of(flow)
+    contexts = itertools.repeat(None) if context is None else context.to(device).split(CHUNK)
+    parts = zip(noise.to(device).split(CHUNK), contexts, strict=False)
+    images = [flow._transform.inverse(part, given)[0].cpu() for part, given in parts]
     return torch.cat(images).clamp(0, 1).view(-1, *SHAPE)
 
 
@@ -495,7 +503,7 @@ def draw_interpolations(
 ) -> Path:
     """From one test image to another along the sphere between their noises; a class slides along with them."""
     rows = min(rows, len(test) // 2)
-    device = next(flow.parameters()).device
+    device = device_of(flow)
     x = dequantize(test[: 2 * rows].to(device), torch.Generator(device).manual_seed(EVALUATION_SEED))
     given = None if context is None else context[: 2 * rows].to(device)
     noise = flow._transform(x, given)[0]
@@ -550,7 +558,9 @@ def nearest_images(queries: Tensor, train: Tensor, count: int) -> tuple[Tensor, 
     return distances.topk(min(count, len(train)), dim=1, largest=False)
 
 
-def draw_again(load: Path, out: Path | None, samples: int, temperature: float, seed: int) -> dict[str, float]:
+def draw_again(
+    load: Path, out: Path | None, samples: int, temperature: float, seed: int, device: str
+) -> dict[str, float]:
     """Samples of a saved run, and its classes if it has any: ``--load``."""
     load = newest_run(load)
     flow = load_flow(load).eval()
@@ -559,7 +569,7 @@ def draw_again(load: Path, out: Path | None, samples: int, temperature: float, s
             f"the flow in {load} is not one of runs/mnist.py: its data have shape {tuple(flow.event_shape)}"
         )
     out = open_directory(out or load)
-    flow = flow.to(make_accelerator().device)
+    flow = flow.to(make_accelerator(device).device)
     pictures = [draw_samples(decode(flow, base_noise(samples, temperature, seed), in_turn(flow, samples)), out)]
     if flow.context_features is not None:
         pictures.append(draw_classes(flow, tuple(map(str, range(CLASSES))), temperature, seed, out))

@@ -16,8 +16,9 @@ from adapters.bridges import bridges
 from adapters.checks import check_positive
 from adapters.flow import StandardNormal
 from adapters.masks import checkerboard_mask
+from runs.common.devices import device_of, make_accelerator
 from runs.common.native import NATIVE
-from runs.common.results import cli, open_directory, versions, write_metrics
+from runs.common.results import cli, open_directory, where, write_metrics
 from runs.common.timing import interleaved, ratio
 
 
@@ -28,6 +29,7 @@ def main(
     batch_size: int = 256,
     rounds: int = 100,
     out: Path = Path("results/overhead"),
+    device: str = "auto",
 ) -> dict[str, float]:
     """Time a training step (log_prob, backward, Adam) of every library's flow, natively and as an nflows Flow.
 
@@ -41,18 +43,21 @@ def main(
         batch_size: rows of a batch.
         rounds: timed steps of each.
         out: directory for metrics.json.
+        device: where to compute: auto (the fastest that there is), cpu, cuda, cuda:1, mps, …
     """
     arguments = dict(locals())
     check_positive(features=features, layers=layers, batch_size=batch_size, rounds=rounds)
+    place = make_accelerator(device).device
     open_directory(out)
     torch.manual_seed(0)
-    x = torch.randn(batch_size, features)
-    masks = [checkerboard_mask(features) if i % 2 else 1 - checkerboard_mask(features) for i in range(layers)]
+    x = torch.randn(batch_size, features).to(place)
     metrics = {}
-    print(f"D={features}, {layers} layers, hidden {hidden}, batch {batch_size}, {torch.get_num_threads()} threads")
+    print(f"D={features}, {layers} layers, hidden {hidden}, batch {batch_size}, on {where(place)}")
     print("in: the library's flow as an nflows Flow / natively")
     for name, make in NATIVE.items():
-        native = make(features, masks, hidden)
+        with place:  # what is made without saying where is made there
+            mask = checkerboard_mask(features)
+            native = make(features, [mask if i % 2 else 1 - mask for i in range(layers)], hidden)
         ours = as_flow(native.flow)
         metrics[f"{name}_in"] = compare(
             name, ours, lambda ours=ours: ours.log_prob(x), lambda native=native: native.log_prob(x), rounds
@@ -60,16 +65,16 @@ def main(
     print("out: an nflows flow in the library's own density class / in nflows")
     for bridge in bridges():
         for name in bridge.LIBRARIES:
-            flow = build_flow("masked-affine", features, layers=layers, hidden_features=hidden)
+            flow = build_flow("masked-affine", features, layers=layers, hidden_features=hidden).to(place)
             exported = to_library(name, flow._transform)
-            plain = nflows.flows.Flow(flow._transform, StandardNormal([features]))
+            plain = nflows.flows.Flow(flow._transform, StandardNormal([features]).to(place))
 
             def in_library(exported=exported, bridge=bridge) -> Tensor:
                 return bridge.native_log_prob(exported, x)
 
             metrics[f"{name}_out"] = compare(name, flow, in_library, lambda plain=plain: plain.log_prob(x), rounds)
     write_metrics(out, "overhead", arguments, 0, metrics)
-    print(f"processor {versions()['processor']}; figures in {out / 'metrics.json'}")
+    print(f"figures in {out / 'metrics.json'}")
     return metrics
 
 
@@ -82,7 +87,7 @@ def compare(name: str, module: nn.Module, log_prob: Callable, peer: Callable, ro
         (-log_prob().mean()).backward()
         optimizer.step()
 
-    times = interleaved({"ours": lambda: step(log_prob), "peer": lambda: step(peer)}, rounds)
+    times = interleaved({"ours": lambda: step(log_prob), "peer": lambda: step(peer)}, rounds, device_of(module))
     found = ratio(times["ours"], times["peer"])
     print(f"  {name:<12} {found:.3f}   ({statistics.median(times['peer']):.1f} ms)", flush=True)
     return found

@@ -7,6 +7,7 @@ python runs/pyro_vae.py --flow zuko-nsf --layers 4
 python runs/pyro_vae.py --benchmark    what Pyro costs
 """
 
+import copy
 import math
 import statistics
 import warnings
@@ -20,7 +21,6 @@ import pyro
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -28,9 +28,10 @@ from adapters import build_flow, flow_names, save_flow
 from adapters.checks import check_positive
 from adapters.flow import Flow
 from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPrior
-from adapters.vae import VAE, Decoder, Encoder
+from adapters.vae import VAE, Decoder, Encoder, ReparameterizedELBO
 from runs.common import figures
-from runs.common.fit import STATE, Fitted, NotFinite, Recipe, check_resumable, fit, make_accelerator
+from runs.common.devices import device_of, make_accelerator, seeded
+from runs.common.fit import STATE, Fitted, NotFinite, Recipe, check_resumable, fit
 from runs.common.images import DATASETS, Batches, Images, binarize, load_images, threshold, warped
 from runs.common.results import check_known, cli, open_directory, parameter_count, write_metrics
 from runs.common.timing import interleaved, ratio
@@ -47,6 +48,7 @@ BINARIZE = {"threshold": threshold, "dynamic": binarize}
 POSTERIORS = ("gaussian", "flow")
 # Arguments that a resumed training may change: they don't touch the weights.
 FREE = ("prior", "seeds", "data_dir", "out", "resume", "save_every", "importance_samples", "importance_images")
+FREE += ("device", "compile")  # they change the weights' rounding alone
 
 # Best published test ELBO for this exercise, pixels > 0.5, each prior with its own best M.
 PUBLISHED = {"gaussian": -81.76, "mog": -80.84, "flow": -76.59}
@@ -71,11 +73,17 @@ NAMES = {"gaussian": "Gaussian", "mog": "mixture", "vamp": "Vamp", "flow": "flow
 
 
 class NegativeELBO(nn.Module):
-    """−ELBO of a batch ``(x, kl_weight)``, in nats per image: what is minimised. ``None`` is a weight of 1."""
+    """−ELBO of a batch ``(x, kl_weight)``, in nats per image: what is minimised. ``None`` is a weight of 1.
+
+    ``compiled_parts`` are the networks and the flow, where the time goes: Pyro's own Python can't be compiled.
+    """
 
     def __init__(self, vae: VAE):
         super().__init__()
-        self.elbo = Trace_ELBO()(vae.model, vae.guide)
+        self.elbo = ReparameterizedELBO()(vae.model, vae.guide)
+        self.compiled_parts = [vae.encoder.network, vae.decoder.network]
+        if isinstance(vae.prior, FlowPrior):
+            self.compiled_parts.append(vae.prior.flow._transform)
 
     def forward(self, batch: tuple[Tensor, Tensor | None]) -> Tensor:
         x, kl_weight = batch
@@ -126,6 +134,8 @@ def main(
     resume: bool = False,
     save_every: float = 60.0,
     benchmark: bool = False,
+    device: str = "auto",
+    compile: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Train a Bernoulli VAE by Pyro's Trace_ELBO, score it on the test set, and hold prior against posterior.
 
@@ -168,6 +178,8 @@ def main(
         resume: go on with the trainings in that directory, after a crash or Ctrl-C.
         save_every: seconds between checkpoints.
         benchmark: train nothing; time a step against the same ELBO in plain PyTorch.
+        device: where to compute: auto (the fastest that there is), cpu, cuda, cuda:1, mps, …
+        compile: make the training step faster by torch.compile and, on CUDA, by one graph of the whole step.
     """
     arguments = dict(locals())
     check_known((*PRIORS, "all"), prior=prior)
@@ -193,6 +205,7 @@ def main(
         seconds=seconds,
         precision=precision,
         save_every=save_every,
+        compile=compile,
     )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie between 0 and 1, not {dropout}")
@@ -217,16 +230,15 @@ def main(
     names = list(PRIORS) if prior == "all" else [prior]
     if "flow" in names or posterior == "flow":
         make_flow()  # it may refuse: now rather than after the other priors' trainings
+    accelerator = make_accelerator(device, precision)
     if benchmark:
-        return measure(lambda: make_vae("flow", torch.rand(components, PIXELS)), batch_size)
+        return measure(lambda: make_vae("flow", torch.rand(components, PIXELS)), batch_size, accelerator.device)
     out = out or RESULTS / "-".join([prior] + [flow] * (prior in ("flow", "all")))
     jobs = [(name, one) for one in range(seed, seed + seeds) for name in names]
     if resume:
         check_resumable(out / "{}-{}".format(*jobs[0]))
     out = open_directory(out)
     arguments["out"] = out
-    accelerator = make_accelerator(precision)
-    device = accelerator.device
     with accelerator.local_main_process_first():
         images = load_images(dataset, data_dir).first(limit)
     prepare = BINARIZE[binarize]
@@ -244,10 +256,12 @@ def main(
     trained: dict[tuple[str, int], Trained] = {}
     for name, one in jobs:
         torch.manual_seed(one)
-        batches = Batches(images.train, None, batch_size, one, device, share, prepare, augmented if augment else None)
+        batches = Batches(
+            images.train, None, batch_size, one, accelerator.device, share, prepare, augmented if augment else None
+        )
         steps = epochs * batches.per_epoch
         chosen = torch.randperm(len(images.train))[: min(components, len(images.train))]
-        vae = make_vae(name, prepare(images.train[chosen], torch.Generator().manual_seed(one))).to(device)
+        vae = make_vae(name, prepare(images.train[chosen], torch.Generator().manual_seed(one))).to(accelerator.device)
         directory = out / f"{name}-{one}"
         identity = {
             key: list(value) if isinstance(value, tuple) else value
@@ -258,7 +272,7 @@ def main(
         accelerator.print(
             f"{NAMES[name]} prior{f' ({flow})' * (name == 'flow')}, seed {one}: M = {latent}, "
             f"{parameters:,} parameters, {len(images.train):,} images of {dataset}, {steps:,} steps of "
-            f"{batch_size}, on {device}"
+            f"{batch_size}, on {accelerator.device}"
         )
         fitted = train(
             vae,
@@ -342,7 +356,7 @@ def save(vae: VAE, *directories: Path) -> Path:
         if isinstance(vae.prior, FlowPrior):
             save_flow(vae.prior.flow, directory)
     path = directories[0] / "vae.safetensors"
-    safetensors.torch.save_model(vae, str(path))
+    safetensors.torch.save_model(copy.deepcopy(vae).cpu(), str(path))
     return path
 
 
@@ -352,10 +366,9 @@ def save(vae: VAE, *directories: Path) -> Path:
 @torch.no_grad()
 def elbo_terms(vae: VAE, images: Tensor, draws: int = 1) -> tuple[Tensor, Tensor]:
     """Reconstruction and KL of each image in nats, ``(n,)``, means over ``draws`` of z, with noise fixed in advance."""
-    device = next(vae.parameters()).device
+    device = device_of(vae)
     terms = []
-    with torch.random.fork_rng():
-        torch.manual_seed(EVALUATION_SEED)
+    with seeded(EVALUATION_SEED, device):
         for chunk in images.split(CHUNK):
             each = [torch.stack(vae.terms(chunk.to(device))) for _ in range(draws)]
             terms.append(torch.stack(each).mean(0).cpu())
@@ -375,13 +388,12 @@ def importance_gaps(vae: VAE, images: Tensor, samples: int) -> Tensor:
     w_k = p(x, z_k) / q(z_k | x) at K ``samples`` z_k of q. The first term is a lower bound of log p(x) that tightens
     with K (Burda et al., 2016).
     """
-    device = next(vae.parameters()).device
+    device = device_of(vae)
     gaps = []
-    with torch.random.fork_rng():
-        torch.manual_seed(EVALUATION_SEED)
+    with seeded(EVALUATION_SEED, device):
         for chunk in images.split(max(1, ROWS // samples)):
-            log_weights = vae.log_weights(chunk.to(device), samples).double()
-            gaps.append((log_weights.logsumexp(0) - math.log(samples) - log_weights.mean(0)).cpu())
+            log_weights = vae.log_weights(chunk.to(device), samples).cpu().double()
+            gaps.append(log_weights.logsumexp(0) - math.log(samples) - log_weights.mean(0))
     return torch.cat(gaps)
 
 
@@ -415,9 +427,8 @@ def evaluate(
 @torch.no_grad()
 def draws_of_both(vae: VAE, test: Tensor) -> tuple[Tensor, Tensor]:
     """As many draws of the aggregate posterior (1/N) Σ_n q(z | x_n) as there are test images, and of the prior."""
-    device = next(vae.parameters()).device
-    with torch.random.fork_rng():
-        torch.manual_seed(EVALUATION_SEED)
+    device = device_of(vae)
+    with seeded(EVALUATION_SEED, device):
         posterior = torch.cat([vae.encoder(chunk.to(device)).sample().cpu() for chunk in test[:MATCHED].split(CHUNK)])
         return posterior, vae.prior().sample((len(posterior),)).cpu()
 
@@ -430,8 +441,7 @@ def told_apart(one: Tensor, other: Tensor, epochs: int = 30) -> float:
     x = torch.cat((one, other))
     x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
     y = torch.cat((torch.ones(len(one)), torch.zeros(len(other))))
-    with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(EVALUATION_SEED)
+    with seeded(EVALUATION_SEED, x.device), torch.enable_grad():
         train, judged = torch.randperm(len(x)).tensor_split(2)
         network = nn.Sequential(
             nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1), nn.Flatten(0)
@@ -498,12 +508,12 @@ def answer(metrics: dict[str, dict[str, float]], seeds: int, published: bool) ->
 # What Pyro costs
 
 
-def measure(make: Callable[[], VAE], batch_size: int, rounds: int = 200) -> dict[str, float]:
+def measure(make: Callable[[], VAE], batch_size: int, device: torch.device, rounds: int = 200) -> dict[str, float]:
     """Median ratio of a training step by Pyro's Trace_ELBO to one of the same ELBO in plain PyTorch."""
     torch.manual_seed(0)
-    vae = make()
-    x = (torch.rand(batch_size, PIXELS) > 0.8).float()
-    loss, one = NegativeELBO(vae), torch.tensor(1.0)
+    vae = make().to(device)
+    x = (torch.rand(batch_size, PIXELS) > 0.8).float().to(device)
+    loss, one = NegativeELBO(vae), torch.tensor(1.0, device=device)
     optimizer = torch.optim.Adam(vae.parameters(), 1e-5, fused=True)
 
     def plain() -> Tensor:
@@ -521,7 +531,7 @@ def measure(make: Callable[[], VAE], batch_size: int, rounds: int = 200) -> dict
 
     with pyro.validation_enabled(False):
         times = interleaved(
-            {"pyro": lambda: step(lambda: loss((x, one))), "plain": lambda: step(plain)}, rounds, warmup=20
+            {"pyro": lambda: step(lambda: loss((x, one))), "plain": lambda: step(plain)}, rounds, device, warmup=20
         )
     found = {"step_ratio": ratio(times["pyro"], times["plain"])} | {
         f"{name}_ms": statistics.median(each) for name, each in times.items()
@@ -555,8 +565,7 @@ def draw(trained: dict[str, Trained], test: Tensor, labels: Tensor, out: Path, s
 @torch.no_grad()
 def decoded_samples(vae: VAE, seed: int, samples: int = 100) -> Tensor:
     """Means of p(x | z) at draws of the prior, ``(samples, 28, 28)``."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed, device_of(vae)):
         return vae.decoder(vae.prior().sample((samples,))).mean.cpu().view(-1, *SHAPE)
 
 
@@ -564,9 +573,8 @@ def decoded_samples(vae: VAE, seed: int, samples: int = 100) -> Tensor:
 def draw_reconstructions(vae: VAE, test: Tensor, path: Path, columns: int = 12) -> Path:
     """Test images above the means of p(x | z), z a draw of q(z | x)."""
     x = test[:: max(1, len(test) // columns)][:columns]
-    with torch.random.fork_rng():
-        torch.manual_seed(EVALUATION_SEED)
-        again = vae.decoder(vae.encoder(x.to(next(vae.parameters()).device)).sample()).mean.cpu()
+    with seeded(EVALUATION_SEED, device_of(vae)):
+        again = vae.decoder(vae.encoder(x.to(device_of(vae))).sample()).mean.cpu()
     rows = torch.cat((x, again)).view(-1, *SHAPE).numpy()
     return figures.image_grid(path, rows, len(x), ["x", "p(x | z)"])
 
@@ -616,7 +624,7 @@ class Plane:
         self.posterior, self.prior, self.labels = project(posterior[:points]), project(prior[:points]), labels[:points]
         reach = 1.1 * np.quantile(np.abs(np.concatenate((self.posterior, self.prior))), 0.998)
         self.extent = (-reach, reach, -reach, reach)
-        device = next(vae.parameters()).device
+        device = device_of(vae)
         if posterior.shape[1] == 2:
             edge = (torch.arange(size) + 0.5) / size * 2 * reach - reach
             y, x = torch.meshgrid(edge, edge, indexing="ij")

@@ -20,6 +20,7 @@ from runs.common.fit import Fitted
 from runs.common.results import parameter_count
 from tests.laws import randomise
 
+CPU = torch.device("cpu")
 README = (Path(__file__).parent.parent / "README.md").read_text()
 TINY = {"task": "two-gaussians", "budget": "3steps", "layers": 2, "hidden": (8,)}
 
@@ -261,11 +262,11 @@ def test_better_scores_are_ranked_first():
         name: {"scores": {"0": {"value": value, "stderr": 0.1}}}
         for name, value in zip("abc", (-3, -1, -2), strict=True)
     }
-    assert table.ranked(list("abc"), Up("two-gaussians")) == ["b", "c", "a"]
-    assert table.ranked(list("abc"), tasks.Toy("two-gaussians")) == ["a", "c", "b"]
+    assert table.ranked(list("abc"), Up("two-gaussians", CPU)) == ["b", "c", "a"]
+    assert table.ranked(list("abc"), tasks.Toy("two-gaussians", CPU)) == ["a", "c", "b"]
     table.rows["a"]["gate_failures"] = ["round trip"]
     table.rows["b"]["failed"] = "why"
-    assert table.ranked(list("abc"), tasks.Toy("two-gaussians")) == ["c", "a", "b"]
+    assert table.ranked(list("abc"), tasks.Toy("two-gaussians", CPU)) == ["c", "a", "b"]
 
 
 # Speed
@@ -274,7 +275,7 @@ def test_better_scores_are_ranked_first():
 def test_speed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "WIDTHS", (2, 4))
     monkeypatch.setattr(speed, "DEPTHS", (1, 2))
-    found = speed.speed(("freia-affine",), 2, (4, 4), False, tmp_path, features=6)
+    found = speed.speed(("freia-affine",), 2, (4, 4), False, tmp_path, CPU, features=6)
     assert set(found["table"]) == {*speed.OURS, *speed.LIBRARIES, "freia-affine", speed.BARE}
     assert found["table"][speed.BARE]["step_to_bare"] == found["table"]["masked-affine"]["step_ours"] == 1
     assert "per layer at D=2" in capsys.readouterr().out and width_of(tmp_path / "growth.png") > 300
@@ -292,7 +293,7 @@ def test_memory_counts_what_a_step_allocates():
 
 def test_slow_calls_are_timed_once_and_failing_ones_named(monkeypatch):
     monkeypatch.setattr(speed, "SLOW", 0.0)
-    times, failed = speed.measure({"slow": lambda: None, "fails": lambda: 1 / 0})
+    times, failed = speed.measure({"slow": lambda: None, "fails": lambda: 1 / 0}, CPU)
     assert len(times["slow"]) == 1 and isinstance(failed["fails"], ZeroDivisionError)
     assert compare.ratio_of([4.0], [1.0, 2.0, 3.0]) == 2
 

@@ -3,10 +3,13 @@
 import time
 
 import pytest
+import torch
 
 from adapters.bridges import libraries
 from runs.common.timing import interleaved, ratio
 from runs.overhead import NATIVE, main
+
+CPU = torch.device("cpu")
 
 
 def test_every_library_is_timed_both_ways(tmp_path):
@@ -22,7 +25,9 @@ def test_timing_is_in_turn_and_its_ratio_pairwise():
         calls.append(name)
         time.sleep(seconds)
 
-    times = interleaved({"a": lambda: call("a", 0.004), "b": lambda: call("b", 0.001)}, rounds=3, warmup=1)
+    times = interleaved(
+        {"a": lambda: call("a", 0.004), "b": lambda: call("b", 0.001)}, 3, torch.device("cpu"), warmup=1
+    )
     assert calls == ["a", "b"] * 4 and [len(t) for t in times.values()] == [3, 3]
     assert min(times["a"]) >= 4 and ratio([4.0, 8.0, 9.0], [2.0, 2.0, 3.0]) == 3.0
 

@@ -547,7 +547,7 @@ def test_a_constant_rate_and_one_that_decays_at_the_end():
 def test_the_benchmark_compares_the_same_elbo(monkeypatch, tmp_path):
     compared = {}
 
-    def timed(functions, rounds, warmup):
+    def timed(functions, rounds, device, warmup):
         for name, function in functions.items():
             torch.manual_seed(0)
             compared[name] = function

@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from adapters.checks import check_positive
+from runs.common.devices import PRECISIONS, make_accelerator, random_state, set_random_state
+from runs.common.step import backward, faster_step, set_rate, update
 
 STATE = "training.pt"
-PRECISIONS = ("no", "bf16", "fp16")
+ASK_EVERY = 20  # steps; a device other than the CPU is asked for its losses once in so many: see ``fit``
 SNAPSHOT_EVERY = 100  # steps; a loss that is not finite costs at most so many
 AVERAGE_EVERY = 10  # steps; the moving average of the weights is moved once in so many, with the decay to that power
 
@@ -43,6 +46,7 @@ class Fitted:
         steps: steps done, earlier parts of a resumed training included.
         seconds: time spent training, likewise, without start-up.
         interrupted: whether Ctrl-C ended it early.
+        notes: what could not be had, e.g. why the step was not compiled.
     """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -50,6 +54,7 @@ class Fitted:
     steps: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Recipe:
         patience: validations without an improvement that end a training early; ``None`` for no early end.
         seconds: end after so much training time even if steps are left, the schedule shortened to match.
         save_every: seconds between checkpoints.
+        compile: run the step under ``torch.compile`` and, on CUDA, as one graph; the compiler's time is not counted.
     """
 
     steps: int
@@ -89,6 +95,7 @@ class Recipe:
     patience: int | None = None
     seconds: float | None = None
     save_every: float = 60.0
+    compile: bool = False
 
     def __post_init__(self):
         check_positive(steps=self.steps, lr=self.lr, accumulate=self.accumulate, validate_every=self.validate_every)
@@ -115,19 +122,6 @@ class Recipe:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (progress - held) / (1 - held)))
 
 
-def make_accelerator(precision: str = "no", **options) -> Accelerator:
-    """Device, precision and processes as accelerate finds them, and on CPUs the processes that torchrun started.
-
-    Left alone, accelerate takes each of torchrun's processes on a machine without a GPU for the only one, and its own
-    launcher starts a single process there, whatever it was asked for.
-    """
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if not several and "MASTER_PORT" in os.environ:
-        print("accelerate launch started only one process here; torchrun --nproc_per_node N starts several on CPUs")
-    on_cpu = several and not (torch.cuda.is_available() or torch.xpu.is_available())
-    return Accelerator(mixed_precision=precision, cpu=on_cpu, **options)
-
-
 def fit(
     loss: nn.Module,
     batch: Callable[[int], Any],
@@ -146,6 +140,10 @@ def fit(
 
     With several processes each one computes the gradient of its own batches, the mean over processes is followed, and
     all processes see the same losses and the same time: they end at the same step. Only the first one writes.
+
+    A CPU says each step's loss at once. Any other device works behind the program, which would have to wait for it, so
+    it is asked once in ``ASK_EVERY`` steps. A loss that is not finite is then seen up to so many steps later. This
+    costs the time of these steps and no more: the weights that the module ends with are from before that loss.
 
     The first Ctrl-C, or a scheduler's SIGTERM, ends the training after the step at hand; a second Ctrl-C, at once.
 
@@ -169,7 +167,8 @@ def fit(
         FileNotFoundError, ValueError: when there is nothing to resume, or what there is belongs to another training.
         ValueError: when a step fails in mixed precision.
     """
-    accelerator = accelerator or make_accelerator(recipe.precision)
+    accelerator = accelerator or make_accelerator(precision=recipe.precision)
+    device = accelerator.device
     module = accelerator.prepare(loss)
     parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     optimizer = accelerator.prepare(
@@ -192,20 +191,47 @@ def fit(
         smoothing=0.05,
         dynamic_ncols=True,
     )
-    say = bar.write if accelerator.is_main_process and not quiet else lambda text: None
-    window = []
-    started = saved = shown = time.monotonic() - training.fitted.seconds
+
+    def say(text: str) -> None:
+        if accelerator.is_main_process and not quiet:
+            bar.write(text)
+
+    def note(text: str) -> None:
+        training.fitted.notes.append(text)
+        say(text)
+
+    def batches(step: int) -> list[Any]:
+        return [_to(batch(step * recipe.accumulate + i), device) for i in range(recipe.accumulate)]
+
+    interrupt = _Interrupt()
+
+    def plain_step(batches: list[Any]) -> Tensor:
+        loss = backward(module, optimizer, batches, accelerator)
+        interrupt.hold()
+        update(parameters, optimizer, recipe.clip, accelerator)
+        return loss
+
+    ask_every = 1 if device.type == "cpu" else ASK_EVERY
+    alone = accelerator.num_processes == 1
+    pending: list[Tensor] = []  # losses that have not been read yet
+    window: list[float] = []  # losses since the last ones shown
     try:
-        with _Interrupt() as interrupt:
+        with (
+            interrupt,
+            faster_step(plain_step, loss, module, optimizer, lambda: batches(0)[0], accelerator, interrupt.hold, note)
+            if recipe.compile
+            else nullcontext(plain_step) as take_step,
+        ):
+            started = saved = shown = time.monotonic() - training.fitted.seconds
             while not training.done():
                 step = training.fitted.steps
                 if observe is not None:
                     observe(step)
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.rate(training.progress())
-                optimizer.zero_grad()
+                if step % SNAPSHOT_EVERY == 0:
+                    training.take_snapshot()
+                set_rate(optimizer, recipe.rate(training.progress()))
                 try:
-                    value = _backward(module, batch, step, recipe.accumulate, accelerator)
+                    pending.append(take_step(batches(step)))
                 except (RuntimeError, ValueError, AssertionError) as error:
                     if recipe.precision == "no":
                         raise
@@ -213,32 +239,30 @@ def fit(
                         f"step {step + 1} fails in {recipe.precision}, which not every flow stands "
                         f"({str(error) or type(error).__name__}); precision no trains it in float32"
                     ) from error
-                value, elapsed, stop = _agree(accelerator, value, time.monotonic() - started, interrupt.asked)
-                if not math.isfinite(value):
-                    training.restore_snapshot()
-                    raise NotFinite(
-                        f"the loss became {value} at step {step + 1}; "
-                        f"the weights of step {training.snapshot_step} are kept. "
-                        f"A lower learning rate than {recipe.lr:g} or a smaller clip may help"
-                    )
-                if step % SNAPSHOT_EVERY == 0:
-                    training.take_snapshot()
-                if recipe.clip is not None:
-                    accelerator.clip_grad_norm_(parameters, recipe.clip)
-                optimizer.step()
                 training.average_weights()
                 training.fitted.steps += 1
-                training.fitted.seconds = elapsed
-                window.append(value)
+                interrupt.release()
+                if alone:
+                    training.fitted.seconds = time.monotonic() - started
+                due = validate is not None and training.fitted.steps % recipe.validate_every == 0
                 bar.total = round(training.fitted.steps / training.progress())
                 bar.update()
+                if not (len(pending) == ask_every or due or training.done() or (alone and interrupt.asked)):
+                    continue
+                elapsed = time.monotonic() - started
+                values, elapsed, stop = _agree(accelerator, torch.stack(pending), elapsed, interrupt.asked)
+                pending = []
+                training.trust(values)
+                training.fitted.seconds = elapsed
+                window += values
                 if elapsed + started - shown > 0.5 or training.done():
                     mean = sum(window) / len(window)
                     bar.set_postfix_str(describe(mean), refresh=False)
                     training.fitted.losses.append((training.fitted.steps, mean))
-                    accelerator.log({"training": mean, "lr": group["lr"]}, training.fitted.steps)
+                    rate = recipe.rate(training.progress())
+                    accelerator.log({"training": mean, "lr": rate}, training.fitted.steps)
                     shown, window = elapsed + started, []
-                if validate is not None and (training.fitted.steps % recipe.validate_every == 0 or training.done()):
+                if validate is not None and (due or training.done()):
                     value = training.validate(validate)
                     accelerator.log({"validation": value}, training.fitted.steps)
                     say(f"step {training.fitted.steps}: validation {describe(value)}")
@@ -247,6 +271,8 @@ def fit(
                     saved = time.monotonic()
                 if stop:
                     raise KeyboardInterrupt
+            if interrupt.asked:  # in the last step, or in the validation after it
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
         training.fitted.interrupted = True
         training.fitted.losses += [(training.fitted.steps, sum(window) / len(window))] if window else []
@@ -261,10 +287,14 @@ def fit(
 
 
 class _Interrupt:
-    """Notes the first Ctrl-C or SIGTERM instead of acting, so that no step is cut in two; a second Ctrl-C raises."""
+    """Notes the first Ctrl-C or SIGTERM instead of acting, so that no step is cut in two; a second Ctrl-C raises.
+
+    Between ``hold`` and ``release`` a second one has to wait, too: the weights have changed, and their step does not
+    count yet.
+    """
 
     def __enter__(self) -> "_Interrupt":
-        self.asked = False
+        self.asked = self.held = self.late = False
         self.in_charge = threading.current_thread() is threading.main_thread()  # only there may handlers be set
         if self.in_charge:
             self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -277,28 +307,28 @@ class _Interrupt:
 
     def _note(self, number: int, _) -> None:
         if self.asked and number == signal.SIGINT:  # a launcher passes Ctrl-C on as a SIGTERM: that is no second one
-            raise KeyboardInterrupt
+            self.late = True
+            if not self.held:
+                raise KeyboardInterrupt
         self.asked = True
 
+    def hold(self) -> None:
+        self.held = True
 
-def _backward(module: nn.Module, batch: Callable[[int], Any], step: int, accumulate: int, accelerator) -> Tensor:
-    """Add up the gradients of a step's batches; the mean of their losses."""
-    total = torch.zeros((), device=accelerator.device)
-    for i in range(accumulate):
-        with accelerator.no_sync(module) if i < accumulate - 1 else nullcontext():
-            loss = module(_to(batch(step * accumulate + i), accelerator.device))
-            accelerator.backward(loss / accumulate)
-        total += loss.detach() / accumulate
-    return total
+    def release(self) -> None:
+        self.held = False
+        if self.late:
+            raise KeyboardInterrupt
 
 
-def _agree(accelerator: Accelerator, loss: Tensor, seconds: float, stop: bool) -> tuple[float, float, bool]:
-    """The mean loss and time of all processes, and whether any was asked to stop: what they decide by together."""
+def _agree(accelerator: Accelerator, losses: Tensor, seconds: float, stop: bool) -> tuple[list[float], float, bool]:
+    """The losses as numbers, the time, and whether anyone was asked to stop: of several processes the mean, so that
+    all of them decide alike. Here the program waits for the device."""
     if accelerator.num_processes == 1:
-        return loss.item(), seconds, stop
-    values = torch.tensor([loss.item(), seconds, stop], device=accelerator.device)
-    loss, seconds, stop = accelerator.reduce(values, "mean").tolist()
-    return loss, seconds, stop > 0
+        return losses.tolist(), seconds, stop
+    own = torch.cat((losses, losses.new_tensor([seconds, stop])))
+    *values, seconds, stop = accelerator.reduce(own, "mean").tolist()
+    return values, seconds, stop > 0
 
 
 def _to(batch: Any, device: torch.device) -> Any:
@@ -331,6 +361,7 @@ class _Training:
         self.since_best = 0
         self.identity = None
         self.take_snapshot()
+        self.trust([])
 
     def progress(self) -> float:
         share = self.fitted.steps / self.recipe.steps
@@ -341,7 +372,22 @@ class _Training:
         return self.progress() >= 1 or (patience is not None and self.since_best >= patience)
 
     def take_snapshot(self) -> None:
-        self.snapshot, self.snapshot_step = _copy(self.module.state_dict().values()), self.fitted.steps
+        """Keep the weights as they are before a step; they count once that step's loss is known: see ``trust``."""
+        self.candidate = _copy(self.module.state_dict().values()), self.fitted.steps
+
+    def trust(self, losses: list[float]) -> None:
+        """Raise NotFinite, with the last good weights, unless all losses of the last steps are finite."""
+        for step, value in enumerate(losses, self.fitted.steps - len(losses)):
+            if not math.isfinite(value):
+                if self.candidate[1] < step:
+                    self.snapshot, self.snapshot_step = self.candidate
+                self.restore_snapshot()
+                raise NotFinite(
+                    f"the loss became {value} at step {step + 1}; "
+                    f"the weights of step {self.snapshot_step} are kept. "
+                    f"A lower learning rate than {self.recipe.lr:g} or a smaller clip may help"
+                )
+        self.snapshot, self.snapshot_step = self.candidate
 
     def restore_snapshot(self) -> None:
         _write(self.module.state_dict().values(), self.snapshot)
@@ -394,8 +440,9 @@ class _Training:
             "fitted": vars(self.fitted),
             "identity": self.identity,
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random_of_device": random_state(self.parameters[0].device),
         }
+        state = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, state)
         self.directory.mkdir(parents=True, exist_ok=True)
         unfinished = self.directory / f".{STATE}.unfinished"
         with open(unfinished, "wb") as file:
@@ -431,9 +478,9 @@ class _Training:
         self.best_validation, self.since_best = state["best_validation"], state["since_best"]
         self.fitted = Fitted(**state["fitted"] | {"interrupted": False})
         torch.set_rng_state(state["random"])
-        if torch.cuda.is_available() and state["random_cuda"]:
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        set_random_state(state["random_of_device"], device)
         self.take_snapshot()
+        self.trust([])
 
 
 def _copy(tensors) -> list[Tensor]:

@@ -19,14 +19,16 @@ LIMITS = {"round_trip": ROUND_TRIP, "log_det": LOG_DET, "mass": MASS, "agreement
 def check(flow: Flow, x: Tensor, box: tuple[float, float] | None = None) -> dict[str, float]:
     """The errors that ``LIMITS`` bounds, of a copy in float64, at the parameters it has.
 
+    The copy is on the CPU, since not every device has float64.
+
     Args:
         flow: over vectors of D coordinates.
         x: data, ``(n, D)``; wide data are tried at a few points only, since a Jacobian takes D backward passes.
         box: for D = 2, the interval that along either axis holds nearly all of the data: ∫p over it is compared with
             the share of the flow's own samples in it, so that mass outside does no harm and lost mass is seen.
     """
-    twin = copy.deepcopy(flow).double().eval()
-    x = x.double()
+    twin = copy.deepcopy(flow).cpu().double().eval()
+    x = x.cpu().double()
     wide = x.shape[1] > 64
     with torch.no_grad():
         some = x[:8] if wide else x[:1000]

@@ -93,6 +93,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def where(device: torch.device) -> str:
+    """The device in words, for a table's heading: a processor with its threads, or a GPU's name."""
+    if device.type == "cpu":
+        return f"{_processor()}, {torch.get_num_threads()} threads"
+    module = torch.get_device_module(device)
+    return module.get_device_name(device) if hasattr(module, "get_device_name") else str(device)
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

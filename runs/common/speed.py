@@ -5,6 +5,7 @@ gradient. No coupling layer with these networks can be faster.
 """
 
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -23,7 +24,9 @@ from adapters.masks import checkerboard_mask
 from adapters.networks import MLP
 from runs.common import figures, native
 from runs.common.contestants import build
-from runs.common.results import versions, write_metrics
+from runs.common.devices import synchronize
+from runs.common.results import where, write_metrics
+from runs.common.step import GraphedStep
 from runs.common.timing import interleaved, ratio
 
 SECONDS = 6.0  # of timing for each kind of call, all flows together, at least MIN_ROUNDS of them
@@ -45,32 +48,50 @@ LIBRARIES = {
 }
 
 
-def training_step(parameters: Iterable[Tensor], loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """zero_grad, loss, backward and a step of fused Adam, as a function; the rate is next to nothing."""
-    optimizer = torch.optim.Adam(parameters, 1e-7, fused=True)
+def training_step(parameters: Iterable[Tensor], loss: Callable[[], Tensor], fast: bool = False) -> Callable[[], Tensor]:
+    """zero_grad, loss, backward and a step of fused Adam, as a function; the rate is next to nothing.
 
-    def step() -> None:
+    ``fast`` is what ``--compile`` makes of a training: ``torch.compile`` and, on CUDA, one graph of the whole step.
+    """
+    parameters = list(parameters)
+    on_cuda = parameters[0].device.type == "cuda"
+    optimizer = torch.optim.Adam(parameters, 1e-7, fused=True, capturable=fast and on_cuda)
+    if fast:
+        loss = torch.compile(loss, dynamic=False)
+
+    def step(_: Sequence = ()) -> Tensor:
         optimizer.zero_grad()
-        loss().backward()
+        value = loss()
+        value.backward()
         optimizer.step()
+        return value.detach()
 
-    return step
+    if not (fast and on_cuda):
+        return step
+    graphed = GraphedStep(step, optimizer.zero_grad, lambda: None, _refuse)
+    return lambda: graphed(())
 
 
-def measure(calls: dict[str, Callable]) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+def _refuse(reason: str) -> None:
+    raise RuntimeError(reason)
+
+
+def measure(calls: dict[str, Callable], device: torch.device) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Milliseconds of each call, all in turn, and what went wrong with those that could not be called."""
     first, failed = {}, {}
     for name, call in calls.items():
         try:
             call()
+            synchronize(device)
             started = time.perf_counter()
             call()
+            synchronize(device)
             first[name] = 1e3 * (time.perf_counter() - started)
         except Exception as error:
             failed[name] = error
     quick = {name: calls[name] for name, ms in first.items() if ms < 1e3 * SLOW}
     rounds = round(1e3 * SECONDS / max(1e-3, sum(first[name] for name in quick)))
-    times = interleaved(quick, min(MAX_ROUNDS, max(MIN_ROUNDS, rounds)), warmup=2)
+    times = interleaved(quick, min(MAX_ROUNDS, max(MIN_ROUNDS, rounds)), device, warmup=2)
     return times | {name: [ms] for name, ms in first.items() if name not in quick}, failed
 
 
@@ -81,16 +102,22 @@ def peak_of_step(flow: nn.Module, x: Tensor) -> float:
 
 
 def peak(step: Callable[[], None], parameters: list[Tensor]) -> float:
-    """MiB that the second call of ``step`` allocates at most: on a CPU from the allocator's own record."""
+    """MiB that the second call of ``step`` allocates at most, on a CPU from the allocator's own record.
+
+    NaN on a device that keeps no record of it.
+    """
     step()
     for parameter in parameters:
         parameter.grad = None
     device = parameters[0].device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        if not hasattr(module, "reset_peak_memory_stats"):
+            return math.nan
+        module.reset_peak_memory_stats(device)
+        before = module.memory_allocated(device)
         step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return (module.max_memory_allocated(device) - before) / 2**20
     with _no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
     held = most = 0
@@ -116,7 +143,7 @@ def _no_stderr() -> Iterator[None]:
 
 
 def compile_gain(flow: nn.Module, x: Tensor) -> dict[str, float | str]:
-    """How many times faster a step is under torch.compile, and that step's milliseconds; or why it can't be."""
+    """How many times faster a step is under ``--compile``, and that step's milliseconds; or why it can't be."""
 
     def loss() -> Tensor:
         return -flow.log_prob(x).mean()
@@ -125,23 +152,22 @@ def compile_gain(flow: nn.Module, x: Tensor) -> dict[str, float | str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compiled = torch.compile(loss)
-            if not torch.allclose(compiled(), loss(), atol=1e-3, rtol=1e-3):
+            fast = training_step(flow.parameters(), loss, fast=True)
+            if not torch.allclose(fast(), loss().detach(), atol=1e-3, rtol=1e-3):
                 return {"failed": "another value"}
-            steps = {
-                "eager": training_step(flow.parameters(), loss),
-                "compiled": training_step(flow.parameters(), compiled),
-            }
-            times, failed = measure(steps)
+            times, failed = measure({"eager": training_step(flow.parameters(), loss), "fast": fast}, x.device)
         if failed:
             raise next(iter(failed.values()))
     except Exception as error:  # whatever the compiler says
         return {"failed": type(error).__name__}
-    return {"gain": 1 / ratio(times["compiled"], times["eager"]), "ms": statistics.median(times["compiled"])}
+    return {"gain": 1 / ratio(times["fast"], times["eager"]), "ms": statistics.median(times["fast"])}
 
 
 class Racer:
-    """A flow ready to be timed: ``step`` trains, ``log_prob`` scores, ``sample`` draws, on a batch of its own."""
+    """A flow ready to be timed: ``step`` trains, ``log_prob`` scores, ``sample`` draws, on a batch of its own.
+
+    It is made on the default device: call it within ``with device:``.
+    """
 
     def __init__(self, name: str, features: int, layers: int, hidden: Sequence[int], batch_size: int = BATCH):
         torch.manual_seed(0)
@@ -166,18 +192,26 @@ class Racer:
             self.sample = torch.no_grad()(lambda: timed.sample(batch_size))
         self.step = training_step(self.parameters, self.loss)
 
-    def compiled(self) -> Callable[[], None]:
-        return training_step(self.parameters, torch.compile(self.loss))
+    def fast_step(self) -> Callable[[], Tensor]:
+        """The step as ``--compile`` makes it."""
+        return training_step(self.parameters, self.loss, fast=True)
 
 
 def speed(
-    flows: Sequence[str], layers: int, hidden: Sequence[int], compile: bool, out: Path, features: int = 784
+    flows: Sequence[str],
+    layers: int,
+    hidden: Sequence[int],
+    compile: bool,
+    out: Path,
+    device: torch.device,
+    features: int = 784,
 ) -> dict:
     """Print and write the times of all libraries' affine couplings, natively called, and how they grow."""
     names = list(dict.fromkeys((*OURS, *flows, *LIBRARIES)))
     size = f"D={features}, {layers} layers, {'×'.join(map(str, hidden))}, batch {BATCH}"
-    print(f"{size}, {torch.get_num_threads()} threads, {versions()['processor']}")
-    found = race([*names, BARE], features, layers, hidden)
+    print(f"{size}, on {where(device)}")
+    racers = make_racers([*names, BARE], features, layers, hidden, device)
+    found = race(racers, device)
     ours = OURS[0]
     print(
         f"{'':<25}{'step ms':>9}{'/ bare':>8}{'ours /':>8}"
@@ -191,16 +225,20 @@ def speed(
         print(cells + f"{row['memory_mib']:>7.1f}" * (name != BARE))
     metrics = {"table": found}
     if compile:
-        racers = {name: Racer(name, features, layers, hidden) for name in (ours, BARE)}
-        times, failed = measure(
-            {"eager": racers[ours].step, "compiled": racers[ours].compiled(), BARE: racers[BARE].step}
-        )
-        if failed:
-            raise next(iter(failed.values()))
-        metrics["compiled"] = {peer: ratio(times["compiled"], times[peer]) for peer in (BARE, "eager")}
-        print(f"{ours} compiled: " + ", ".join(f"{r:.3f} × {peer}" for peer, r in metrics["compiled"].items()))
-    metrics["width"] = {d: growth(names, d, 4, (64, 64)) for d in tqdm(WIDTHS, desc="D", leave=False, disable=None)}
-    metrics["depth"] = {n: growth(names, 2, n, (8, 8)) for n in tqdm(DEPTHS, desc="layers", leave=False, disable=None)}
+        metrics["compiled"] = race_compiled(racers, found, device)
+        print(f"\n{'--compile':<25}{'step ms':>9}{'/ bare':>8}{'ours /':>8}{'/ eager':>9}")
+        for name, row in metrics["compiled"].items():
+            if "failed" in row:
+                print(f"{name:<25}can't be had: {row['failed']}")
+            else:
+                print(f"{name:<25}{row['ms']:>9.2f}{row['to_bare']:>8.3f}{row['ours']:>8.3f}{row['to_eager']:>9.3f}")
+        print()
+    metrics["width"] = {
+        d: growth(names, d, 4, (64, 64), device) for d in tqdm(WIDTHS, desc="D", leave=False, disable=None)
+    }
+    metrics["depth"] = {
+        n: growth(names, 2, n, (8, 8), device) for n in tqdm(DEPTHS, desc="layers", leave=False, disable=None)
+    }
     print(f"{'per layer at D=2, ms':<25}" + f"{'step':>9}{'ours /':>8}")
     few, many = DEPTHS[0], DEPTHS[-1]
     per_layer = {n: (metrics["depth"][many][n]["ms"] - metrics["depth"][few][n]["ms"]) / (many - few) for n in names}
@@ -208,18 +246,33 @@ def speed(
         print(f"{name:<25}{ms:>9.3f}{per_layer[ours] / ms:>8.3f}")
     metrics["per_layer_ms"] = per_layer
     path = draw_growth(metrics, names, out)
-    arguments = {"task": "speed", "flows": list(flows), "layers": layers, "hidden": list(hidden), "features": features}
+    arguments = {
+        "task": "speed",
+        "flows": list(flows),
+        "layers": layers,
+        "hidden": list(hidden),
+        "features": features,
+        "device": str(device),
+    }
     print(f"  {write_metrics(out, 'speed', arguments, 0, metrics)}\n  {path}")
     return metrics
 
 
-def race(names: Sequence[str], features: int, layers: int, hidden: Sequence[int]) -> dict[str, dict[str, float]]:
+def make_racers(
+    names: Sequence[str], features: int, layers: int, hidden: Sequence[int], device: torch.device
+) -> dict[str, Racer]:
+    with device:  # what is made without saying where is made there
+        return {name: Racer(name, features, layers, hidden) for name in names}
+
+
+def race(racers: dict[str, Racer], device: torch.device) -> dict[str, dict[str, float]]:
     """A row of times and ratios for each, all timed in turn."""
-    racers = {name: Racer(name, features, layers, hidden) for name in names}
-    rows: dict[str, dict[str, float]] = {name: {} for name in names}
+    rows: dict[str, dict[str, float]] = {name: {} for name in racers}
     ours = OURS[0]
     for kind in KINDS:
-        times, failed = measure({name: call for name, racer in racers.items() if (call := getattr(racer, kind))})
+        times, failed = measure(
+            {name: call for name, racer in racers.items() if (call := getattr(racer, kind))}, device
+        )
         if failed:
             name, error = next(iter(failed.items()))
             raise RuntimeError(f"{name}: {kind} fails: {error}") from error
@@ -233,10 +286,32 @@ def race(names: Sequence[str], features: int, layers: int, hidden: Sequence[int]
     return rows
 
 
-def growth(names: Sequence[str], features: int, layers: int, hidden: Sequence[int]) -> dict[str, dict[str, float]]:
+def race_compiled(
+    racers: dict[str, Racer], eager: dict[str, dict[str, float]], device: torch.device
+) -> dict[str, dict]:
+    """Each one's step under ``--compile``: milliseconds, and ratios to the bare conditioners', ours and its own step.
+
+    All are made faster alike; a ratio is NaN where the other one can't be.
+    """
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), torch._dynamo.config.patch(cache_size_limit=2 * len(racers)):
+        warnings.simplefilter("ignore")
+        times, failed = measure({name: racer.fast_step() for name, racer in racers.items()}, device)
+    rows = {name: {"failed": type(error).__name__} for name, error in failed.items()}
+    for name, each in times.items():
+        ms = statistics.median(each)
+        rows[name] = {"ms": ms, "to_eager": ms / eager[name]["step_ms"]}
+        rows[name]["to_bare"] = ratio(each, times.get(BARE, [math.nan] * len(each)))
+        rows[name]["ours"] = ratio(times.get(OURS[0], [math.nan] * len(each)), each)
+    return {name: rows[name] for name in racers}
+
+
+def growth(
+    names: Sequence[str], features: int, layers: int, hidden: Sequence[int], device: torch.device
+) -> dict[str, dict[str, float]]:
     """Median milliseconds of a step, and its MiB."""
-    racers = {name: Racer(name, features, layers, hidden) for name in names}
-    times, failed = measure({name: racer.step for name, racer in racers.items()})
+    racers = make_racers(names, features, layers, hidden, device)
+    times, failed = measure({name: racer.step for name, racer in racers.items()}, device)
     if failed:
         raise next(iter(failed.values()))
     return {

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,7 +48,10 @@ class Task(ABC):
         features, layers, hidden, batch_size, masks, preprocess: what every flow is built with.
         recipe: what every flow is trained with, beside the budget.
         box: where a density in the plane lies, for ∫p; ``None`` if there is none.
+        device: where data and flows are.
     """
+
+    device: torch.device
 
     unit = "nats"
     higher_is_better = False
@@ -75,8 +78,9 @@ class Toy(Task):
     measure, features, layers, hidden, batch_size = "KL", 2, 8, (64, 64), 1024
     recipe: ClassVar = {"lr": 3e-3, "betas": (0.9, 0.99), "average": 0.999}
 
-    def __init__(self, data: str):
-        self.true = DENSITIES[data]()
+    def __init__(self, data: str, device: torch.device):
+        self.device = device
+        self.true = DENSITIES[data](device)
         self.preprocess = self.true.preprocess()
         self.box = {"two-gaussians": (-0.5, 1.5), "chequerboard": (0.0, 1.0)}[data]
 
@@ -90,7 +94,7 @@ class Toy(Task):
             loss,
             lambda step: self.true.sample(self.batch_size),
             lambda: divergence(self.true, flow.log_prob, self.true.sample(toy.TEST_POINTS)),
-            lambda: toy.on_grid(flow.log_prob, GRID),
+            lambda: toy.on_grid(flow, GRID),
         )
 
 
@@ -101,7 +105,8 @@ class Mnist(Task):
     features = math.prod(mnist.SHAPE)
     recipe: ClassVar = {"lr": 1e-3, "average": 0.999}
 
-    def __init__(self, data_dir: Path | None = None, limit: int | None = None):
+    def __init__(self, device: torch.device, data_dir: Path | None = None, limit: int | None = None):
+        self.device = device
         self.images = load_images("MNIST", data_dir).first(limit)
 
     @cached_property
@@ -113,18 +118,18 @@ class Mnist(Task):
         return mnist.checker_masks(None, 0)
 
     def vectors(self, n: int) -> Tensor:
-        return mnist.dequantize(self.images.validation[:n])
+        return mnist.dequantize(self.images.validation[:n].to(self.device))
 
     def trial(self, flow: Flow, seed: int) -> Trial:
         def score() -> tuple[float, float]:
-            scores = mnist.log_likelihoods(flow, self.images.test, None).double()
+            scores = mnist.log_likelihoods(flow, self.images.test, None).cpu().double()
             value = bits_per_dim(-scores.mean().item(), self.features)
             return value, mnist.standard_error(scores, self.features)
 
         def picture() -> np.ndarray:
             return pyro_vae.mosaic(mnist.decode(flow, mnist.base_noise(16, 1.0, seed), None).numpy(), 4)
 
-        batches = Batches(self.images.train, None, self.batch_size, seed)
+        batches = Batches(self.images.train, None, self.batch_size, seed, self.device)
         return Trial(mnist.BitsPerDim(flow), batches, score, picture)
 
 
@@ -134,14 +139,15 @@ class VaePrior(Task):
     measure, higher_is_better, features, layers, hidden, batch_size = "ELBO", True, 32, 8, (128, 128), 128
     recipe: ClassVar = {"lr": 1e-3, "warmup": 0.05, "decay": 0.3, "average": 0.999, "clip": None}
 
-    def __init__(self, data_dir: Path | None = None, limit: int | None = None):
+    def __init__(self, device: torch.device, data_dir: Path | None = None, limit: int | None = None):
+        self.device = device
         self.images = load_images("MNIST", data_dir).first(limit)
 
     def vectors(self, n: int) -> Tensor:
-        return torch.randn(n, self.features)
+        return torch.randn(n, self.features, device=self.device)
 
     def trial(self, flow: Flow, seed: int) -> Trial:
-        vae = VAE(FlowPrior(flow), Encoder(self.features), Decoder(self.features))
+        vae = VAE(FlowPrior(flow), Encoder(self.features), Decoder(self.features)).to(self.device)
 
         def score() -> tuple[float, float]:
             reconstruction, kl = pyro_vae.elbo_terms(vae, threshold(self.images.test), 4)
@@ -151,13 +157,13 @@ class VaePrior(Task):
         def picture() -> np.ndarray:
             return pyro_vae.mosaic(pyro_vae.decoded_samples(vae, seed, 16).numpy(), 4)
 
-        batches = Batches(self.images.train, None, self.batch_size, seed, prepare=threshold)
+        batches = Batches(self.images.train, None, self.batch_size, seed, self.device, prepare=threshold)
         return Trial(pyro_vae.NegativeELBO(vae), batches, score, picture)
 
 
 TASKS = {
-    "two-gaussians": lambda **_: Toy("two-gaussians"),
-    "chequerboard": lambda **_: Toy("chequerboard"),
+    "two-gaussians": partial(Toy, "two-gaussians"),
+    "chequerboard": partial(Toy, "chequerboard"),
     "mnist": Mnist,
     "vae-prior": VaePrior,
 }

@@ -1,0 +1,194 @@
+"""One training step, and what makes it cheaper: ``torch.compile`` and, on CUDA, one graph of the whole step."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from runs.common.devices import random_state, set_random_state
+
+WARMUP = 3  # steps before one is recorded: in them the libraries choose their algorithms and allocate what lasts
+
+
+def backward(module: nn.Module, optimizer: Any, batches: Sequence[Any], accelerator: Accelerator) -> Tensor:
+    """Leave the mean gradient over the batches; the mean of their losses, on the device: nothing here waits for it."""
+    optimizer.zero_grad()
+    total = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(batches):
+        with accelerator.no_sync(module) if i < len(batches) - 1 else nullcontext():
+            loss = module(batch)
+            accelerator.backward(loss / len(batches))
+        total += loss.detach() / len(batches)
+    return total
+
+
+def update(parameters: list[Tensor], optimizer: Any, clip: float | None, accelerator: Accelerator) -> None:
+    """Clip the gradient, and follow it."""
+    if clip is not None:
+        accelerator.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+
+
+def set_rate(optimizer, rate: float) -> None:
+    """Set the learning rate; where it is a tensor, a graph reads it from there."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+class GraphedStep:
+    """A step that is recorded once, as a CUDA graph, and replayed: the GPU is handed one launch instead of hundreds.
+
+    The first calls run the step as it is, then one records it. From then on a call copies its tensors to where the
+    recorded step reads them. A step that can't be recorded goes on as it is.
+
+    Args:
+        step: a function of batches (tensors, ``None``, and tuples and lists of them) that gives a tensor. It reads no
+            value of a tensor, and what else it needs stays in its place: weights, the optimiser's state, the rate.
+        forget: drops the gradients. It is called before the recording, which keeps them in memory of its own.
+        hold: is called before each replay, in which the weights change.
+        say: is told, in one line, why the step can't be recorded.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Sequence[Any]], Tensor],
+        forget: Callable[[], None],
+        hold: Callable[[], None],
+        say: Callable[[str], None],
+    ):
+        self.step, self.forget, self.hold, self.say = step, forget, hold, say
+        self.calls = 0
+        self.graph = self.inputs = self.output = None
+
+    def __call__(self, batches: Sequence[Any]) -> Tensor:
+        self.calls += 1
+        if self.calls <= WARMUP:
+            return self._beside_the_default_stream(batches)
+        if self.calls == WARMUP + 1:
+            self._record(batches)
+        if self.graph is None:
+            return self.step(batches)
+        for static, value in zip(self.inputs, tree_flatten(batches)[0], strict=True):
+            if static is not None:
+                static.copy_(value)
+        self.hold()
+        self.graph.replay()
+        return self.output.clone()
+
+    def _beside_the_default_stream(self, batches: Sequence[Any]) -> Tensor:
+        """The step as it is, on another stream, as CUDA wants it before a recording."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            output = self.step(batches)
+        torch.cuda.current_stream().wait_stream(side)
+        return output
+
+    def _record(self, batches: Sequence[Any]) -> None:
+        leaves, shape = tree_flatten(batches)
+        inputs = [None if leaf is None else leaf.clone() for leaf in leaves]
+        graph = torch.cuda.CUDAGraph()
+        self.forget()
+        try:
+            with torch.cuda.graph(graph):
+                self.output = self.step(tree_unflatten(inputs, shape))
+        except Exception as error:  # any operation that can't be recorded, of any library
+            self.say(f"the step runs without a CUDA graph: {_reason(error)}")
+            self.forget()
+        else:
+            self.graph, self.inputs = graph, inputs
+
+
+def can_be_graphed(accelerator: Accelerator) -> bool:
+    """On CUDA, by one process, and not in fp16, whose loss scale is read in every step."""
+    return (
+        accelerator.device.type == "cuda" and accelerator.num_processes == 1 and accelerator.mixed_precision != "fp16"
+    )
+
+
+@contextmanager
+def faster_step(
+    step: Callable[[Sequence[Any]], Tensor],
+    loss: nn.Module,
+    module: nn.Module,
+    optimizer: Any,
+    batch: Callable[[], Any],
+    accelerator: Accelerator,
+    hold: Callable[[], None],
+    say: Callable[[str], None],
+) -> Iterator[Callable[[Sequence[Any]], Tensor]]:
+    """Within, ``step`` as fast as this device allows: compiled and, by one process on CUDA, as one graph.
+
+    Args:
+        step: zero_grad, forward, backward and update, on a list of batches.
+        loss: the objective, and ``module``, the same as accelerate has prepared it.
+        optimizer: the step's own.
+        batch: makes any batch, on the device, for the compiler to try.
+        accelerator: for device, precision and processes.
+        hold: is called before the weights change by a graph.
+        say: is told, in one line each, what can't be had.
+    """
+    device = accelerator.device
+    with compiled(loss, lambda: accelerator.backward(module(batch())), device) as failed:
+        if failed is not None:
+            say(f"the step is not compiled: {failed}")
+        if can_be_graphed(accelerator):
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+                group["lr"] = torch.tensor(float(group["lr"]), device=device)
+            step = GraphedStep(step, lambda: optimizer.zero_grad(set_to_none=True), hold, say)
+        yield step
+
+
+@contextmanager
+def compiled(loss: nn.Module, try_it: Callable[[], object], device: torch.device) -> Iterator[str | None]:
+    """Within, the objective runs under ``torch.compile``; the value is ``None``, or the reason why it does not.
+
+    The compiler works at once, in a try that leaves no trace: neither in gradients and buffers nor in the random
+    numbers to come. What can't be compiled runs as it is.
+
+    Args:
+        loss: the objective. It is compiled in place, so that its names and its ``state_dict`` stay. If it has
+            ``compiled_parts``, a list of modules, only these are.
+        try_it: runs the objective forward and backward, once.
+        device: where it runs.
+    """
+    parts = getattr(loss, "compiled_parts", [loss])
+    buffers = [tensor.clone() for tensor in loss.buffers()]
+    random, on_device = torch.get_rng_state(), random_state(device)
+    try:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch._dynamo.reset()  # else the objectives of one process after another would count as variants of one
+                for part in parts:
+                    part.compile(dynamic=False)
+                try_it()
+            failed = None
+        except Exception as error:  # whatever a compiler says: there are many, and the training can do without
+            for part in parts:
+                part._compiled_call_impl = None
+            failed = _reason(error)
+        with torch.no_grad():
+            for tensor, value in zip(loss.buffers(), buffers, strict=True):
+                tensor.copy_(value)
+        loss.zero_grad()
+        torch.set_rng_state(random)
+        set_random_state(on_device, device)
+        yield failed
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
+
+
+def _reason(error: Exception) -> str:
+    first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"{type(error).__name__}: {first.strip()}"

@@ -1,0 +1,297 @@
+"""Every script and flow on a device that isn't the CPU: the pretend one of tests/pretend.py."""
+
+import json
+import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pyro
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.testing import assert_close
+
+from adapters import FlowDistribution, build_flow, flow_names
+from adapters.preprocess import Logit, Marginals, Probit, Standardize
+from adapters.vae import VAE, Decoder, Encoder
+from runs import compare, mnist, overhead, pyro_vae, toy
+from runs.common import densities, speed, step
+from runs.common.devices import make_accelerator
+from runs.common.fit import ASK_EVERY, SNAPSHOT_EVERY, NotFinite, Recipe, fit
+from runs.common.timing import interleaved
+from tests import pretend
+from tests.laws import randomise
+
+pytestmark = [
+    pytest.mark.skipif(not pretend.AVAILABLE, reason="this PyTorch takes no device written in Python (2.10 does)"),
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.*"),
+]
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    pretend.register()
+    monkeypatch.setattr(torch, "Generator", pretend.OnPretendGenerator)
+    pretend.waits.clear()
+    yield torch.device("pretend")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_device_is_as_strict_as_it_says(device):
+    x = torch.ones(3, device=device)
+    with pytest.raises(RuntimeError, match="same device.*pretend:0 and cpu"):
+        x + torch.ones(3)
+    with pytest.raises(RuntimeError, match="same device"):
+        x[torch.tensor([0, 1])]
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.rand(3, device=device, generator=torch.Generator())
+    with pytest.raises(TypeError, match="float64"):
+        x.double()
+    with pytest.raises((RuntimeError, TypeError), match="numpy"):
+        x.numpy()
+    assert (x * torch.tensor(2.0) + torch.ones(3).to(device)).tolist() == [3.0] * 3  # scalars may, and moves
+    assert pretend.waits
+
+
+@pytest.mark.parametrize("context_features", [None, 2])
+@pytest.mark.parametrize("name", flow_names())
+def test_a_flow_computes_there_what_it_computes_on_the_cpu(name, context_features, device):
+    flow = build_flow(name, 3, context_features, layers=2, hidden_features=(8,))
+    randomise(flow).float()
+    x = torch.randn(5, 3)
+    context = None if context_features is None else torch.randn(5, 2)
+    expected = flow.log_prob(x, context)
+    flow, x = flow.to(device), x.to(device)
+    context = None if context is None else context.to(device)
+    found = flow.log_prob(x, context)
+    assert found.device.type == "pretend" and torch.equal(found.detach().cpu(), expected.detach())
+    found.mean().backward()
+    samples, log_prob = flow.sample_and_log_prob(2, context)
+    assert samples.device.type == log_prob.device.type == "pretend"
+    p = FlowDistribution(flow, context)
+    assert p.log_prob(p.rsample((2,))).device.type == "pretend"
+
+
+@pytest.mark.parametrize("name", densities.DENSITIES)
+def test_a_density_draws_there_and_scores_in_float64_on_the_cpu(name, device):
+    density = densities.DENSITIES[name](device)
+    x = density.sample(50)
+    assert x.device.type == "pretend" and x.dtype == torch.float32
+    log_prob = density.log_prob(x)
+    assert log_prob.device.type == "cpu" and log_prob.dtype == torch.float64 and log_prob.isfinite().all()
+
+
+TOY = {"steps": 3, "layers": 2, "hidden": (8,), "batch_size": 16}
+MNIST = {"limit": 40, "epochs": 1, "batch_size": 20, "layers": 2, "hidden": (8,), "samples": 4, "importance": 2}
+VAE_RUN = {
+    "limit": 40, "epochs": 1, "batch_size": 20, "latent": 2, "layers": 2, "hidden": (8,), "width": (8,),
+    "components": 3, "importance_samples": 4, "importance_images": 5,
+}  # fmt: skip
+COMPARE = {"budget": "2steps", "layers": 2, "hidden": (8,)}
+SCRIPTS = {
+    "toy": (toy.main, TOY | {"animate": True}),
+    "toy-spline": (toy.main, TOY | {"data": "chequerboard", "flow": "masked-spline"}),
+    "mnist": (mnist.main, MNIST),
+    "mnist-conditional": (mnist.main, MNIST | {"conditional": True, "mask": "random", "preprocess": "logit"}),
+    "mnist-histogram": (mnist.main, MNIST | {"mask": "pyramid", "flow": "masked-histogram", "layers": None}),
+    "mnist-conv": (mnist.main, MNIST | {"net": "conv", "preprocess": "affine", "hidden": (4,), "accumulate": 2}),
+    "vae-all": (pyro_vae.main, VAE_RUN | {"prior": "all", "augment": 1.0, "kl_warmup": 0.5}),
+    "vae-posterior": (pyro_vae.main, VAE_RUN | {"posterior": "flow", "latent": 3, "binarize": "dynamic"}),
+    "compare-two-gaussians": (compare.main, COMPARE | {"task": "two-gaussians"}),
+    "compare-mnist": (compare.main, COMPARE | {"task": "mnist", "limit": 200, "flows": ("masked-affine",)}),
+    "compare-vae": (compare.main, COMPARE | {"task": "vae-prior", "limit": 200, "flows": ("masked-affine",)}),
+}  # fmt: skip
+
+
+def untimed(figures):
+    """The figures of a run without those that depend on the clock or on the machine's memory."""
+    timed = ("second", "share", "memory", "times", "curves", "mib", "device")
+    if isinstance(figures, dict):
+        return {key: untimed(value) for key, value in figures.items() if not any(word in key for word in timed)}
+    return figures
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Small figures: the same for both devices."""
+    monkeypatch.setattr(toy, "TEST_POINTS", 500)
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
+    monkeypatch.setattr(speed, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(compare.gates, "GRID", 20)
+    monkeypatch.setattr(compare.gates, "SAMPLES", 50)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_gives_the_same_figures_on_every_device(name, tmp_path, quick):
+    main, arguments = SCRIPTS[name]
+    figures = {}
+    for where in ("cpu", "pretend"):
+        figures[where] = untimed(main(**arguments, out=tmp_path / where, device=where))
+    assert json.dumps(figures["pretend"], default=str) == json.dumps(figures["cpu"], default=str)
+    assert "failed" not in json.dumps(figures["cpu"], default=str)
+
+
+def test_a_saved_run_draws_there_too(tmp_path):
+    mnist.main(**MNIST, out=tmp_path, device="cpu")
+    mnist.main(load=tmp_path, samples=4, device="pretend")
+
+
+def test_costs_are_timed_there(device, tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "WIDTHS", (2, 4))
+    monkeypatch.setattr(speed, "DEPTHS", (1, 2))
+    monkeypatch.setattr(pyro_vae, "interleaved", lambda calls, _, device, warmup: interleaved(calls, 2, device, 1))
+    found = speed.speed((), 2, (4,), True, tmp_path, device, features=6)
+    assert found["table"]["masked-affine"]["step_ms"] > 0
+    assert overhead.main(4, 2, (8,), 8, 2, tmp_path / "overhead", device="pretend")["zuko_in"] > 0
+    found = pyro_vae.main(benchmark=True, latent=2, layers=2, hidden=(4,), width=(4,), device="pretend")
+    assert found["step_ratio"] > 0 and pretend.waits["synchronize"] > 50
+    assert capsys.readouterr().out.count("on pretend") == 2
+
+
+# The step
+
+
+OURS = [name for name in flow_names() if name.startswith("masked")]
+PREPROCESS = {
+    "standardize": lambda: Standardize(torch.zeros(4), torch.ones(4)),
+    "logit": Logit,
+    "probit": Probit,
+    "marginals": lambda: Marginals(torch.rand(4, 256) + 0.1),
+}
+
+
+def steps(loss, batch, accelerator=None, **recipe):
+    recipe = {"steps": 2 * ASK_EVERY, "clip": 1.0, "average": 0.9} | recipe
+    return fit(loss, batch, Recipe(**recipe), quiet=True, accelerator=accelerator or make_accelerator("pretend"))
+
+
+@pytest.mark.parametrize("preprocess", PREPROCESS)
+@pytest.mark.parametrize("flow", OURS)
+def test_a_step_does_not_wait_for_the_device(flow, preprocess, device):
+    made = build_flow(flow, 4, layers=2, hidden_features=(8,), preprocess=PREPROCESS[preprocess]())
+    steps(toy.NegativeLogLikelihood(made), lambda step: torch.rand(16, 4, device=device))
+    assert dict(pretend.waits) == {"tolist": 2}  # once in ASK_EVERY steps, for all their losses
+
+
+@pytest.mark.parametrize("posterior", ["gaussian", "flow"])
+@pytest.mark.parametrize("prior", pyro_vae.PRIORS)
+def test_a_step_of_the_vae_does_not_wait_for_the_device(prior, posterior, device):
+    def flow(context_features=None):
+        return build_flow("masked-affine", 2, context_features, layers=2, hidden_features=(8,))
+
+    encoder = Encoder(2, 9, (8,), flow=flow(4) if posterior == "flow" else None)
+    made = pyro_vae.PRIORS[prior](pyro_vae.Given(2, encoder, flow, torch.rand(3, 9)))
+    loss = pyro_vae.NegativeELBO(VAE(made, encoder, Decoder(2, 9, (8,))))
+    with pyro.validation_enabled(False):
+        steps(loss, lambda step: (torch.rand(16, 9, device=device), torch.tensor(0.5)))
+    assert dict(pretend.waits) == {"tolist": 2}
+
+
+class Noisy(nn.Module):
+    """|w − batch|² and some dropout."""
+
+    def __init__(self, bad_at=None):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(3))
+        self.register_buffer("calls", torch.zeros(()))
+        self.bad_at = math.inf if bad_at is None else bad_at
+
+    def forward(self, batch):
+        self.calls += 1
+        gap = nn.functional.dropout(self.w - batch, 0.3, self.training).square().sum()
+        return torch.where(self.calls > self.bad_at, torch.nan, gap)
+
+
+def noise(step):
+    return torch.randn(3)
+
+
+def test_a_loss_that_is_not_finite_is_found_though_it_is_asked_for_later(device):
+    plain = Noisy()
+    steps(plain, lambda step: torch.ones(3), steps=SNAPSHOT_EVERY + 30, average=None)
+    loss = Noisy(bad_at=SNAPSHOT_EVERY + 3)
+    with pytest.raises(NotFinite, match=f"at step {SNAPSHOT_EVERY + 4}; the weights of step {SNAPSHOT_EVERY} are kept"):
+        steps(loss, lambda step: torch.ones(3), steps=SNAPSHOT_EVERY + 30, average=None)
+    assert loss.w.isfinite().all().item() and loss.calls.item() == SNAPSHOT_EVERY
+    loss = Noisy(bad_at=3)
+    with pytest.raises(NotFinite, match="at step 4; the weights of step 0 are kept"):
+        steps(loss, lambda step: torch.ones(3))
+    assert loss.w.tolist() == [0, 0, 0]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA's graphs, streams and all, on the pretend device; the compiler says that it can't."""
+    monkeypatch.setattr(step, "can_be_graphed", lambda accelerator: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", pretend.Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph.recorded())
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    pretend.replays.clear()
+    return pretend.replays
+
+
+@pytest.mark.parametrize("recipe", [{}, {"clip": None, "average": None}, {"accumulate": 2}, {"weight_decay": 0.1}])
+def test_a_graph_trains_as_the_step_that_it_records(recipe, graphs):
+    trained = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        loss = Noisy()
+        fitted = steps(loss, noise, lr=0.1, compile=compile, **recipe)
+        trained.append([*loss.w.tolist(), loss.calls.item(), fitted.losses[-1][1]])
+    assert fitted.notes == [] and len(graphs) == 2 * ASK_EVERY - step.WARMUP
+    assert_close(trained[1], trained[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_training_by_a_graph_is_resumed_and_stops_at_nan(graphs, tmp_path):
+    def train(directory, stop_at=None, resume=False):
+        def batch(i):
+            if i == stop_at:
+                raise KeyboardInterrupt
+            return noise(i)
+
+        loss = Noisy()
+        recipe = Recipe(steps=50, lr=0.1, average=0.9, compile=True)
+        accelerator = make_accelerator("pretend")
+        fitted = fit(loss, batch, recipe, directory=directory, resume=resume, quiet=True, accelerator=accelerator)
+        return loss.w.tolist(), fitted
+
+    torch.manual_seed(0)
+    whole, _ = train(tmp_path / "whole")
+    torch.manual_seed(0)
+    _, fitted = train(tmp_path / "parts", stop_at=20)
+    assert fitted.interrupted and fitted.steps == 20
+    resumed, _ = train(tmp_path / "parts", resume=True)
+    assert resumed == whole
+    loss = Noisy(bad_at=30)
+    with pytest.raises(NotFinite, match="at step 31; the weights of step 0 are kept"):
+        steps(loss, lambda step: torch.ones(3), compile=True)
+    assert loss.w.tolist() == [0, 0, 0]
+
+
+def test_what_can_not_be_recorded_or_compiled_trains_all_the_same_and_says_so(graphs, capsys, monkeypatch):
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("no C++ compiler was found\nand more")
+
+    monkeypatch.setattr(nn.Module, "compile", no_compiler)
+
+    class Asks(Noisy):
+        def forward(self, batch):
+            return super().forward(batch) * (1 + 0 * batch.sum().item())
+
+    trained = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        loss = Asks()
+        fitted = fit(loss, noise, Recipe(steps=30, lr=0.1, compile=compile), accelerator=make_accelerator("pretend"))
+        trained.append(loss.w.tolist())
+    assert_close(trained[1], trained[0], rtol=1e-5, atol=1e-6)
+    assert not graphs
+    first, second = fitted.notes
+    assert first == "the step is not compiled: RuntimeError: no C++ compiler was found"
+    assert second.startswith("the step runs without a CUDA graph: RuntimeError: operation not permitted")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed.count(first) == printed.count(second) == 1
