@@ -169,7 +169,7 @@ class MaskedAutoregressiveLayer(Transform):
         return (z_prime - t) * (-s).exp(), -s.sum(1)
 
     def _scale_translation(self, parameters: Tensor, z: Tensor, scale_bound: Tensor) -> tuple[Tensor, Tensor]:
-        check_output(parameters, (len(z), 2 * z.shape[1]), "conditioner")
+        check_output(parameters, (z.shape[0], 2 * z.shape[1]), "conditioner")
         s, t = parameters.to(z.dtype).chunk(2, dim=1)  # under autocast the networks alone are less precise
         return scale_bound * s.tanh(), t
 

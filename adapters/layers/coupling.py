@@ -114,13 +114,13 @@ class PackedCoupling(Transform):
     ) -> tuple[Tensor, Tensor]:
         """``function``, f or f⁻¹ with its log-determinant, of z_{b=0} = ``changed``, given z_{b=1} = ``kept``."""
         parameters = condition(self.conditioner, self.read(kept), context)
-        check_output(parameters, (len(kept), self.parameters_per_coordinate * changed.shape[1]), "conditioner")
+        check_output(parameters, (kept.shape[0], self.parameters_per_coordinate * changed.shape[1]), "conditioner")
         return function(changed, parameters.to(changed.dtype))  # under autocast the networks alone are less precise
 
     def _run(self, function: Callable, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         check_event(z, self.event_shape, "this layer")
         flat = z.flatten(1)
-        unchanged, index = self.unchanged.expand(len(z), -1), self.transformed.expand(len(z), -1)
+        unchanged, index = self.unchanged.expand(z.shape[0], -1), self.transformed.expand(z.shape[0], -1)
         transformed, log_det = self.couple(function, flat.gather(1, unchanged), flat.gather(1, index), context)
         outputs = flat.to(transformed.dtype).scatter(1, index, transformed)
         return outputs if z.dim() == 2 else outputs.view(z.shape), log_det
@@ -172,7 +172,7 @@ class PackedComposite(CompositeTransform):
         first = self._transforms[0]
         check_event(z, first.event_shape, "this layer")
         flat, log_det = z.flatten(1), 0.0
-        indices = [index.expand(len(z), -1) for index in (first.unchanged, first.transformed)]
+        indices = [index.expand(z.shape[0], -1) for index in (first.unchanged, first.transformed)]
         parts = [flat.gather(1, index) for index in indices]
         for (layer, function), i in zip(layers, swapped, strict=True):
             parts[1 - i], step = layer.couple(function, parts[i], parts[1 - i], context)

@@ -8,13 +8,14 @@ from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
-from adapters.checks import check_positive
+from adapters.checks import check_bins, check_positive
 from adapters.layers.coupling import PackedCoupling, packed_flow
 from adapters.masks import checkerboard_mask
 from adapters.networks import MLP
 from adapters.registry import Example, Specification
 
 STEEPEST = 1e15  # the largest derivative at a knot: its square is still a float32
+
 
 class MaskedSplineCouplingLayer(PackedCoupling):
     """z'_d = g_d(z_d) where b_d = 0, with g_d a monotone rational-quadratic spline whose knots are θ_d(z_{b=1}).
@@ -46,8 +47,7 @@ class MaskedSplineCouplingLayer(PackedCoupling):
         reads: Tensor | None = None,
     ):
         check_positive(tail_bound=tail_bound, minimum=minimum)
-        if not isinstance(bins, int) or bins < 2:
-            raise ValueError(f"bins must be at least 2, and an integer, not {bins!r}")
+        bins = check_bins(bins)
         if bins * minimum >= 1:
             raise ValueError(f"{bins} bins of at least {minimum} each do not fit: minimum must be below 1 / bins")
         super().__init__(conditioner, mask, reads)
@@ -65,8 +65,8 @@ class MaskedSplineCouplingLayer(PackedCoupling):
     def _spline(self, z: Tensor, parameters: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """g(z) or g⁻¹(z), ``(batch, T)``, and Σ_d log of its slope, ``(batch,)``.
 
-        What belongs to a point's bin is picked out by sums over a mask: no index, no search and no shape that depends on
-        the data. Every sum below has positive terms only, so that rounding can neither cancel nor turn a sign.
+        What belongs to a point's bin is picked out by sums over a mask: no index, no search and no shape depends on the
+        data. The sums below have positive terms only, so that rounding can neither cancel nor turn a sign.
         """
         theta = parameters.view(z.shape[0], self.parameters_per_coordinate, z.shape[1])
         bins, bound, minimum = self.bins, self.tail_bound, self.minimum
@@ -126,7 +126,7 @@ def masked_spline(
 ) -> Transform:
     """Packed rational-quadratic spline coupling layers."""
     layer = partial(MaskedSplineCouplingLayer, bins=bins, tail_bound=tail_bound, minimum=minimum)
-    return packed_flow(specification, layer, spline_parameters(bins), net, dropout)
+    return packed_flow(specification, layer, spline_parameters(check_bins(bins)), net, dropout)
 
 
 FLOWS = {"masked-spline": masked_spline}
