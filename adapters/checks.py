@@ -15,9 +15,7 @@ def check_tensor(thing: Tensor, what: str) -> None:
     if not isinstance(thing, Tensor):
         kind = type(thing)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        raise TypeError(
-            f"{what} must be a torch.Tensor, not a {name}: torch.as_tensor(…, dtype=torch.float32) makes one"
-        )
+        raise TypeError(f"{what} must be a torch.Tensor, not a {name}: torch.as_tensor(…, dtype=torch.float32)")
 
 
 def explain_mismatch(module: nn.Module, name: str, **tensors: Tensor | None) -> None:

@@ -25,10 +25,10 @@ class MaskedHistogramCouplingLayer(PackedCoupling):
     """z_d = F⁻¹(H_d(F(z'_d))) where b_d = 0, data z' → noise z, with H_d the CDF of a histogram on (0, 1).
 
     F is the CDF of the standard normal cut off at ±B, Φ(−B) = 10⁻⁶; beyond ±B the map is the identity. The K bins of
-    coordinate d have fixed edges e_dk, widths w_dk and the masses (1 − ε) softmax_k(log w_dk + θ_dk) + ε w_dk, with θ the
-    conditioner's answer: θ = 0 gives H_d(u) = u, the identity. ε = 10⁻⁶ keeps any bin from being empty, where the density
-    would be 0 and there would be no way back. The conditioner reads only which bin an unchanged coordinate lies in,
-    scaled to [−1, 1]: for data that come in levels and were dequantised, where in the bin is noise.
+    coordinate d have fixed edges e_dk, widths w_dk and the masses (1 − ε) softmax_k(log w_dk + θ_dk) + ε w_dk, with θ
+    the conditioner's answer: θ = 0 gives H_d(u) = u, the identity. ε = 10⁻⁶ keeps any bin from being empty, where the
+    density would be 0 and there would be no way back. The conditioner reads only which bin an unchanged coordinate lies
+    in, scaled to [−1, 1]: for data that come in levels and were dequantised, where in the bin is noise.
 
     A stack that transforms each coordinate once, coarse to fine, is an autoregressive model of levels by groups (Reed
     et al. 2017), exact and fast in both directions. Within a bin the density keeps its shape.
