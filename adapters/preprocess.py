@@ -175,6 +175,7 @@ class Marginals(Transform):
         A level with more than its share is a group of its own.
         """
         masses = self.arguments["masses"].double()
+        masses = masses / masses.sum(1, keepdim=True)
         ends, left, group = [], 1.0, 0.0
         for level, mass in enumerate((masses.sum(0) / len(masses)).tolist()[:-1]):
             group += mass

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from nflows.transforms import CompositeTransform, InverseTransform, Transform
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from adapters.checks import check_event, check_output, check_positive
 from adapters.networks import ACTIVATIONS, check_activation, condition
@@ -32,7 +32,7 @@ class MaskedLinear(nn.Linear):
 
     def __init__(self, mask: Tensor):
         super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask.to(self.weight.dtype))
+        self.register_buffer("mask", mask.to(self.weight))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return linear(inputs, self.weight * self.mask, self.bias)
@@ -68,10 +68,10 @@ class AutoregressiveMLP(nn.Sequential):
         features = len(order)
         if order.dim() != 1 or not features or sorted(order.tolist()) != list(range(features)):
             raise ValueError(f"order must hold each of 0 to D − 1 once, not {order.tolist()}")
-        place = order.argsort().cpu() + 1  # the d-th of the order has place d
+        place = order.cpu().argsort() + 1  # the d-th of the order has place d
         lowest = 0 if context_features or features == 1 else 1
-        degrees = [torch.cat((place, torch.zeros(context_features or 0, dtype=place.dtype)))]
-        degrees += [lowest + torch.arange(width) * (features - lowest) // width for width in hidden_features]
+        degrees = [pad(place, (0, context_features or 0))]
+        degrees += [lowest + torch.arange(w, device="cpu") * (features - lowest) // w for w in hidden_features]
         layers = []
         for before, after in itertools.pairwise(degrees):
             layers += [MaskedLinear(after[:, None] >= before), ACTIVATIONS[activation]()]
@@ -80,9 +80,14 @@ class AutoregressiveMLP(nn.Sequential):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         super().__init__(*layers, last)
-        self.register_buffer("order", order.clone())
+        self.register_buffer("order", order.to(last.bias.device, copy=True))
+        self.sequence = order.tolist()  # to read it off the buffer for each sample would wait for the device
+        self.register_load_state_dict_post_hook(AutoregressiveMLP._read_order)  # it may bring another order
         # of each hidden layer, how many units have a degree of at most 0, 1, …: these come first
         self.counts = [[int((degree <= m).sum()) for m in range(features)] for degree in degrees[1:]]
+
+    def _read_order(self, _=None) -> None:
+        self.sequence = self.order.tolist()
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         return super().forward(inputs if context is None else torch.cat((inputs, context), dim=1))
@@ -109,7 +114,7 @@ class AutoregressiveMLP(nn.Sequential):
                 blocks.append([])
             blocks[-1].append(module)
         *hidden, (last,) = blocks
-        order = self.order.tolist()
+        order = self.sequence
         weights = [layer.weight for layer, *_ in blocks]
         columns = [*range(len(order), weights[0].shape[1]), *order]  # first the context, which is known at once
         if context.shape[1] + len(order) != len(columns):
@@ -179,7 +184,7 @@ def masked_autoregressive(specification: Specification, scale_bound: float = 2.0
 
     There are no masks to choose.
     """
-    ascending = torch.arange(specification.features)
+    ascending = torch.arange(specification.features, device="cpu")  # its values are needed, whatever the default device
     networks = [
         AutoregressiveMLP(ascending.flip(0) if i % 2 else ascending, dropout=dropout, **specification.network)
         for i in range(specification.layers)

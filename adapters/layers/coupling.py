@@ -88,7 +88,7 @@ class PackedCoupling(Transform):
         mask = check_mask(mask)
         self.conditioner = conditioner
         self.event_shape = tuple(mask.shape)
-        self.register_buffer("unchanged", (mask if reads is None else mask * reads).flatten().nonzero().flatten())
+        self.register_buffer("unchanged", (mask if reads is None else mask * reads.to(mask)).flatten().nonzero().flatten())
         self.register_buffer("transformed", (mask == 0).flatten().nonzero().flatten())
 
     def elementwise(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ Each transformed coordinate is given a histogram for its density, and is made st
 """
 
 from functools import partial
+from statistics import NormalDist
 
 import torch
 from nflows.transforms import Transform
@@ -46,17 +47,18 @@ class MaskedHistogramCouplingLayer(PackedCoupling):
 
     def __init__(self, conditioner: nn.Module, mask: Tensor, edges: Tensor, reads: Tensor | None = None):
         super().__init__(conditioner, mask, reads)
-        edges = edges.double().expand(*self.event_shape, -1).reshape(mask.numel(), -1)
+        edges = edges.cpu().double().expand(*self.event_shape, -1).reshape(mask.numel(), -1)
         edges = pad(pad(edges, (1, 0), value=0.0), (0, 1), value=1.0)
         widths = edges.diff(dim=1)
         if not widths.min() > 0:
             raise ValueError(f"edges must increase strictly within (0, 1), but a bin is {widths.min().item():g} wide")
         self.parameters_per_coordinate = widths.shape[1]
-        dtype = torch.get_default_dtype()
-        self.register_buffer("edges", edges[self.transformed].to(dtype))
-        self.register_buffer("log_widths", widths[self.transformed].log().T.to(dtype))
-        self.register_buffer("cuts", _uncut(edges[self.unchanged, 1:-1]).to(dtype))
-        self.bound = -ndtri(torch.tensor(TAIL, dtype=torch.float64)).item()
+        like = {"dtype": torch.get_default_dtype(), "device": self.transformed.device}
+        transformed, unchanged = self.transformed.cpu(), self.unchanged.cpu()
+        self.register_buffer("edges", edges[transformed].to(**like))
+        self.register_buffer("log_widths", widths[transformed].log().T.contiguous().to(**like))
+        self.register_buffer("cuts", _uncut(edges[unchanged, 1:-1]).to(**like))
+        self.bound = -NormalDist().inv_cdf(TAIL)
 
     def read(self, unchanged: Tensor) -> Tensor:
         bins = torch.searchsorted(self.cuts, unchanged.T.contiguous()).T
@@ -130,7 +132,7 @@ def masked_histogram(specification: Specification, bins: int = 16, net: str = "m
     if isinstance(marginals, Marginals):
         edges = marginals.edges(bins)
     else:
-        edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
+        edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu")[1:-1]
     masks = specification.coupling_masks
     reads = None
     if sum(1 - mask for mask in masks).eq(1).all():
