@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from adapters.checks import check_event, check_output, check_positive
+from adapters.layers.coupling import FURTHEST, STRONGEST, within
 from adapters.networks import ACTIVATIONS, check_activation, condition
 from adapters.registry import Example, Specification
 
@@ -120,7 +121,7 @@ class AutoregressiveMLP(nn.Sequential):
         if context.shape[1] + len(order) != len(columns):
             raise ValueError(f"the context must have {len(columns) - len(order)} features, not {context.shape[1]}")
         weights[0] = weights[0][:, columns]
-        known, units = context, [context[:, :0] for _ in hidden]
+        known, found, units = context, [], [context[:, :0] for _ in hidden]
         for m, d in enumerate(order):
             seen = known
             for i, (layer, *rest) in enumerate(hidden):
@@ -130,8 +131,9 @@ class AutoregressiveMLP(nn.Sequential):
                     new = module(new)
                 seen = units[i] = torch.cat((units[i], new), dim=1)
             parameters = linear(seen, weights[-1][d :: len(order), : seen.shape[1]], last.bias[d :: len(order)])
-            known = torch.cat((known, coordinate(d, parameters)), dim=1)
-        return known[:, context.shape[1] :].index_select(1, self.order.argsort())
+            found.append(coordinate(d, parameters))
+            known = torch.cat((known, within(found[-1], FURTHEST)), dim=1)
+        return torch.cat(found, dim=1).index_select(1, self.order.argsort())
 
 
 class MaskedAutoregressiveLayer(Transform):
@@ -140,7 +142,7 @@ class MaskedAutoregressiveLayer(Transform):
     Args:
         conditioner: from ``(batch, D)`` to ``(batch, 2 D)``, all of s̃, then all of t: an ``AutoregressiveMLP`` with two
             parameters per coordinate. It is also handed ``context`` when the layer is given one.
-        scale_bound: the initial β, learnable, one per coordinate.
+        scale_bound: the initial β, learnable, one per coordinate; used up to ``STRONGEST``.
 
     Raises:
         ValueError: for a bound that is not positive; in a call, for an input of another width or a conditioner whose
@@ -157,12 +159,12 @@ class MaskedAutoregressiveLayer(Transform):
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z ↦ z' and log|det J_T(z)|, one coordinate after another."""
         check_event(z, (self.features,), "this layer")
-        scales = []
+        scales, columns, bounds = [], z.split(1, dim=1), within(self.scale_bound, STRONGEST).unbind()
 
         def coordinate(d: int, parameters: Tensor) -> Tensor:
-            s, t = self._scale_translation(parameters, z[:, d : d + 1], self.scale_bound[d])
+            s, t = self._scale_translation(parameters, columns[d], bounds[d])
             scales.append(s)
-            return z[:, d : d + 1] * s.exp() + t
+            return torch.addcmul(t, columns[d], s.exp())
 
         z_prime = self.conditioner.solve(coordinate, z[:, :0] if context is None else context)
         return z_prime, torch.cat(scales, dim=1).sum(1)
@@ -170,8 +172,9 @@ class MaskedAutoregressiveLayer(Transform):
     def inverse(self, z_prime: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z' ↦ z and log|det J_T⁻¹(z')|, in one pass."""
         check_event(z_prime, (self.features,), "this layer")
-        s, t = self._scale_translation(condition(self.conditioner, z_prime, context), z_prime, self.scale_bound)
-        return (z_prime - t) * (-s).exp(), -s.sum(1)
+        parameters = condition(self.conditioner, within(z_prime, FURTHEST), context)
+        minus_s, t = self._scale_translation(parameters, z_prime, -within(self.scale_bound, STRONGEST))
+        return (z_prime - t) * minus_s.exp(), minus_s.sum(1)
 
     def _scale_translation(self, parameters: Tensor, z: Tensor, scale_bound: Tensor) -> tuple[Tensor, Tensor]:
         check_output(parameters, (z.shape[0], 2 * z.shape[1]), "conditioner")
