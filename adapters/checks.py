@@ -1,11 +1,60 @@
 """What layers and flows check about the tensors they meet: once, and with the offending value in the message."""
 
+import math
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import EllipsisType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def check_tensor(thing: Tensor, what: str) -> None:
+    """Raise a TypeError unless ``thing``, which is ``what``, is a tensor."""
+    if not isinstance(thing, Tensor):
+        kind = type(thing)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        raise TypeError(f"{what} must be a torch.Tensor, not a {name}: torch.as_tensor(…, dtype=torch.float32)")
+
+
+def explain_mismatch(module: nn.Module, name: str, **tensors: Tensor | None) -> None:
+    """After an error: raise one that says so if the tensors' dtype or device is another than that of ``module``.
+
+    It costs nothing as long as all is well, and lets through every mixture that torch itself can work with.
+
+    Args:
+        name: of the module, as the user calls it.
+        tensors: what it was called with, under the names the user knows them by.
+
+    Raises:
+        TypeError: for tensors of another dtype, or a module that holds more than one.
+        ValueError: for tensors on another device.
+    """
+    own = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    if not own:
+        return
+    dtype, device = own[0].dtype, own[0].device
+    for role, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(
+                f"this {name} is on {device}, but the {role} is on {tensor.device}: give {role}.to({str(device)!r}), "
+                f"or move the {name} by {name}.to({str(tensor.device)!r})"
+            )
+        mixed = tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type)
+        if tensor.dtype != dtype and not mixed:
+            remedy = f"give {role}.to({dtype})"
+            if tensor.is_floating_point():
+                remedy += f", or convert the {name} by {name}.to({tensor.dtype})"
+            raise TypeError(f"this {name} is of {dtype}, but the {role} is of {tensor.dtype}: {remedy}")
+    others = {tensor.dtype for tensor in own} - {dtype}
+    if others:
+        raise TypeError(
+            f"this {name} holds tensors of {dtype} and of {', '.join(map(str, others))}, as a preprocessing made of "
+            f"float64 data does: {name}.to({dtype}) makes them one"
+        )
 
 
 def check_event(inputs: Tensor, event_shape: Sequence[int], what: str) -> None:
@@ -23,10 +72,21 @@ def check_output(output: Tensor, shape: Sequence[int], network: str) -> Tensor:
 
 
 def check_positive(**values: float) -> None:
-    """Raise a ValueError unless every value is above zero; the keyword is the name the user knows it by."""
+    """Raise a ValueError unless every value is above zero and finite; the keyword is the name the user knows it by."""
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, not {value}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive{' and finite' if value == math.inf else ''}, not {value}")
+
+
+def check_bins(bins: int) -> int:
+    """The number of bins as an ``int``; a ValueError unless it is an integer of at least 2."""
+    try:
+        whole = operator.index(bins)
+    except TypeError:
+        raise ValueError(f"bins must be an integer, not {bins!r}") from None
+    if whole < 2:
+        raise ValueError(f"bins must be at least 2, not {bins}")
+    return whole
 
 
 def check_context(context: Tensor | None, width: int | EllipsisType | None, inputs: Tensor, what: str) -> None:
@@ -43,8 +103,13 @@ def check_context(context: Tensor | None, width: int | EllipsisType | None, inpu
         raise ValueError(f"{what} is unconditional, but a context of shape {tuple(context.shape)} was given")
     if width is not ...:
         check_event(context, (width,), f"the context of {what}")
-    if len(context) != len(inputs):
-        raise ValueError(f"the context of {what} has {len(context)} rows for {len(inputs)} inputs")
+    check_rows(context, inputs, what)
+
+
+def check_rows(context: Tensor, inputs: Tensor, what: str) -> None:
+    """Raise a ValueError unless ``context`` has a row for each of the ``inputs``."""
+    if context.shape[:1] != inputs.shape[:1]:
+        raise ValueError(f"the context of {what} has {context.shape[0]} rows for {inputs.shape[0]} inputs")
 
 
 def must_wait(tensor: Tensor) -> bool:
@@ -58,12 +123,30 @@ def must_wait(tensor: Tensor) -> bool:
 
 @contextmanager
 def naming_shape(inputs: Tensor, what: str) -> Iterator[None]:
-    """Turn a library's error about sizes, raised from deep below, into a ValueError that names the inputs' shape."""
+    """Turn a library's error about sizes, raised from deep below, into a ValueError that names the inputs' shape.
+
+    An error of another cause stays as it is, whatever its words: an empty batch, a value that is not finite (which
+    sends a search to no index), a call within ``torch.func`` or a trace.
+    """
     try:
         yield
     except (RuntimeError, IndexError) as error:
-        if type(error) not in (RuntimeError, IndexError) or not any(
-            word in str(error) for word in ("size", "shape", "dimension", "einsum")
-        ):
+        if type(error) not in (RuntimeError, IndexError) or not (_about_sizes(str(error)) and _plain(inputs)):
             raise
         raise ValueError(f"{what} does not take inputs of shape {tuple(inputs.shape)} ({error})") from error
+
+
+def _about_sizes(message: str) -> bool:
+    return any(word in message for word in ("size", "shape", "dimension", "einsum")) and not any(
+        word in message for word in ("vmap", "functorch", "inplace operation", "allocate")
+    )
+
+
+def _plain(inputs: Tensor) -> bool:
+    """Whether the inputs are a batch of numbers, all of which can be looked at."""
+    if inputs.numel() == 0 or torch.compiler.is_compiling():
+        return False
+    try:
+        return bool(inputs.isfinite().all())
+    except RuntimeError:  # within torch.func.vmap no value can be asked for
+        return False

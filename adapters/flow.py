@@ -1,6 +1,7 @@
 """An nflows ``Flow`` that knows its shapes, and a standard normal that keeps its dtype."""
 
 from collections.abc import Callable
+from functools import partial
 
 import nflows.distributions
 import nflows.flows
@@ -8,7 +9,14 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor
 
-from adapters.checks import check_context, check_event
+from adapters.checks import (
+    check_context,
+    check_event,
+    check_positive,
+    check_rows,
+    check_tensor,
+    explain_mismatch,
+)
 
 
 class StandardNormal(nflows.distributions.StandardNormal):
@@ -20,7 +28,7 @@ class StandardNormal(nflows.distributions.StandardNormal):
         self._log_z = torch.zeros(()) + self._log_z.to(torch.get_default_dtype()).item()
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
-        leading = (num_samples,) if context is None else (len(context), num_samples)
+        leading = (num_samples,) if context is None else (context.shape[0], num_samples)
         return torch.randn(*leading, *self._shape, dtype=self._log_z.dtype, device=self._log_z.device)
 
 
@@ -37,7 +45,8 @@ class Flow(nflows.flows.Flow):
         context_features: width of a context row; ``None`` if the flow takes no context.
 
     Raises:
-        ValueError: in a call, for inputs or a context of another shape, or a context missing or superfluous.
+        TypeError: in a call, for inputs or a context that are no tensors, or of a dtype that the flow cannot take.
+        ValueError: for inputs or a context of another shape or on another device, or a context missing or superfluous.
     """
 
     def __init__(
@@ -53,21 +62,58 @@ class Flow(nflows.flows.Flow):
 
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x | context) in nats: ``(batch, *event)`` → ``(batch,)``."""
-        check_event(inputs, self.event_shape, "this flow")
-        self._check_context(context)
-        if context is not None and len(context) != len(inputs):
-            raise ValueError(f"the context of this flow has {len(context)} rows for {len(inputs)} inputs")
-        return super().log_prob(inputs, context)
+        self._check_inputs(inputs, context)
+        return self._call(super().log_prob, inputs=inputs, context=context)
+
+    def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """f(x; context): ``(batch, *event)`` → the noise that the datum is made of."""
+        self._check_inputs(inputs, context)
+        return self._call(super().transform_to_noise, inputs=inputs, context=context)
 
     def sample(self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None) -> Tensor:
-        """``(num_samples, *event)``, or ``(batch, num_samples, *event)`` for a context of ``batch`` rows."""
-        self._check_context(context)
-        return super().sample(num_samples, context, batch_size)
+        """``(num_samples, *event)``, or ``(batch, num_samples, *event)`` for a context of ``batch`` rows.
+
+        Args:
+            batch_size: draw at most so many at once, for each row of the context, to save memory.
+        """
+        self._check_context_of_samples(context)
+        if batch_size is None:
+            return self._call(partial(super().sample, num_samples), context=context)
+        check_positive(num_samples=num_samples, batch_size=batch_size)
+        parts = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]
+        return torch.cat([self.sample(part, context) for part in parts], dim=0 if context is None else 1)
 
     def sample_and_log_prob(self, num_samples: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Samples, as ``sample``, and their log_prob from the same pass."""
+        self._check_context_of_samples(context)
+        return self._call(partial(super().sample_and_log_prob, num_samples), context=context)
+
+    def _call(self, function: Callable, **tensors: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """``function`` of the tensors. What it says of none is what it says of one, less that one.
+
+        So an empty batch reaches no layer: many a library's reshapes it to a size that nothing tells.
+        """
+        if any(tensor is not None and tensor.shape[:1] == (0,) for tensor in tensors.values()):
+            one = {name: t if t is None else t.new_zeros(1, *t.shape[1:]) for name, t in tensors.items()}
+            answer = function(**one)
+            return answer[:0] if isinstance(answer, Tensor) else tuple(part[:0] for part in answer)
+        try:
+            return function(**tensors)
+        except RuntimeError:
+            explain_mismatch(self, "flow", **tensors)
+            raise
+
+    def _check_inputs(self, inputs: Tensor, context: Tensor | None) -> None:
+        check_tensor(inputs, "the inputs of this flow")
+        check_event(inputs, self.event_shape, "this flow")
+        self._check_context_of_samples(context)
+        if context is not None:
+            check_rows(context, inputs, "this flow")
+
+    def _check_context_of_samples(self, context: Tensor | None) -> None:
+        if context is not None:
+            check_tensor(context, "the context of this flow")
         self._check_context(context)
-        return super().sample_and_log_prob(num_samples, context)
 
     def _check_context(self, context: Tensor | None) -> None:
         if self.context_features is None:

@@ -10,7 +10,7 @@ from nflows.transforms import PointwiseAffineTransform, Transform
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from adapters.checks import check_positive
+from adapters.checks import check_positive, must_wait
 
 
 class Standardize(PointwiseAffineTransform):
@@ -20,13 +20,18 @@ class Standardize(PointwiseAffineTransform):
         mean, std: of the shape of one datum.
 
     Raises:
-        ValueError: unless every std is positive and finite.
+        ValueError: unless every mean is finite and every std positive and finite.
     """
 
     def __init__(self, mean: Tensor, std: Tensor):
         mean, std = torch.as_tensor(mean), torch.as_tensor(std)
-        if not torch.all((std > 0) & std.isfinite()):
-            raise ValueError(f"std must be positive and finite, but holds {std.min().item()}")
+        wrong = {
+            "mean must be finite": mean[~mean.isfinite()],
+            "std must be positive and finite": std[~((std > 0) & std.isfinite())],
+        }
+        for rule, values in wrong.items():
+            if len(values):
+                raise ValueError(f"{rule}, but holds {values[0].item()}")
         super().__init__(shift=-mean / std, scale=1 / std)
         self.arguments = {"mean": mean, "std": std}
 
@@ -39,12 +44,15 @@ class Standardize(PointwiseAffineTransform):
 class UnitInterval(Transform):
     """y = g(α + (1 − 2α) x / high) for data in [0, high], with g: (0, 1) → ℝ and α to keep the ends finite.
 
+    What a flow draws lies up to α high / (1 − 2α) beyond both ends, and so far the data may go. Where g's argument
+    rounds to 0 or 1, the nearest number between them is taken.
+
     Args:
         alpha: α in (0, 1/2).
         high: upper end of the data's range.
 
     Raises:
-        ValueError: for α or ``high`` out of range; in a call, for data outside [0, high].
+        ValueError: for α or ``high`` out of range; in a call, for data outside that interval.
     """
 
     def __init__(self, alpha: float = 1e-6, high: float = 1.0):
@@ -56,13 +64,11 @@ class UnitInterval(Transform):
         self.slope = (1 - 2 * alpha) / high
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        low, high = inputs.aminmax()
-        if low < 0 or high > self.arguments["high"]:
-            raise ValueError(
-                f"this flow takes data in [0, {self.arguments['high']}], not in [{low.item():g}, {high.item():g}]"
-            )
-        outputs = self.stretch(self.arguments["alpha"] + self.slope * inputs)
-        return outputs, self._log_det(outputs)
+        alpha, high = self.arguments["alpha"], self.arguments["high"]
+        outside = _outside(inputs, high, alpha / self.slope, f"[0, {high}]")
+        limits = torch.finfo(inputs.dtype)
+        outputs = self.stretch((alpha + self.slope * inputs).clamp(limits.tiny, 1 - limits.eps / 2))
+        return outputs, self._log_det(outputs).masked_fill(outside, -math.inf)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         outputs = (self.squash(inputs) - self.arguments["alpha"]) / self.slope
@@ -146,17 +152,15 @@ class Marginals(Transform):
         return cls(masses.float(), high)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        low, high = inputs.aminmax()
-        if low < 0 or high > self.arguments["high"]:
-            raise ValueError(
-                f"this flow takes data in [0, {self.arguments['high']:g}], not in [{low.item():g}, {high.item():g}]"
-            )
+        high = self.arguments["high"]
+        outside = _outside(inputs, high, 0, f"[0, {high:g}]")
         position = inputs / self.width
-        level = position.long().clamp(max=self.masses.shape[1] - 1)
+        level = position.long().clamp(0, self.masses.shape[1] - 1)
         mass = self.masses.gather(1, level.T).T
         u = self.below.gather(1, level.T).T + (position - level) * mass
         outputs, log_det = self.probit(u.clamp(0, 1))
-        return outputs, log_det + (mass / self.width).log().sum(1)
+        log_det = log_det + (mass / self.width).log().sum(1)
+        return outputs, log_det.masked_fill(outside, -math.inf)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, log_det = self.probit.inverse(inputs)
@@ -171,6 +175,7 @@ class Marginals(Transform):
         A level with more than its share is a group of its own.
         """
         masses = self.arguments["masses"].double()
+        masses = masses / masses.sum(1, keepdim=True)
         ends, left, group = [], 1.0, 0.0
         for level, mass in enumerate((masses.sum(0) / len(masses)).tolist()[:-1]):
             group += mass
@@ -178,6 +183,27 @@ class Marginals(Transform):
                 ends.append(level)
                 left, group = left - group, 0.0
         return masses.cumsum(1)[:, ends]
+
+
+def _outside(inputs: Tensor, high: float, margin: float, interval: str) -> Tensor:
+    """Which rows lie outside [−margin, high + margin], but for rounding: ``(batch,)``. A NaN does not.
+
+    Raises:
+        ValueError: if any does, where asking costs nothing. On a GPU it would cost a wait (see ``must_wait``), and in a
+            trace or in ``torch.func.vmap`` nothing can be asked: there the density, which is 0, is the answer.
+    """
+    margin = margin + 4 * high * torch.finfo(inputs.dtype).eps
+    outside = ((inputs < -margin) | (inputs > high + margin)).flatten(1).any(1)
+    if must_wait(outside) or torch.jit.is_tracing():
+        return outside
+    try:
+        refused = bool(outside.any())
+    except RuntimeError:
+        return outside
+    if refused:
+        low, top = inputs[~inputs.isnan()].aminmax()
+        raise ValueError(f"this flow takes data in {interval}, not in [{low.item():.7g}, {top.item():.7g}]")
+    return outside
 
 
 PREPROCESSORS = {"standardize": Standardize, "logit": Logit, "probit": Probit, "marginals": Marginals}

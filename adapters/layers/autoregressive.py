@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 import torch
 from nflows.transforms import CompositeTransform, InverseTransform, Transform
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from adapters.checks import check_event, check_output, check_positive
+from adapters.layers.coupling import FURTHEST, STRONGEST, within
 from adapters.networks import ACTIVATIONS, check_activation, condition
 from adapters.registry import Example, Specification
 
@@ -32,7 +33,7 @@ class MaskedLinear(nn.Linear):
 
     def __init__(self, mask: Tensor):
         super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask.to(self.weight.dtype))
+        self.register_buffer("mask", mask.to(self.weight))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return linear(inputs, self.weight * self.mask, self.bias)
@@ -68,10 +69,10 @@ class AutoregressiveMLP(nn.Sequential):
         features = len(order)
         if order.dim() != 1 or not features or sorted(order.tolist()) != list(range(features)):
             raise ValueError(f"order must hold each of 0 to D − 1 once, not {order.tolist()}")
-        place = order.argsort().cpu() + 1  # the d-th of the order has place d
+        place = order.cpu().argsort() + 1  # the d-th of the order has place d
         lowest = 0 if context_features or features == 1 else 1
-        degrees = [torch.cat((place, torch.zeros(context_features or 0, dtype=place.dtype)))]
-        degrees += [lowest + torch.arange(width) * (features - lowest) // width for width in hidden_features]
+        degrees = [pad(place, (0, context_features or 0))]
+        degrees += [lowest + torch.arange(w, device="cpu") * (features - lowest) // w for w in hidden_features]
         layers = []
         for before, after in itertools.pairwise(degrees):
             layers += [MaskedLinear(after[:, None] >= before), ACTIVATIONS[activation]()]
@@ -80,9 +81,14 @@ class AutoregressiveMLP(nn.Sequential):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         super().__init__(*layers, last)
-        self.register_buffer("order", order.clone())
+        self.register_buffer("order", order.to(last.bias.device, copy=True))
+        self.sequence = order.tolist()  # to read it off the buffer for each sample would wait for the device
+        self.register_load_state_dict_post_hook(AutoregressiveMLP._read_order)  # it may bring another order
         # of each hidden layer, how many units have a degree of at most 0, 1, …: these come first
         self.counts = [[int((degree <= m).sum()) for m in range(features)] for degree in degrees[1:]]
+
+    def _read_order(self, _=None) -> None:
+        self.sequence = self.order.tolist()
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         return super().forward(inputs if context is None else torch.cat((inputs, context), dim=1))
@@ -109,13 +115,13 @@ class AutoregressiveMLP(nn.Sequential):
                 blocks.append([])
             blocks[-1].append(module)
         *hidden, (last,) = blocks
-        order = self.order.tolist()
+        order = self.sequence
         weights = [layer.weight for layer, *_ in blocks]
         columns = [*range(len(order), weights[0].shape[1]), *order]  # first the context, which is known at once
         if context.shape[1] + len(order) != len(columns):
             raise ValueError(f"the context must have {len(columns) - len(order)} features, not {context.shape[1]}")
         weights[0] = weights[0][:, columns]
-        known, units = context, [context[:, :0] for _ in hidden]
+        known, found, units = context, [], [context[:, :0] for _ in hidden]
         for m, d in enumerate(order):
             seen = known
             for i, (layer, *rest) in enumerate(hidden):
@@ -125,8 +131,9 @@ class AutoregressiveMLP(nn.Sequential):
                     new = module(new)
                 seen = units[i] = torch.cat((units[i], new), dim=1)
             parameters = linear(seen, weights[-1][d :: len(order), : seen.shape[1]], last.bias[d :: len(order)])
-            known = torch.cat((known, coordinate(d, parameters)), dim=1)
-        return known[:, context.shape[1] :].index_select(1, self.order.argsort())
+            found.append(coordinate(d, parameters))
+            known = torch.cat((known, within(found[-1], FURTHEST)), dim=1)
+        return torch.cat(found, dim=1).index_select(1, self.order.argsort())
 
 
 class MaskedAutoregressiveLayer(Transform):
@@ -135,7 +142,7 @@ class MaskedAutoregressiveLayer(Transform):
     Args:
         conditioner: from ``(batch, D)`` to ``(batch, 2 D)``, all of s̃, then all of t: an ``AutoregressiveMLP`` with two
             parameters per coordinate. It is also handed ``context`` when the layer is given one.
-        scale_bound: the initial β, learnable, one per coordinate.
+        scale_bound: the initial β, learnable, one per coordinate; used up to ``STRONGEST``.
 
     Raises:
         ValueError: for a bound that is not positive; in a call, for an input of another width or a conditioner whose
@@ -152,12 +159,12 @@ class MaskedAutoregressiveLayer(Transform):
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z ↦ z' and log|det J_T(z)|, one coordinate after another."""
         check_event(z, (self.features,), "this layer")
-        scales = []
+        scales, columns, bounds = [], z.split(1, dim=1), within(self.scale_bound, STRONGEST).unbind()
 
         def coordinate(d: int, parameters: Tensor) -> Tensor:
-            s, t = self._scale_translation(parameters, z[:, d : d + 1], self.scale_bound[d])
+            s, t = self._scale_translation(parameters, columns[d], bounds[d])
             scales.append(s)
-            return z[:, d : d + 1] * s.exp() + t
+            return torch.addcmul(t, columns[d], s.exp())
 
         z_prime = self.conditioner.solve(coordinate, z[:, :0] if context is None else context)
         return z_prime, torch.cat(scales, dim=1).sum(1)
@@ -165,11 +172,12 @@ class MaskedAutoregressiveLayer(Transform):
     def inverse(self, z_prime: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z' ↦ z and log|det J_T⁻¹(z')|, in one pass."""
         check_event(z_prime, (self.features,), "this layer")
-        s, t = self._scale_translation(condition(self.conditioner, z_prime, context), z_prime, self.scale_bound)
-        return (z_prime - t) * (-s).exp(), -s.sum(1)
+        parameters = condition(self.conditioner, within(z_prime, FURTHEST), context)
+        minus_s, t = self._scale_translation(parameters, z_prime, -within(self.scale_bound, STRONGEST))
+        return (z_prime - t) * minus_s.exp(), minus_s.sum(1)
 
     def _scale_translation(self, parameters: Tensor, z: Tensor, scale_bound: Tensor) -> tuple[Tensor, Tensor]:
-        check_output(parameters, (len(z), 2 * z.shape[1]), "conditioner")
+        check_output(parameters, (z.shape[0], 2 * z.shape[1]), "conditioner")
         s, t = parameters.to(z.dtype).chunk(2, dim=1)  # under autocast the networks alone are less precise
         return scale_bound * s.tanh(), t
 
@@ -179,7 +187,7 @@ def masked_autoregressive(specification: Specification, scale_bound: float = 2.0
 
     There are no masks to choose.
     """
-    ascending = torch.arange(specification.features)
+    ascending = torch.arange(specification.features, device="cpu")  # its values are needed, whatever the default device
     networks = [
         AutoregressiveMLP(ascending.flip(0) if i % 2 else ascending, dropout=dropout, **specification.network)
         for i in range(specification.layers)

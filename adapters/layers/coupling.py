@@ -16,11 +16,24 @@ from functools import partial
 import torch
 from nflows.transforms import CompositeTransform, InverseTransform, Transform
 from torch import Tensor, nn
+from torch.nn.functional import hardtanh
 
 from adapters.checks import check_event, check_output, check_positive
 from adapters.masks import check_mask, checkerboard_mask, random_mask
 from adapters.networks import MLP, ConvNet, condition, conditioner
 from adapters.registry import Example, Specification
+
+FURTHEST = 1e15  # of a coordinate that a conditioner is shown
+STRONGEST = 80.0  # of a log-scale s: e^±80 is still a float32
+
+
+def within(values: Tensor, bound: float) -> Tensor:
+    """The values, clamped to ±bound; NaN stays NaN.
+
+    A conditioner's sums of huge numbers overflow to inf, and inf − inf is NaN; a scale that overflows makes NaN of 0.
+    With both of them bounded, a finite point has a density, if only 0: log p = −inf.
+    """
+    return hardtanh(values, -bound, bound)  # whose gradient is one operation, that of clamp four
 
 
 class MaskedCouplingLayer(Transform):
@@ -88,7 +101,9 @@ class PackedCoupling(Transform):
         mask = check_mask(mask)
         self.conditioner = conditioner
         self.event_shape = tuple(mask.shape)
-        self.register_buffer("unchanged", (mask if reads is None else mask * reads).flatten().nonzero().flatten())
+        self.register_buffer(
+            "unchanged", (mask if reads is None else mask * reads.to(mask)).flatten().nonzero().flatten()
+        )
         self.register_buffer("transformed", (mask == 0).flatten().nonzero().flatten())
 
     def elementwise(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +115,8 @@ class PackedCoupling(Transform):
         raise NotImplementedError(f"{type(self).__name__} must define elementwise_inverse")
 
     def read(self, unchanged: Tensor) -> Tensor:
-        """What the conditioner is shown of the unchanged coordinates: these themselves."""
-        return unchanged
+        """What the conditioner is shown of the unchanged coordinates: these themselves, as far as arithmetic goes."""
+        return within(unchanged, FURTHEST)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(self.elementwise, z, context)
@@ -114,13 +129,13 @@ class PackedCoupling(Transform):
     ) -> tuple[Tensor, Tensor]:
         """``function``, f or f⁻¹ with its log-determinant, of z_{b=0} = ``changed``, given z_{b=1} = ``kept``."""
         parameters = condition(self.conditioner, self.read(kept), context)
-        check_output(parameters, (len(kept), self.parameters_per_coordinate * changed.shape[1]), "conditioner")
+        check_output(parameters, (kept.shape[0], self.parameters_per_coordinate * changed.shape[1]), "conditioner")
         return function(changed, parameters.to(changed.dtype))  # under autocast the networks alone are less precise
 
     def _run(self, function: Callable, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         check_event(z, self.event_shape, "this layer")
         flat = z.flatten(1)
-        unchanged, index = self.unchanged.expand(len(z), -1), self.transformed.expand(len(z), -1)
+        unchanged, index = self.unchanged.expand(z.shape[0], -1), self.transformed.expand(z.shape[0], -1)
         transformed, log_det = self.couple(function, flat.gather(1, unchanged), flat.gather(1, index), context)
         outputs = flat.to(transformed.dtype).scatter(1, index, transformed)
         return outputs if z.dim() == 2 else outputs.view(z.shape), log_det
@@ -172,7 +187,7 @@ class PackedComposite(CompositeTransform):
         first = self._transforms[0]
         check_event(z, first.event_shape, "this layer")
         flat, log_det = z.flatten(1), 0.0
-        indices = [index.expand(len(z), -1) for index in (first.unchanged, first.transformed)]
+        indices = [index.expand(z.shape[0], -1) for index in (first.unchanged, first.transformed)]
         parts = [flat.gather(1, index) for index in indices]
         for (layer, function), i in zip(layers, swapped, strict=True):
             parts[1 - i], step = layer.couple(function, parts[i], parts[1 - i], context)
@@ -189,7 +204,8 @@ class PackedCouplingLayer(PackedCoupling):
     Args:
         conditioner, mask: as for ``PackedCoupling``, with two parameters a coordinate: all of s̃, then all of t. A
             zero-initialised last layer (``MLP`` has one) makes the layer start at the identity.
-        scale_bound: the initial β, learnable, one per transformed coordinate; ``None`` for no bound, s = s̃.
+        scale_bound: the initial β, learnable, one per transformed coordinate; ``None`` for no bound, s = s̃. In
+            either case |s| is at most ``STRONGEST``.
     """
 
     parameters_per_coordinate = 2
@@ -215,8 +231,9 @@ class PackedCouplingLayer(PackedCoupling):
         """± s and t."""
         s, t = parameters.chunk(2, dim=1)
         if self.scale_bound is None:
-            return sign * s, t
-        return sign * self.scale_bound * s.tanh(), t
+            return sign * within(s, STRONGEST), t
+        bound = within(self.scale_bound, STRONGEST)
+        return (bound if sign == 1 else -bound) * s.tanh(), t
 
 
 def packed_flow(
@@ -246,11 +263,18 @@ def masked_affine(
     return packed_flow(specification, layer, PackedCouplingLayer.parameters_per_coordinate, net, dropout)
 
 
+class BoundedMLP(MLP):
+    """An ``MLP`` that is shown its input as far as arithmetic goes: see ``within``."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(within(inputs, FURTHEST), context)
+
+
 def masked_affine_textbook(specification: Specification) -> Transform:
     """The exercise's own layers: two full-width networks, tanh at the end of the scale network."""
 
-    def network() -> MLP:
-        return MLP(specification.features, specification.features, **specification.network)
+    def network() -> BoundedMLP:
+        return BoundedMLP(specification.features, specification.features, **specification.network)
 
     layers = [
         MaskedCouplingLayer(network().append(nn.Tanh()), network(), mask) for mask in specification.coupling_masks
