@@ -29,7 +29,7 @@ from adapters.flow import Flow
 from adapters.masks import pyramid_masks
 from adapters.preprocess import Logit, Marginals, Standardize
 from runs.common import figures
-from runs.common.devices import device_of, make_accelerator, peak_device_memory
+from runs.common.devices import choose_device, device_of, make_accelerator, peak_device_memory
 from runs.common.fit import Fitted, NotFinite, Recipe, check_resumable, fit
 from runs.common.images import (
     CLASSES,
@@ -183,6 +183,7 @@ def main(
     check_known(HIDDEN, net=net)
     check_known(DATASETS, dataset=dataset)
     check_known(PREPROCESS, preprocess=preprocess)
+    choose_device(device)
     if net != "mlp" and "net" not in flow_options(flow):
         raise ValueError(f"net {net} is for hand-written flows; {flow} has its own networks")
     hidden = hidden or HIDDEN[net]

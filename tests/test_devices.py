@@ -98,7 +98,7 @@ SCRIPTS = {
     "mnist-conv": (mnist.main, MNIST | {"net": "conv", "preprocess": "affine", "hidden": (4,), "accumulate": 2}),
     "vae-all": (pyro_vae.main, VAE_RUN | {"prior": "all", "augment": 1.0, "kl_warmup": 0.5}),
     "vae-posterior": (pyro_vae.main, VAE_RUN | {"posterior": "flow", "latent": 3, "binarize": "dynamic"}),
-    "compare-two-gaussians": (compare.main, COMPARE | {"task": "two-gaussians"}),
+    "compare-toy": (compare.main, COMPARE | {"task": "two-gaussians", "flows": ("masked-spline", "zuko-nsf")}),
     "compare-mnist": (compare.main, COMPARE | {"task": "mnist", "limit": 200, "flows": ("masked-affine",)}),
     "compare-vae": (compare.main, COMPARE | {"task": "vae-prior", "limit": 200, "flows": ("masked-affine",)}),
 }  # fmt: skip
@@ -141,7 +141,7 @@ def test_costs_are_timed_there(device, tmp_path, quick, monkeypatch, capsys):
     monkeypatch.setattr(speed, "WIDTHS", (2, 4))
     monkeypatch.setattr(speed, "DEPTHS", (1, 2))
     monkeypatch.setattr(pyro_vae, "interleaved", lambda calls, _, device, warmup: interleaved(calls, 2, device, 1))
-    found = speed.speed((), 2, (4,), True, tmp_path, device, features=6)
+    found = speed.speed((), 2, (4,), False, tmp_path, device, features=6)
     assert found["table"]["masked-affine"]["step_ms"] > 0
     assert overhead.main(4, 2, (8,), 8, 2, tmp_path / "overhead", device="pretend")["zuko_in"] > 0
     found = pyro_vae.main(benchmark=True, latent=2, layers=2, hidden=(4,), width=(4,), device="pretend")
@@ -295,3 +295,26 @@ def test_what_can_not_be_recorded_or_compiled_trains_all_the_same_and_says_so(gr
     assert second.startswith("the step runs without a CUDA graph: RuntimeError: operation not permitted")
     printed = capsys.readouterr().out.splitlines()
     assert printed.count(first) == printed.count(second) == 1
+
+
+# What is asked for and can't be had
+
+
+@pytest.mark.parametrize("main", [toy.main, mnist.main, pyro_vae.main, compare.main, overhead.main])
+def test_a_device_that_is_not_there_is_named_before_any_work(main, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for wrong in ("cuda", "cuda:1", "tpu", "pretend:7"):
+        with pytest.raises(ValueError, match=f"no device '{wrong}' here; there are: auto, cpu, pretend:0"):
+            main(device=wrong, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_precision_that_the_device_has_not_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="precision fp16 can't be had on cpu; bf16 and no can"):
+        mnist.main(**MNIST, device="cpu", precision="fp16", out=tmp_path)
+
+
+def test_several_processes_take_no_single_device(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="pretend:0 is one device for 2 processes: leave out the number"):
+        make_accelerator("pretend:0")

@@ -68,6 +68,8 @@ def make_accelerator(device: str = "auto", precision: str = "no", **options) -> 
     state = PartialState(cpu=several and (no_gpu or device == "cpu"))
     if chosen is not None and not several:
         state.device = chosen
+    if precision == "fp16" and state.device.type == "cpu":  # accelerate would train in float32 and not say so
+        raise ValueError("precision fp16 can't be had on cpu; bf16 and no can")
     try:
         return Accelerator(mixed_precision=precision, **options)
     except ValueError as error:
