@@ -61,7 +61,7 @@ class MaskedHistogramCouplingLayer(PackedCoupling):
         self.bound = -NormalDist().inv_cdf(TAIL)
 
     def read(self, unchanged: Tensor) -> Tensor:
-        bins = torch.searchsorted(self.cuts, unchanged.T.contiguous()).T
+        bins = (unchanged.unsqueeze(1) > self.cuts.T).sum(1)
         return bins.to(unchanged.dtype) * (2 / self.cuts.shape[1]) - 1
 
     def elementwise(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class MaskedHistogramCouplingLayer(PackedCoupling):
         masses, cumulative = self._histogram(z, parameters)
         inner = z.clamp(-self.bound, self.bound)
         u = _cut(inner)
-        k = torch.searchsorted(self.edges[:, 1:-1].contiguous(), u.T.contiguous(), right=True).T.unsqueeze(1)
+        k = (u.unsqueeze(1) >= self.edges.T[1:-1]).sum(1, keepdim=True)
         left, width = self._edges_of(k)
         mass = masses.gather(1, k).squeeze(1).lerp(width, FLOOR)
         below = cumulative.gather(1, k).squeeze(1).lerp(left, FLOOR)
