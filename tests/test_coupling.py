@@ -240,30 +240,36 @@ SOME = torch.tensor([0.0, 1, 1, 0, 1])
 
 
 @pytest.mark.parametrize(
-    ("masks", "split_once"),
+    ("masks", "moves"),
     [
-        ([CHECKER, 1 - CHECKER, CHECKER], True),
-        ([CHECKER, CHECKER, 1 - CHECKER], True),
-        ([torch.zeros(5), torch.zeros(5)], True),
-        ([CHECKER, SOME], False),
-        ([CHECKER, 1 - SOME], False),
+        ([CHECKER, 1 - CHECKER, CHECKER], "select swap swap"),
+        ([CHECKER, CHECKER, 1 - CHECKER], "select stay swap"),
+        ([torch.zeros(5), torch.zeros(5)], "select stay"),
+        ([CHECKER, SOME], "select select"),
+        ([CHECKER, 1 - SOME, SOME], "select select swap"),
     ],
 )
-def test_packed_layers_split_once_compute_what_each_alone_does(masks, split_once):
-    packed = composite(masks)
-    assert (packed.swapped is not None) == split_once
+@pytest.mark.parametrize("reads", [torch.ones(5), torch.tensor([1.0, 0, 1, 1, 0])])
+def test_packed_layers_in_a_row_compute_what_each_alone_does(masks, moves, reads):
+    torch.manual_seed(0)
+    layers = [
+        PackedCouplingLayer(MLP(int((mask * reads).sum()), 2 * int((1 - mask).sum())), mask, reads=reads)
+        for mask in masks
+    ]
+    packed = randomise(PackedComposite(layers))
+    if reads.all():
+        assert packed.moves == moves.split()
     z = batch(7, 5)
     for ours, nflows in ((packed, CompositeTransform.forward), (packed.inverse, CompositeTransform.inverse)):
         for one, other in zip(ours(z), nflows(packed, z), strict=True):
             assert torch.equal(one, other)
 
 
-def test_a_composite_of_nothing_is_refused_and_one_of_several_shapes_fails_as_its_layers_do():
+def test_a_composite_of_nothing_or_of_several_shapes_is_refused():
     with pytest.raises(ValueError, match="at least one layer"):
         PackedComposite([])
-    packed = composite([CHECKER, (1 - CHECKER).view(1, 5)])
-    with pytest.raises(ValueError, match=r"takes inputs of shape \(batch, 1, 5\), not \(7, 5\)"):
-        packed(batch(7, 5))
+    with pytest.raises(ValueError, match=r"one event shape for all, not \[\(1, 5\), \(5,\)\]"):
+        composite([CHECKER, (1 - CHECKER).view(1, 5)])
 
 
 def test_packed_layers_split_by_the_masks_they_are_loaded_with():
@@ -271,7 +277,7 @@ def test_packed_layers_split_by_the_masks_they_are_loaded_with():
     z = batch(7, 5)
     for packed in (composite([CHECKER, 1 - CHECKER]), pickle.loads(pickle.dumps(composite([CHECKER, 1 - CHECKER])))):
         loaded = copy.deepcopy(packed)
-        assert loaded.swapped == [0, 1]
+        assert loaded.moves == ["select", "swap"]
         loaded.load_state_dict(other.state_dict())
-        assert loaded.swapped is None and packed.swapped == [0, 1]
+        assert loaded.moves == ["select", "select"] and packed.moves == ["select", "swap"]
         assert torch.equal(loaded(z)[0], other(z)[0]) and torch.equal(loaded.inverse(z)[0], other.inverse(z)[0])

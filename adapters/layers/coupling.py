@@ -9,8 +9,9 @@ matter, for speed. ``forward`` runs (15), noise → data; a flow is therefore
 ``Flow(InverseTransform(CompositeTransform(layers)), base)``, which samples with (15) and scores with (16).
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -24,6 +25,7 @@ from adapters.networks import MLP, ConvNet, condition, conditioner
 from adapters.registry import Example, Specification
 
 FURTHEST = 1e15  # of a coordinate that a conditioner is shown
+SELECT, SWAP, STAY = "select", "swap", "stay"  # between two layers' orders
 STRONGEST = 80.0  # of a log-scale s: e^±80 is still a float32
 
 
@@ -106,6 +108,18 @@ class PackedCoupling(Transform):
         )
         self.register_buffer("transformed", (mask == 0).flatten().nonzero().flatten())
 
+    @property
+    def sizes(self) -> list[int]:
+        """How many coordinates the conditioner reads, the layer transforms, and neither."""
+        read, transformed = len(self.unchanged), len(self.transformed)
+        return [read, transformed, math.prod(self.event_shape) - read - transformed]
+
+    def order(self) -> Tensor:
+        """All coordinates in that order."""
+        rest = torch.ones(math.prod(self.event_shape), dtype=torch.bool, device=self.transformed.device)
+        rest[self.unchanged] = rest[self.transformed] = False
+        return torch.cat((self.unchanged, self.transformed, rest.nonzero().flatten()))
+
     def elementwise(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """f(z) and Σ_d log|∂f(z)/∂z|_d, of shapes ``(batch, T)`` and ``(batch,)``."""
         raise NotImplementedError(f"{type(self).__name__} must define elementwise")
@@ -142,60 +156,75 @@ class PackedCoupling(Transform):
 
 
 class PackedComposite(CompositeTransform):
-    """Packed layers in a row. Where their masks are all one mask or its complement, the vector is split only once.
+    """Packed layers in a row, between which the vector is not put together and taken apart again.
 
-    Then each layer changes one part given the other, and the parts are joined at the end; hooks on the single layers
-    are not called. Else it is as in nflows' ``CompositeTransform``. The numbers are the same.
+    It stays in the order that the layer at hand wants: what its conditioner reads, what it transforms, and the rest.
+    One selection leads from a layer's order to the next one's; none is needed where the two parts only change roles, as
+    they do under a mask and its complement. Hooks on the single layers are not called. The numbers are those of nflows'
+    ``CompositeTransform``.
 
     Args:
         layers: of one event shape; the first runs first in ``forward``.
 
     Raises:
-        ValueError: if there is no layer.
+        ValueError: if there is no layer, or they differ in their event shapes.
     """
+
+    selections: Tensor
+    selections_back: Tensor
 
     def __init__(self, layers: Iterable[PackedCoupling]):
         super().__init__(layers)
-        if not self._transforms:
-            raise ValueError("PackedComposite needs at least one layer")
-        self._compare_masks()
-        self.register_load_state_dict_post_hook(PackedComposite._compare_masks)  # it may bring other masks
+        shapes = sorted({layer.event_shape for layer in self._transforms})
+        if len(shapes) != 1:
+            raise ValueError(f"PackedComposite needs at least one layer, and one event shape for all, not {shapes}")
+        self._plan()
+        self.register_load_state_dict_post_hook(PackedComposite._plan)  # it may bring other masks
 
-    def _compare_masks(self, _=None) -> None:
-        """``swapped``: for each layer 0 if its mask is the first one's, 1 if the complement; None if any is neither."""
-        first = self._transforms[0]
-        halves = [(layer.unchanged.tolist(), layer.transformed.tolist()) for layer in self._transforms]
-        one_split = (
-            all(layer.event_shape == first.event_shape for layer in self._transforms)
-            and len(first.unchanged) + len(first.transformed) == math.prod(first.event_shape)
-            and all(pair in (halves[0], halves[0][::-1]) for pair in halves)
-        )
-        self.swapped = [int(pair != halves[0]) for pair in halves] if one_split else None
+    def _plan(self, _=None) -> None:
+        """How to come from each order to the next, there and back: by ``SELECT``, or by less where that is enough."""
+        layers = list(self._transforms)
+        own = torch.arange(math.prod(layers[0].event_shape), device=layers[0].transformed.device)
+        orders = [own, *(layer.order() for layer in layers), own]
+        selections = torch.stack([before.argsort()[after] for before, after in itertools.pairwise(orders)])
+        self.register_buffer("selections", selections, persistent=False)
+        self.register_buffer("selections_back", selections.argsort(1).flip(0), persistent=False)
+        self.moves = [SELECT, *itertools.starmap(_move, itertools.pairwise(layers))]
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.swapped is None:
-            return super().forward(z, context)
-        return self._run([(layer, layer.elementwise) for layer in self._transforms], self.swapped, z, context)
+        steps = [(layer, layer.elementwise) for layer in self._transforms]
+        return self._run(steps, self.selections, self.moves, z, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.swapped is None:
-            return super().inverse(z, context)
-        layers = [(layer, layer.elementwise_inverse) for layer in reversed(self._transforms)]
-        return self._run(layers, self.swapped[::-1], z, context)
+        steps = [(layer, layer.elementwise_inverse) for layer in reversed(self._transforms)]
+        return self._run(steps, self.selections_back, [SELECT, *self.moves[:0:-1]], z, context)
 
-    def _run(self, layers: list, swapped: list[int], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        first = self._transforms[0]
-        check_event(z, first.event_shape, "this layer")
-        flat, log_det = z.flatten(1), 0.0
-        indices = [index.expand(z.shape[0], -1) for index in (first.unchanged, first.transformed)]
-        parts = [flat.gather(1, index) for index in indices]
-        for (layer, function), i in zip(layers, swapped, strict=True):
-            parts[1 - i], step = layer.couple(function, parts[i], parts[1 - i], context)
-            log_det = log_det + step
-        outputs = torch.empty_like(flat, dtype=torch.promote_types(parts[0].dtype, parts[1].dtype))
-        for index, part in zip(indices, parts, strict=True):
-            outputs = outputs.scatter(1, index, part.to(outputs.dtype))
-        return outputs.view(z.shape), log_det
+    def _run(
+        self, steps: list, selections: Tensor, moves: list[str], z: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        check_event(z, self._transforms[0].event_shape, "this layer")
+        *selections, last = selections.unbind()
+        parts, log_det = [z.flatten(1)], 0.0
+        for (layer, function), selection, move in zip(steps, selections, moves, strict=True):
+            if move == SELECT:
+                parts = _join(parts).index_select(1, selection).split(layer.sizes, 1)
+            kept, changed, rest = parts if move != SWAP else (parts[1], parts[0], parts[2])
+            changed, step = layer.couple(function, kept, changed, context)
+            parts, log_det = [kept, changed, rest], log_det + step
+        return _join(parts).index_select(1, last).view(z.shape), log_det
+
+
+def _move(before: PackedCoupling, after: PackedCoupling) -> str:
+    """What leads from one layer's parts to the next one's."""
+    if before.unchanged.equal(after.unchanged) and before.transformed.equal(after.transformed):
+        return STAY
+    roles_change = before.unchanged.equal(after.transformed) and before.transformed.equal(after.unchanged)
+    return SWAP if roles_change and not after.sizes[2] else SELECT
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    parts = [part for part in parts if part.shape[1]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class PackedCouplingLayer(PackedCoupling):
