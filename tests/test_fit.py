@@ -224,3 +224,30 @@ def test_training_can_be_resumed_from_its_first_moment_and_only_with_its_own_ide
 def test_numbers_must_be_positive(numbers):
     with pytest.raises(ValueError, match="must be positive, not"):
         Recipe(**numbers)
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, batch):
+        return (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+
+def test_a_compiled_step_trains_as_the_plain_one_and_is_resumed(tmp_path, capsys):
+    def train(compile, **options):
+        torch.manual_seed(0)
+        module = Small()
+        recipe = Recipe(steps=30, lr=0.01, average=0.9, compile=compile)
+        fitted = fit(module, lambda step: torch.randn(16, 3), recipe, **options)
+        return module, fitted
+
+    plain, _ = train(False)
+    compiled, fitted = train(True, directory=tmp_path)
+    assert fitted.notes == [] and "compiling" in capsys.readouterr().out
+    assert compiled._compiled_call_impl is None and not any("_orig" in name for name in compiled.state_dict())
+    for one, other in zip(plain.state_dict().values(), compiled.state_dict().values(), strict=True):
+        assert_close(one, other, rtol=1e-3, atol=1e-4)  # the buffers, too: compiling has not counted as a step
+    again, _ = train(True, directory=tmp_path, resume=True)
+    assert_close(again.state_dict(), compiled.state_dict())

@@ -200,6 +200,9 @@ def fit(
         training.fitted.notes.append(text)
         say(text)
 
+    if recipe.compile:
+        say("compiling the training step, which takes a minute or so")
+
     def batches(step: int) -> list[Any]:
         return [_to(batch(step * recipe.accumulate + i), device) for i in range(recipe.accumulate)]
 
@@ -222,6 +225,7 @@ def fit(
             if recipe.compile
             else nullcontext(plain_step) as take_step,
         ):
+            bar.unpause()  # the compiler's time is not the training's
             started = saved = shown = time.monotonic() - training.fitted.seconds
             while not training.done():
                 step = training.fitted.steps
@@ -279,6 +283,8 @@ def fit(
         say(f"interrupted at step {training.fitted.steps}: ending with what is trained so far")
     finally:
         bar.close()
+    if pending:
+        training.trust(torch.stack(pending).tolist())
     training.save()
     if training.fitted.interrupted and validate is not None:  # only now: a resumed training must not see it
         training.validate(validate)
