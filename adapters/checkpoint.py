@@ -163,6 +163,8 @@ def _unwrapped(flow: nn.Module) -> nn.Module:
 def _recipe_of(flow: Flow, maker: str | None, arguments: dict | None) -> tuple[dict, dict[str, Tensor]]:
     """What JSON can hold of the recipe, and its tensors."""
     tensors = {}
+    if not isinstance(arguments, dict | None):
+        raise TypeError(f"arguments must be a dictionary, not {arguments!r}")
     if maker is not None:
         recipe = {"maker": maker, "arguments": {} if arguments is None else arguments}
         _function(maker)

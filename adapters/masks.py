@@ -96,7 +96,7 @@ def pyramid_masks(height: int, width: int) -> list[Tensor]:
 def as_mask(mask: Tensor) -> Tensor:
     """The mask as a tensor, if a list or an array; a TypeError if it is neither."""
     try:
-        return torch.as_tensor(mask)
+        return mask if isinstance(mask, Tensor) and mask.is_meta else torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"a mask must be a tensor of 0 and 1, one entry per coordinate, not {mask!r}") from error
 
