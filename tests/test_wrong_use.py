@@ -220,9 +220,9 @@ BUILD = [
     ("build_flow('masked-affine', 3, net='resnet')", ValueError, "unknown net 'resnet'; known: mlp, conv"),
     ("build_flow('masked-affine', 3, net=nn.Linear)", TypeError, "net must be a string, not <class"),
     (
-        "build_flow('masked-affine', 3, net='conv')",
+        "build_flow('masked-affine', 120, net='conv')",
         ValueError,
-        "net conv needs square images with an even side, not 3 pix",
+        "net conv needs square images with an even side, not 120",
     ),
     ("build_flow('pyro-spline', 3, order='cubic')", ValueError, "order must be 'linear' or 'quadratic', not 'cubic'"),
 ]
