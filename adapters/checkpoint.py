@@ -277,7 +277,9 @@ def _built(recipe: dict, budget: "_Budget", masks: dict[str, Tensor], preprocess
     known = inspect.signature(build_flow).parameters.keys() - {"masks", "options"}
     if missing := known - recipe.keys():
         raise _Unusable(f"its recipe has no {', '.join(sorted(missing))}")
-    check_options(recipe["name"], {name: value for name, value in recipe.items() if name not in known})
+    options = {name: value for name, value in recipe.items() if name not in known}
+    check_options(recipe["name"], options)
+    budget.spend(*(value for value in options.values() if isinstance(value, int)))  # of bins and the like
     if masks.keys() != {str(i) for i in range(len(masks))} or recipe["layers"] != len(masks):
         raise _Unusable(f"its recipe has {recipe['layers']!r:.80} layers, but it holds masks for {len(masks)}")
     masks = [masks[str(i)] for i in range(len(masks))]
@@ -296,16 +298,19 @@ class _Budget(TorchFunctionMode):
     def __init__(self, tensors: dict[str, Tensor]):
         super().__init__()
         self.tensors = 16 * len(tensors) + 1_000
-        self.elements = 16 * sum(tensor.numel() for tensor in tensors.values()) + 1_000_000
+        self.elements = 16 * sum(tensor.numel() for tensor in tensors.values()) + 10_000
+
+    def spend(self, *elements: int) -> None:
+        self.elements -= sum(elements)
+        self.tensors -= 1
+        if self.elements < 0 or self.tensors < 0:
+            raise _Unusable("its recipe asks for a far larger flow than it holds the weights of")
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in FACTORIES:
             size = {key: value for key, value in kwargs.items() if key not in ("generator", "out")}
-            self.elements -= function(*args, **size | {"device": "meta"}).numel()
-            self.tensors -= 1
-            if self.elements < 0 or self.tensors < 0:
-                raise _Unusable("its recipe asks for a far larger flow than it holds the weights of")
+            self.spend(function(*args, **size | {"device": "meta"}).numel())
         return function(*args, **kwargs)
 
 
