@@ -5,13 +5,16 @@ both. The recipe is either what ``build_flow`` was asked for, or the name of a f
 Before ``save_flow`` writes anything, it rebuilds the flow as ``load_flow`` will: whatever is saved can be loaded.
 """
 
+import glob
 import hashlib
 import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +36,7 @@ from adapters.catalogue import build_flow, check_options
 from adapters.preprocess import PREPROCESSORS
 
 FILE = "flow.safetensors"
+ABANDONED = 600  # seconds since an unfinished file was last written to: nobody is still at it
 FACTORIES = [torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.arange, torch.linspace]
 FACTORIES += [torch.rand, torch.randn, torch.randint, torch.randperm]
 
@@ -59,8 +63,8 @@ def save_flow(
     Raises:
         TypeError: if ``flow`` is no flow; if it has no recipe and no maker is named; if a recipe is no data: one with a
             ``preprocess`` of another kind than ``adapters.preprocess``, or arguments that JSON can't hold.
-        ValueError: if the recipe makes another flow than this (one whose parts were replaced since, or reparametrised,
-            as ``weight_norm`` does), or a weight is not finite.
+        ValueError: if the recipe makes another flow than this (whose parts or their numbers were replaced since, or
+            which was reparametrised, as ``weight_norm`` does), or a weight is not finite.
         OSError: if the file can't be written, as on a full disk. What was there before is untouched.
     """
     path = _file(directory)
@@ -112,12 +116,17 @@ def load_flow(directory: str | Path, maker: str | None = None) -> Flow:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` write a file beside ``path``, then put it there: whatever happens, readers see the old or the new.
 
-    Any number of processes and threads may do so at once; the last one to finish wins.
+    Any number of processes and threads may do so at once; the last one to finish wins. What a process that was killed
+    in the middle of a write has left there is removed by a later write.
 
     Raises:
         OSError: if it can't be written, naming ``path``. What was there before is untouched.
     """
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):
+        with suppress(OSError):
+            if time.time() - other.stat().st_mtime > ABANDONED:
+                other.unlink()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(unfinished)
@@ -201,8 +210,9 @@ def _preprocess_recipe(transform: Transform) -> tuple[dict, dict[str, Tensor]]:
 def _state(flow: Flow) -> dict[str, Tensor]:
     state = {_clean(name): value for name, value in flow.state_dict().items()}
     for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise _Unusable(f"its state holds a {type(value).__name__}, {name}; only tensors are saved")
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype == torch.complex128:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise _Unusable(f"its state holds {name}, of {kind}, which a safetensors file can't hold")
     return state
 
 
@@ -338,7 +348,7 @@ def _check_maker(path: Path, maker: str | None, given: str | None) -> None:
 
 def _function(maker: str) -> Callable[..., Any]:
     """The function of that name, imported."""
-    if not isinstance(maker, str) or maker.count(":") != 1 or not all(map(str.isidentifier, _parts(maker))):
+    if not isinstance(maker, str) or not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", maker):
         raise ValueError(f"a maker is named as 'my_module:my_function', not {maker!r}")
     module, _, attribute = maker.partition(":")
     try:
@@ -350,10 +360,6 @@ def _function(maker: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"maker {maker!r}: {module} has no function {attribute}")
     return found
-
-
-def _parts(maker: str) -> list[str]:
-    return maker.replace(":", ".").split(".")
 
 
 def _fill(flow: Flow, state: dict[str, Tensor], name: str) -> None:

@@ -190,6 +190,14 @@ def _inf(flow):
     flow._transform._transform._transforms[1].conditioner[0].bias.data[1:3] = torch.inf
 
 
+def _complex(flow):
+    flow.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
+
+
+def _no_tensor(flow):
+    flow._distribution = type("Extra", (type(flow._distribution),), {"get_extra_state": lambda self: {"epoch": 3}})([4])
+
+
 def _recipe(flow):
     flow.recipe["hidden_features"] = (8, 8)
 
@@ -213,6 +221,8 @@ def _recipe(flow):
         (_width, r"conditioner.0.weight is of shape \(8, 1\), and should be of shape \(8, 2\)"),
         (_nan, "_transforms.1.conditioner.0.bias holds 1 of 8 values that are not finite"),
         (_inf, "_transforms.1.conditioner.0.bias holds 2 of 8 values that are not finite"),
+        (_complex, "holds phase, of torch.complex128, which a safetensors file can't hold"),
+        (_no_tensor, "holds _distribution._extra_state, of dict, which a safetensors file can't hold"),
         (_recipe, "conditioner.2.out_features is 46, but the recipe makes 8"),
     ],
 )
@@ -575,6 +585,15 @@ def test_write_atomically_is_all_or_nothing(error, tmp_path):
     with pytest.raises(expected, match="x" if expected is KeyError else "notes.txt can't be written"):
         write_atomically(path, fail)
     assert path.read_text() == "old" and os.listdir(path.parent) == ["notes.txt"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    for name, age in (("notes.txt.a", 3600), ("notes.txt.b", 0), ("other.txt.c", 3600)):
+        left = tmp_path / f".{name}.unfinished"
+        left.write_text("half")
+        os.utime(left, (time.time() - age,) * 2)
+    write_atomically(tmp_path / "notes.txt", lambda unfinished: unfinished.write_text("whole"))
+    assert sorted(os.listdir(tmp_path)) == [".notes.txt.b.unfinished", ".other.txt.c.unfinished", "notes.txt"]
 
 
 def test_a_directory_that_is_a_file_is_named(tmp_path):

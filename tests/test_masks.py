@@ -43,6 +43,7 @@ def test_a_pyramid_transforms_each_pixel_once_finest_last(height, width):
 def test_masks_are_on_the_default_device_whatever_the_generators():
     generator = torch.Generator().manual_seed(1)
     expected = random_mask(9, generator=generator)
+    after = generator.get_state()
     with torch.device("meta"):
         made = [
             random_mask(9, generator=generator.manual_seed(1)),
@@ -51,6 +52,7 @@ def test_masks_are_on_the_default_device_whatever_the_generators():
             checkerboard_mask(3, 3),
             *pyramid_masks(3, 3),
         ]
+        assert torch.equal(generator.get_state(), after), "the generator given is the one that was drawn from"
         assert {mask.device.type for mask in made} == {"meta"} and {mask.numel() for mask in made} == {9}
         assert MaskedCouplingLayer(nn.Linear(9, 9), nn.Linear(9, 9), made[0])(torch.randn(2, 9))[0].shape == (2, 9)
         with torch.device("cpu"):
