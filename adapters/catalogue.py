@@ -145,17 +145,19 @@ def check_options(name: str, options: dict) -> None:
     Raises:
         ValueError: for a name that is not known.
         ImportError: for a library that is not installed.
-        TypeError: for an option that this kind of flow does not have. ``features``, ``layers`` and the like are
-            arguments of ``build_flow`` itself, and no options.
+        TypeError: for an option that this kind of flow does not have, or an argument of ``build_flow`` among them.
 
     >>> check_options("masked-affine", {"layers": 5})
     Traceback (most recent call last):
-    TypeError: masked-affine has no option 'layers'; it has: scale_bound, net, dropout
+    TypeError: layers is no option, but an argument of its own; masked-affine has the options: scale_bound, net, dropout
     """
     known = flow_options(name)
+    listed = ", ".join(known) or "none"
     for option in options:
+        if option in inspect.signature(build_flow).parameters:
+            raise TypeError(f"{option} is no option, but an argument of its own; {name} has the options: {listed}")
         if option not in known:
-            raise TypeError(f"{name} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+            raise TypeError(f"{name} has no option {option!r}; it has: {listed}")
 
 
 def _maker(name: str) -> Callable[..., Transform]:

@@ -369,7 +369,7 @@ STRUCTURE = [
     ({"preprocess": ...}, "its recipe has no preprocess"),
     ({"name": ...}, "its recipe has no name"),
     ({"colour": 3}, "masked-spline has no option 'colour'"),
-    ({"masks": []}, "masked-spline has no option 'masks'"),
+    ({"masks": []}, "masks is no option, but an argument of its own"),
     ({"specification": 3}, "masked-spline has no option 'specification'"),
     ({"maker": "os:system"}, "saved with a maker"),
 ]

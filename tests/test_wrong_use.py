@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import adapters
+from adapters.catalogue import check_options
 from adapters.preprocess import Logit, Marginals, Standardize
 
 MASKS = [
@@ -188,6 +189,13 @@ BUILD = [
         TypeError,
         "masked-affine has no option 'specification'; it has: ",
     ),
+    (
+        "check_options('masked-affine', {'layers': 5})",
+        TypeError,
+        "layers is no option, but an argument of its own; masked",
+    ),
+    ("check_options('zuko-maf', {'preprocess': 5})", TypeError, "preprocess is no option, but an argument of its own"),
+    ("check_options('masked-afine', {})", ValueError, "unknown flow 'masked-afine'; known: masked-affine, "),
     ("build_flow('masked-spline', 3, bins=0)", ValueError, "bins must be at least 2, not 0"),
     ("build_flow('nflows-rqs', 3, bins=1)", ValueError, "bins must be at least 2, not 1"),
     ("build_flow('masked-histogram', 3, bins=2.5)", TypeError, "bins must be an integer, not 2.5"),
@@ -338,6 +346,7 @@ def test_a_wrong_use_says_what_came_and_what_is_wanted(use, error, message, tmp_
         "Logit": Logit,
         "Marginals": Marginals,
         "Standardize": Standardize,
+        "check_options": check_options,
         "x": torch.randn(5, 3),
         "mask": mask,
         "net": net,
