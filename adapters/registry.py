@@ -53,7 +53,7 @@ class Specification:
         layers: how many layers.
         hidden_features: widths of each conditioner's hidden layers.
         context_features: width of the context; ``None`` for an unconditional flow.
-        masks: one mask of D entries a layer, layer by layer from the noise side to the data side; 1 = unchanged.
+        masks: one mask of D entries a layer, from the noise side to the data side; 1 = unchanged. Floats, on the CPU.
         activation: name of the conditioners' activation, a key of ``networks.ACTIVATIONS``.
         preprocess: the fixed transform between the data and these layers, if there is one.
     """

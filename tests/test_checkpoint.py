@@ -541,7 +541,7 @@ def test_threads_may_save_into_one_directory(tmp_path):
     random_state = torch.get_rng_state()
     reader = threading.Thread(target=repeat, args=(read,))
     writers = [
-        threading.Thread(target=repeat, args=(lambda flow=flow: [save_flow(flow, tmp_path) for _ in range(15)],))
+        threading.Thread(target=repeat, args=(lambda flow=flow: [save_flow(flow, tmp_path) for _ in range(8)],))
         for flow in flows
     ]
     for thread in [reader, *writers]:
