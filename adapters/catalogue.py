@@ -1,25 +1,49 @@
-"""Named, ready-made flows of every library and of our own layers, each asked for in the same words."""
+"""Named, ready-made flows of every library and of our own layers, each asked for in the same words.
+
+What a user asks for is checked here, once, before anything is built: kinds and ranges of all numbers, and the masks.
+"""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from numbers import Integral, Real
+from types import ModuleType, NoneType
+from typing import get_args
 
+import torch
 from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor
 
 from adapters.flow import Flow, StandardNormal
-from adapters.masks import checkerboard_mask
+from adapters.masks import as_mask, check_mask, checkerboard_mask
 from adapters.networks import check_activation
-from adapters.registry import Specification, modules
+from adapters.registry import Specification, check_installed, flows, installed
+
+KINDS = {  # what a value may be for an option of that annotation, and what that is called
+    float: (Real, "a number"),
+    int: (Integral, "an integer"),
+    str: (str, "a string"),
+    bool: (bool, "True or False"),
+}
+LIMITS = {  # what a number by that name may be, in words and as a test; a number by another name need only be finite
+    "bins": ("at least 2", lambda value: value >= 2),
+    "dropout": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "minimum": ("in (0, 1)", lambda value: 0 < value < 1),
+} | dict.fromkeys(
+    ("bound", "clamp", "degree", "eps", "scale_bound", "signal", "tail_bound"), ("positive", lambda value: value > 0)
+)
 
 
 def flow_names() -> list[str]:
-    """Every name that ``build_flow`` knows, hand-written layers first, each part in alphabetical order.
+    """Every name that ``build_flow`` can build here, hand-written layers first, each part in alphabetical order.
+
+    The flows of a library that is not installed are left out; ``build_flow`` names the extra that installs it.
 
     >>> flow_names()[:3]
     ['masked-affine', 'masked-affine-textbook', 'masked-autoregressive']
     """
-    return list(_flows())
+    return [name for name, (_, module) in _flows().items() if installed(module)]
 
 
 def build_flow(
@@ -35,7 +59,8 @@ def build_flow(
 ) -> Flow:
     """The flow of that name: ``layers`` layers of that kind between the data and a standard normal N(0, I).
 
-    ``torch.manual_seed`` before the call decides the initial weights.
+    ``torch.manual_seed`` before the call decides the initial weights: they are drawn on the CPU, so that they are the
+    same for any device, and then moved to torch's default device.
 
     Args:
         name: one of ``flow_names()``.
@@ -46,30 +71,36 @@ def build_flow(
         masks: the coupling layers' masks of D entries, 1 = unchanged, used in turn from the noise side on; by default
             the alternating mask and its inverse. Autoregressive flows have no use for them.
         activation: of the conditioners; a key of ``networks.ACTIVATIONS``.
-        preprocess: a fixed transform data → input of the flow, e.g. ``Standardize.of(data)``.
+        preprocess: a fixed transform data → input of the flow, e.g. ``Standardize.of(data)``. It stays on its device.
         options: what this kind of flow has beyond that (``bins``, ``tail_bound``, …): see its docstring.
 
     Raises:
-        ValueError: for a name that is not known, or numbers that are not positive.
-        TypeError: for an option that this kind of flow does not have.
+        ValueError: for a name that is not known, a number out of its range, or masks that no layer can use.
+        TypeError: for an option that this kind of flow does not have, or a thing of another kind than is wanted.
+        ImportError: for a library that is not installed, naming the extra that installs it.
 
     >>> build_flow("masked-affine", features=2).sample(5).shape
     torch.Size([5, 2])
     """
-    hidden_features = (hidden_features,) if isinstance(hidden_features, int) else tuple(hidden_features)
-    for option in options:
-        if option not in flow_options(name):
-            known = ", ".join(flow_options(name)) or "none"
-            raise TypeError(f"{name} has no option {option!r}; it has: {known}")
-    _check_counts(features=features, layers=layers, context_features=context_features)
-    _check_counts(**{f"hidden_features[{i}]": width for i, width in enumerate(hidden_features)})
+    check_options(name, options)
+    parameters = inspect.signature(_maker(name), eval_str=True).parameters
+    options = {option: _option(parameters[option], value) for option, value in options.items()}
+    features, layers = _count("features", features), _count("layers", layers)
+    context_features = None if context_features is None else _count("context_features", context_features)
+    hidden_features = _widths(hidden_features)
     check_activation(activation)
-    masks = _cycle(masks, features, layers)
-    specification = Specification(features, layers, hidden_features, context_features, masks, activation, preprocess)
-    transform = _maker(name)(specification, **options)
+    _check_preprocess(preprocess, features)
+    default = torch.empty(0).device
+    with torch.device("cpu"):  # masks and permutations must have values, even where the default device is meta
+        masks = _cycle(masks, features, layers)
+        specification = Specification(
+            features, layers, hidden_features, context_features, masks, activation, preprocess
+        )
+        transform = _maker(name)(specification, **options).to(default)
+        base = StandardNormal([features]).to(default)
     if preprocess is not None:
         transform = CompositeTransform([preprocess, transform])
-    flow = Flow(transform, StandardNormal([features]), (features,), context_features)
+    flow = Flow(transform, base, (features,), context_features)
     flow.recipe = {
         "name": name,
         "features": features,
@@ -108,31 +139,105 @@ def describe_flow(name: str) -> str:
     return " ".join(inspect.getdoc(_maker(name)).split())
 
 
+def check_options(name: str, options: dict) -> None:
+    """Raise unless ``build_flow`` can build this flow, and the flow has these options.
+
+    Raises:
+        ValueError: for a name that is not known.
+        ImportError: for a library that is not installed.
+        TypeError: for an option that this kind of flow does not have, or an argument of ``build_flow`` among them.
+
+    >>> check_options("masked-affine", {"layers": 5})
+    Traceback (most recent call last):
+    TypeError: layers is no option, but an argument of its own; masked-affine has the options: scale_bound, net, dropout
+    """
+    known = flow_options(name)
+    listed = ", ".join(known) or "none"
+    for option in options:
+        if option in inspect.signature(build_flow).parameters:
+            raise TypeError(f"{option} is no option, but an argument of its own; {name} has the options: {listed}")
+        if option not in known:
+            raise TypeError(f"{name} has no option {option!r}; it has: {listed}")
+
+
 def _maker(name: str) -> Callable[..., Transform]:
-    if name not in _flows():
+    if not isinstance(name, str) or name not in _flows():
         raise ValueError(f"unknown flow {name!r}; known: {', '.join(flow_names())}")
-    return _flows()[name]
+    make, module = _flows()[name]
+    check_installed(module)
+    return make
 
 
 @cache
-def _flows() -> dict[str, Callable[..., Transform]]:
-    found = {}
-    for package in ("adapters.layers", "adapters.bridges"):
-        found |= sorted(flow for module in modules(package) for flow in module.FLOWS.items())
-    return found
+def _flows() -> dict[str, tuple[Callable[..., Transform], ModuleType]]:
+    return flows("adapters.layers", "adapters.bridges")
 
 
 def _cycle(masks: Sequence[Tensor] | None, features: int, layers: int) -> tuple[Tensor, ...]:
+    """One mask a layer, each of floats on the CPU."""
     if masks is None:
         mask = checkerboard_mask(features)
         masks = (mask, 1 - mask)
-    for mask in masks:
-        if mask.shape != (features,):
-            raise ValueError(f"each mask must have shape ({features},), but one has {tuple(mask.shape)}")
+    elif isinstance(masks, str) or not hasattr(masks, "__iter__"):
+        raise TypeError(f"masks must be a list of masks, not {masks!r}")
+    else:
+        masks = tuple(_mask(mask, features) for mask in masks)
+    if not masks:
+        raise ValueError("masks is empty: give at least one mask, or None for the alternating mask and its inverse")
     return tuple(masks[i % len(masks)] for i in range(layers))
 
 
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise ValueError(f"{name} must be a positive integer, not {count!r}")
+def _mask(mask: Tensor, features: int) -> Tensor:
+    mask = as_mask(mask)
+    if mask.shape != (features,):
+        raise ValueError(f"each mask must have shape ({features},), but one has {tuple(mask.shape)}")
+    if mask.is_meta:
+        raise ValueError("a mask on the meta device has no values: make the masks on the CPU")
+    if features > 1:  # one coordinate has nothing to be coupled with: only flows that use no mask take it
+        check_mask(mask)
+    return mask.float().cpu()
+
+
+def _check_preprocess(preprocess: Transform | None, features: int) -> None:
+    if preprocess is None:
+        return
+    if not isinstance(preprocess, Transform):
+        raise TypeError(
+            "preprocess must be an nflows Transform, such as adapters.preprocess.Standardize.of(data), "
+            f"not {preprocess.__name__ if isinstance(preprocess, type) else type(preprocess).__name__}"
+        )
+    for value in getattr(preprocess, "arguments", {}).values():
+        if isinstance(value, Tensor) and value.numel() > 1 and len(value) != features:
+            raise ValueError(f"preprocess is of data with {len(value)} coordinates, but features is {features}")
+
+
+def _option(parameter: inspect.Parameter, value):
+    """The value of this option as plain Python, which a checkpoint can hold: held to its annotation and its limits."""
+    name, kinds = parameter.name, get_args(parameter.annotation) or (parameter.annotation,)
+    kind = next((kind for kind in KINDS if kind in kinds), None)
+    if kind is None or (value is None and NoneType in kinds):
+        return value
+    wanted, words = KINDS[kind]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} must be {words}, not {value!r}")
+    value = kind(value)
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, not {value}")
+    limits, within = LIMITS.get(name, ("", lambda _: True))
+    if not within(value):
+        raise ValueError(f"{name} must be {limits}, not {value!r}")
+    return value
+
+
+def _widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(hidden_features, Integral):
+        hidden_features = (hidden_features,)
+    elif isinstance(hidden_features, str) or not hasattr(hidden_features, "__iter__"):
+        raise TypeError(f"hidden_features must be a list of widths, such as (64, 64), not {hidden_features!r}")
+    return tuple(_count(f"hidden_features[{i}]", width) for i, width in enumerate(hidden_features))
+
+
+def _count(name: str, count: int) -> int:
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name} must be a positive integer, not {count!r}")
+    return int(count)

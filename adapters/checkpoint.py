@@ -1,84 +1,202 @@
-"""A flow on disk: its weights and the recipe that rebuilds it, in one safetensors file. No code is ever unpickled."""
+"""A flow on disk: its weights and the recipe that rebuilds it, in one safetensors file. No code is ever unpickled.
 
+The file's tensors are the masks, the preprocessing's and the flow's own; its metadata hold the recipe and a checksum of
+both. The recipe is either what ``build_flow`` was asked for, or the name of a function, the maker, and its arguments.
+Before ``save_flow`` writes anything, it rebuilds the flow as ``load_flow`` will: whatever is saved can be loaded.
+"""
+
+import glob
+import hashlib
+import importlib
+import inspect
 import json
 import os
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial, reduce
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from nflows.flows import Flow
+from nflows.transforms import Transform
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from adapters.catalogue import build_flow
-from adapters.flow import Flow
+from adapters.bridges import as_flow
+from adapters.catalogue import build_flow, check_options
 from adapters.preprocess import PREPROCESSORS
 
 FILE = "flow.safetensors"
+ABANDONED = 600  # seconds since an unfinished file was last written to: nobody is still at it
+FACTORIES = [torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.arange, torch.linspace]
+FACTORIES += [torch.rand, torch.randn, torch.randint, torch.randperm]
+
+_building = threading.RLock()  # building draws from torch's random state, which is then put back: one thread at a time
 
 
-def save_flow(flow: Flow, directory: str | Path) -> Path:
+def save_flow(
+    flow: Flow, directory: str | Path, maker: str | None = None, arguments: dict[str, Any] | None = None
+) -> Path:
     """Write ``flow`` to ``directory/flow.safetensors``, atomically: a reader sees the old file or the new one.
 
+    A flow of ``build_flow`` carries its recipe. For any other flow, name its maker, the function that made it: the file
+    then holds that name and the arguments, never code.
+
+    Args:
+        flow: what to save; one of another library goes through ``as_flow``. It may be under ``torch.compile``.
+        directory: where to; a path that ends in ``.safetensors`` is the file itself.
+        maker: ``"my_module:my_function"``, which returns a flow like this one, whatever its weights.
+        arguments: the maker's keywords: numbers, strings, lists and dictionaries.
+
+    Returns:
+        the file's path, which ``load_flow`` takes, too.
+
     Raises:
-        TypeError: if the flow was not made by ``build_flow``, or has a preprocessing transform of another kind than
-            ``adapters.preprocess``: its recipe is then code, not data.
+        TypeError: if ``flow`` is no flow; if it has no recipe and no maker is named; if a recipe is no data: one with a
+            ``preprocess`` of another kind than ``adapters.preprocess``, or arguments that JSON can't hold.
+        ValueError: if the recipe makes another flow than this (whose parts or their numbers were replaced since, or
+            which was reparametrised, as ``weight_norm`` does), or a weight is not finite.
+        OSError: if the file can't be written, as on a full disk. What was there before is untouched.
     """
-    if not hasattr(flow, "recipe"):
-        raise TypeError(f"only a flow made by build_flow can be saved with its recipe, not this {type(flow).__name__}")
-    recipe = dict(flow.recipe)
-    tensors = {f"masks.{i}": mask for i, mask in enumerate(recipe.pop("masks"))}
-    if recipe["preprocess"] is not None:
-        recipe["preprocess"], arguments = _preprocess_recipe(recipe["preprocess"])
-        tensors |= arguments
-    tensors |= {f"state.{name}": tensor for name, tensor in flow.state_dict().items()}
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    unfinished = directory / f".{FILE}.unfinished"
-    safetensors.torch.save_file(
-        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
-        unfinished,
-        metadata={"recipe": json.dumps(recipe)},
+    path = _file(directory)
+    flow = as_flow(_unwrapped(flow))
+    recipe, tensors = _recipe_of(flow, maker, arguments)
+    try:
+        tensors |= {f"state.{name}": tensor for name, tensor in _state(flow).items()}
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        _check_finite(flow)
+        _rebuilt(recipe, tensors, like=flow)
+    except _Unusable as error:
+        raise ValueError(f"this flow can't be saved: {error}") from error.__cause__
+    document = json.dumps({"recipe": recipe, "checksum": _checksum(recipe, tensors)})
+    return write_atomically(
+        path, lambda unfinished: safetensors.torch.save_file(tensors, unfinished, {"flow": document})
     )
-    os.replace(unfinished, directory / FILE)
-    return directory / FILE
 
 
-def load_flow(directory: str | Path) -> Flow:
-    """The flow that ``save_flow`` wrote there, with its dtype, on the CPU.
+def load_flow(directory: str | Path, maker: str | None = None) -> Flow:
+    """The flow that ``save_flow`` wrote there, with its dtypes, on the CPU, in eval mode: without dropout.
+
+    To train it further, ``load_flow(directory).train()``.
+
+    Args:
+        directory: where it was saved, or the file itself.
+        maker: for a flow that was saved with a maker, its name again, ``"my_module:my_function"``. Loading imports that
+            module and calls that function with the arguments in the file, which runs the module's code. Nothing is
+            imported because a file says so: only what is named here.
 
     Raises:
-        FileNotFoundError: if the directory holds no checkpoint.
-        ValueError: if the file is truncated, is not a flow's, or its weights do not fit its recipe.
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if the file is damaged, was not written by ``save_flow``, or holds what makes no flow; if it was
+            saved with another maker than this one.
+        ImportError: if the flow is of a library that is not installed.
     """
-    path = Path(directory) / FILE
+    path = _file(directory)
     if not path.is_file():
-        raise FileNotFoundError(f"no {FILE} in {directory}: give the directory that a run wrote (its --out)")
+        raise FileNotFoundError(f"no {path.name} in {path.parent}: give the directory that a run wrote (its --out)")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged or truncated ({error}); restore it or train again") from error
-    if "recipe" not in metadata:
-        raise ValueError(f"{path} holds no flow's recipe: it was not written by save_flow")
-    recipe = json.loads(metadata["recipe"])
-    preprocess = recipe.pop("preprocess")
-    if preprocess is not None:
-        arguments = preprocess["arguments"] | _with_prefix(tensors, "preprocess.")
-        preprocess = PREPROCESSORS[preprocess["name"]](**arguments)
-    masks = [tensors[f"masks.{i}"] for i in range(recipe["layers"])]
-    with torch.random.fork_rng(devices=[]):  # the initial weights are about to be overwritten: leave the seed alone
-        flow = build_flow(**recipe, masks=masks, preprocess=preprocess)
-    state = _with_prefix(tensors, "state.")
-    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    try:
-        flow.to(torch.float64 if torch.float64 in dtypes else next(iter(dtypes))).load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {path} are those of another flow than {recipe['name']}: {error}") from error
-    return flow
+        recipe, tensors = _read(path)
+        _check_maker(path, recipe.get("maker"), maker)
+        flow = _rebuilt(recipe, tensors)
+        _check_finite(flow)
+    except _Unusable as error:
+        raise ValueError(f"{path}: {error}; restore this file or make it again") from error.__cause__
+    return flow.eval()
 
 
-def _preprocess_recipe(transform) -> tuple[dict, dict[str, Tensor]]:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let ``write`` write a file beside ``path``, then put it there: whatever happens, readers see the old or the new.
+
+    Any number of processes and threads may do so at once; the last one to finish wins. What a process that was killed
+    in the middle of a write has left there is removed by a later write.
+
+    Raises:
+        OSError: if it can't be written, naming ``path``. What was there before is untouched.
+    """
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):
+        with suppress(OSError):
+            if time.time() - other.stat().st_mtime > ABANDONED:
+                other.unlink()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        with suppress(OSError):
+            reason = "the disk is full" if shutil.disk_usage(path.parent).free < 2**16 else reason
+        raise OSError(f"{path} can't be written ({reason}); what was there before is untouched") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+    return path
+
+
+class _Unusable(ValueError):
+    """What is in a file, or is to be, makes no flow."""
+
+
+def _file(directory: str | Path) -> Path:
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"directory must be a path, not {directory!r}")
+    path = Path(directory)
+    return path if path.suffix == ".safetensors" and not path.is_dir() else path / FILE
+
+
+def _unwrapped(flow: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile`` and the wrappers of several devices."""
+    while True:
+        if hasattr(flow, "_orig_mod"):
+            flow = flow._orig_mod
+        elif isinstance(flow, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            flow = flow.module
+        else:
+            return flow
+
+
+# What a file holds
+
+
+def _recipe_of(flow: Flow, maker: str | None, arguments: dict | None) -> tuple[dict, dict[str, Tensor]]:
+    """What JSON can hold of the recipe, and its tensors."""
+    tensors = {}
+    if not isinstance(arguments, dict | None):
+        raise TypeError(f"arguments must be a dictionary, not {arguments!r}")
+    if maker is not None:
+        recipe = {"maker": maker, "arguments": {} if arguments is None else arguments}
+        _function(maker)
+    elif arguments is not None:
+        raise TypeError("arguments are those of a maker: name it, too, as maker='my_module:my_function'")
+    elif not isinstance(getattr(flow, "recipe", None), dict):
+        raise TypeError(
+            f"this {type(flow).__name__} was not made by build_flow, so name the function that made it: "
+            "save_flow(flow, directory, maker='my_module:my_function', arguments={…})"
+        )
+    else:
+        recipe = dict(flow.recipe)
+        tensors |= {f"masks.{i}": mask for i, mask in enumerate(recipe.pop("masks", ()))}
+        if recipe.get("preprocess") is not None:
+            recipe["preprocess"], own = _preprocess_recipe(recipe["preprocess"])
+            tensors |= own
+    try:
+        return json.loads(json.dumps(recipe)), tensors
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"a recipe is of numbers, strings, lists and dictionaries ({error}), not {recipe}") from error
+
+
+def _preprocess_recipe(transform: Transform) -> tuple[dict, dict[str, Tensor]]:
     """The transform's name and numbers, and its tensors."""
     names = {kind: name for name, kind in PREPROCESSORS.items()}
     if type(transform) not in names:
@@ -89,5 +207,236 @@ def _preprocess_recipe(transform) -> tuple[dict, dict[str, Tensor]]:
     return {"name": names[type(transform)], "arguments": numbers}, tensors
 
 
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _state(flow: Flow) -> dict[str, Tensor]:
+    state = {_clean(name): value for name, value in flow.state_dict().items()}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype == torch.complex128:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise _Unusable(f"its state holds {name}, of {kind}, which a safetensors file can't hold")
+    return state
+
+
+def _clean(name: str) -> str:
+    """The name that a part has when nothing around it is compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _checksum(recipe: dict, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the recipe and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The recipe and the tensors in the file; ``_Unusable`` unless both are as they were written."""
+    content = path.read_bytes()  # at once: safe_open would open the file twice, and might find another one then
+    try:
+        with torch.device("cpu"):
+            tensors = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header.get("__metadata__", {})
+    except Exception as error:
+        raise _Unusable(f"it is damaged or truncated ({_said(error)})") from error
+    if "flow" not in metadata:
+        if "recipe" in metadata:
+            raise _Unusable("it was written by an earlier version, without a checksum")
+        raise _Unusable("it holds no flow's recipe: it was not written by save_flow")
+    try:
+        document = json.loads(metadata["flow"])
+        recipe, checksum = document["recipe"], document["checksum"]
+        whole = checksum == _checksum(recipe, tensors)
+    except Exception as error:
+        raise _Unusable(f"its recipe is damaged ({_said(error)})") from error
+    if not whole:
+        raise _Unusable("it is damaged: its content does not match its checksum")
+    if not isinstance(recipe, dict):
+        raise _Unusable(f"its recipe is no dictionary, but {recipe!r:.80}")
+    return recipe, tensors
+
+
+# From there to a flow
+
+
+def _rebuilt(recipe: dict, tensors: dict[str, Tensor], like: Flow | None = None) -> Flow:
+    """The flow that a recipe makes, with the weights among the tensors; ``_Unusable`` if it is not like ``like``."""
+    groups = {"masks": {}, "preprocess": {}, "state": {}}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        if group not in groups:
+            raise _Unusable(f"it holds a tensor {name!r}, which is no part of a flow")
+        groups[group][rest] = tensor
+    state = groups.pop("state")
+    with _building, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        try:
+            flow = _made(recipe, **groups) if "maker" in recipe else _built(recipe, _Budget(tensors), **groups)
+        except (_Unusable, ImportError):
+            raise
+        except Exception as error:
+            raise _Unusable(f"its recipe makes no flow ({_said(error)})") from error
+        if like is not None:
+            _check_same(like, flow)
+        _fill(flow, state, recipe.get("name", recipe.get("maker")))
+    return flow
+
+
+def _built(recipe: dict, budget: "_Budget", masks: dict[str, Tensor], preprocess: dict[str, Tensor]) -> Flow:
+    """By ``build_flow``, which checks kinds and ranges; here, that all is there and no more than the file's size."""
+    known = inspect.signature(build_flow).parameters.keys() - {"masks", "options"}
+    if missing := known - recipe.keys():
+        raise _Unusable(f"its recipe has no {', '.join(sorted(missing))}")
+    options = {name: value for name, value in recipe.items() if name not in known}
+    check_options(recipe["name"], options)
+    budget.spend(*(value for value in options.values() if isinstance(value, int)))  # of bins and the like
+    if masks.keys() != {str(i) for i in range(len(masks))} or recipe["layers"] != len(masks):
+        raise _Unusable(f"its recipe has {recipe['layers']!r:.80} layers, but it holds masks for {len(masks)}")
+    masks = [masks[str(i)] for i in range(len(masks))]
+    transform = recipe["preprocess"]
+    if transform is not None:
+        transform = PREPROCESSORS[transform["name"]](**transform["arguments"], **preprocess)
+    elif preprocess:
+        raise _Unusable("it holds tensors for a preprocess that its recipe does not have")
+    with budget:
+        return build_flow(**recipe | {"masks": masks, "preprocess": transform})
+
+
+class _Budget(TorchFunctionMode):
+    """Within it, no more tensors are made than a flow of this file's size needs: a recipe may ask for terabytes."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__()
+        self.tensors = 16 * len(tensors) + 1_000
+        self.elements = 16 * sum(tensor.numel() for tensor in tensors.values()) + 10_000
+
+    def spend(self, *elements: int) -> None:
+        self.elements -= sum(elements)
+        self.tensors -= 1
+        if self.elements < 0 or self.tensors < 0:
+            raise _Unusable("its recipe asks for a far larger flow than it holds the weights of")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in FACTORIES:
+            size = {key: value for key, value in kwargs.items() if key not in ("generator", "out")}
+            self.spend(function(*args, **size | {"device": "meta"}).numel())
+        return function(*args, **kwargs)
+
+
+def _made(recipe: dict, masks: dict[str, Tensor], preprocess: dict[str, Tensor]) -> Flow:
+    """By the maker, whose name the caller of ``load_flow`` has given, too."""
+    if masks or preprocess or recipe.keys() != {"maker", "arguments"} or not isinstance(recipe["arguments"], dict):
+        raise _Unusable("its recipe names a maker, but has not just its arguments beside it")
+    flow = as_flow(_function(recipe["maker"])(**recipe["arguments"]))
+    flow.recipe = recipe
+    return flow
+
+
+def _check_maker(path: Path, maker: str | None, given: str | None) -> None:
+    """A file may not choose what code runs: only the caller may."""
+    if maker is not None and given is None:
+        raise ValueError(
+            f"the flow in {path} was saved with a maker: if you trust that function, give its name, "
+            f"load_flow(…, maker={maker!r:.200}), and loading will import and call it"
+        )
+    if maker != given:
+        raise ValueError(
+            f"the flow in {path} was made by {'build_flow' if maker is None else repr(maker)[:200]}, not by {given!r}"
+        )
+
+
+def _function(maker: str) -> Callable[..., Any]:
+    """The function of that name, imported."""
+    if not isinstance(maker, str) or not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", maker):
+        raise ValueError(f"a maker is named as 'my_module:my_function', not {maker!r}")
+    module, _, attribute = maker.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"maker {maker!r}: {error}; run where Python finds it") from error
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise ValueError(f"maker {maker!r}: {module} has no function {attribute}")
+    return found
+
+
+def _fill(flow: Flow, state: dict[str, Tensor], name: str) -> None:
+    """Give the flow these weights and their dtypes."""
+    own = _state(flow)
+    for key in sorted(own.keys() | state.keys()):
+        here, there = (_shape(tensors.get(key)) for tensors in (state, own))
+        if here != there:
+            raise _Unusable(
+                f"its weights are those of another flow than {name}: {key} is {here}, and should be {there}"
+            )
+    floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+    flow.to(reduce(torch.promote_types, floating, floating[0] if floating else None))
+    for key, tensor in [*flow.named_parameters(), *flow.named_buffers()]:
+        if key in state and state[key].is_floating_point() and tensor.is_floating_point():
+            tensor.data = tensor.data.to(state[key].dtype)
+    flow.load_state_dict(state)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    """In words; the dtype, too, unless it is floating: of these there may be any."""
+    if tensor is None:
+        return "missing"
+    return f"of shape {tuple(tensor.shape)}" + ("" if tensor.is_floating_point() else f" and {tensor.dtype}")
+
+
+def _said(error: Exception) -> str:
+    """Its kind and message, in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
+
+
+# Whether it is the flow that was saved
+
+
+def _check_finite(flow: Flow) -> None:
+    """A buffer may hold infinite bounds, but no weight may be infinite."""
+    for tensors, wrong in (
+        (flow.named_parameters(), lambda tensor: ~tensor.isfinite()),
+        (flow.named_buffers(), Tensor.isnan),
+    ):
+        for name, tensor in tensors:
+            if count := int(wrong(tensor.detach()).sum()):
+                raise _Unusable(f"{_clean(name)} holds {count} of {tensor.numel()} values that are not finite")
+
+
+def _check_same(flow: Flow, rebuilt: Flow) -> None:
+    """Whether the two are of the same modules with the same numbers: their weights alone would not tell."""
+    here, there = _described(flow), _described(rebuilt)
+    for name in dict.fromkeys((*here, *there)):
+        if here.get(name) != there.get(name):
+            wanted = there.get(name, "nothing of that name")
+            raise _Unusable(
+                f"{name} is {here.get(name, 'missing')}, but the recipe makes {wanted}. "
+                "Undo what was done to it after it was built, or name a maker and arguments that make it as it is"
+            )
+
+
+def _described(flow: Flow) -> dict[str, str]:
+    """Each module's kind and plain attributes, in words."""
+    described = {}
+    for name, module in flow.named_modules(remove_duplicate=False):
+        if hasattr(module, "_orig_mod"):
+            continue
+        name = _clean(name) or "the flow"
+        described[name] = f"{type(module).__module__}.{type(module).__qualname__}"
+        plain = {key: _in_words(value) for key, value in vars(module).items() if key[0] != "_" and key != "training"}
+        described |= {f"{name}.{key}": words for key, words in plain.items() if words}
+    return described
+
+
+def _in_words(value) -> str:
+    """A number, string or function; anything else says nothing."""
+    if isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, FunctionType | BuiltinFunctionType | type):
+        return value.__qualname__
+    if isinstance(value, partial):
+        arguments = [*value.args, *value.keywords.values()]
+        return f"{_in_words(value.func)}({', '.join(map(_in_words, arguments))})"
+    return ""

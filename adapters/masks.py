@@ -4,6 +4,8 @@ The convention, here and everywhere in this package: **1 = passes unchanged, 0 =
 exercise; zuko and distrax agree). nflows' own coupling layers mean the opposite by 1; only ``bridges/nflows.py`` knows.
 """
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -23,21 +25,28 @@ def checkerboard_mask(*shape: int) -> Tensor:
     tensor([[1., 0., 1.],
             [0., 1., 0.]])
     """
-    _check_sizes(shape)
-    index_sum = sum(torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+    index_sum = sum(torch.meshgrid(*map(torch.arange, _sizes(*shape)), indexing="ij"))
     return (index_sum % 2 == 0).float()
 
 
 def random_mask(features: int, generator: torch.Generator | None = None) -> Tensor:
     """A random half (⌊D/2⌋) of the coordinates is 1. It is drawn once, here; a layer keeps it as a buffer.
 
+    The generator may be of another device than torch's default one, on which the mask is.
+
     Raises:
         ValueError: if ``features`` is below 1.
+        TypeError: if ``features`` is no integer, or ``generator`` is no generator.
     """
-    _check_sizes((features,))
-    mask = torch.zeros(features)
-    mask[torch.randperm(features, generator=generator)[: features // 2]] = 1
-    return mask
+    (features,) = _sizes(features)
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(
+            f"generator must be a torch.Generator, such as torch.Generator().manual_seed(0), not {generator!r}"
+        )
+    order = torch.randperm(features, generator=generator, device=None if generator is None else generator.device)
+    mask = torch.zeros(features, device=order.device)
+    mask[order[: features // 2]] = 1
+    return mask.to(torch.empty(0).device)
 
 
 def half_mask(features: int) -> Tensor:
@@ -49,7 +58,7 @@ def half_mask(features: int) -> Tensor:
     >>> half_mask(5)
     tensor([1., 1., 0., 0., 0.])
     """
-    _check_sizes((features,))
+    (features,) = _sizes(features)
     return (torch.arange(features) < features // 2).float()
 
 
@@ -68,18 +77,28 @@ def pyramid_masks(height: int, width: int) -> list[Tensor]:
     [1.0, 1.0, 1.0, 0.0]
     [1.0, 0.0, 0.0, 1.0]
     """
-    _check_sizes((height, width))
-    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    left = torch.ones(height, width, dtype=torch.bool)
-    masks, step = [], 1
-    while left.sum() > 1:
-        for odd in ((row // step + column // step) % 2 == 1, (row // step) % 2 == 1):
-            if (left & odd).any():
-                masks.append((~(left & odd)).float().flatten())
-                left = left & ~odd
-        step *= 2
-    masks.append((~left).float().flatten())
-    return masks[::-1]
+    height, width = _sizes(height, width)
+    default = torch.empty(0).device
+    with torch.device("cpu"):  # how many masks there are depends on the values in them, and meta tensors have none
+        row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        left = torch.ones(height, width, dtype=torch.bool)
+        masks, step = [], 1
+        while left.sum() > 1:
+            for odd in ((row // step + column // step) % 2 == 1, (row // step) % 2 == 1):
+                if (left & odd).any():
+                    masks.append((~(left & odd)).float().flatten())
+                    left = left & ~odd
+            step *= 2
+        masks.append((~left).float().flatten())
+    return [mask.to(default) for mask in reversed(masks)]
+
+
+def as_mask(mask: Tensor) -> Tensor:
+    """The mask as a tensor, if a list or an array; a TypeError if it is neither."""
+    try:
+        return mask if isinstance(mask, Tensor) and mask.is_meta else torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"a mask must be a tensor of 0 and 1, one entry per coordinate, not {mask!r}") from error
 
 
 def check_mask(mask: Tensor) -> Tensor:
@@ -87,13 +106,17 @@ def check_mask(mask: Tensor) -> Tensor:
 
     All zeros is allowed: the networks then see nothing, and the layer is an elementwise map, the only kind of
     coupling there is in one dimension. All ones is not: the layer would be the identity, its networks never trained.
+    A mask on the meta device has no values to be wrong.
 
     Raises:
         ValueError: if the mask is empty, all ones, or holds anything but 0 and 1.
+        TypeError: for what is no tensor, nor can become one.
     """
-    mask = torch.as_tensor(mask)
+    mask = as_mask(mask)
     if mask.numel() == 0:
         raise ValueError(f"the mask is empty (shape {tuple(mask.shape)}); it needs one entry per coordinate")
+    if mask.is_meta:
+        return mask
     if not torch.all((mask == 0) | (mask == 1)):
         wrong = mask[(mask != 0) & (mask != 1)][0].item()
         raise ValueError(f"a mask holds only 0 (transformed) and 1 (unchanged), but this one holds {wrong}")
@@ -102,6 +125,11 @@ def check_mask(mask: Tensor) -> Tensor:
     return mask
 
 
-def _check_sizes(shape: tuple[int, ...]) -> None:
-    if not shape or any(size < 1 for size in shape):
-        raise ValueError(f"a mask needs sizes of at least 1, not {shape}")
+def _sizes(*sizes: int) -> tuple[int, ...]:
+    if any(not isinstance(size, Integral) or isinstance(size, bool) for size in sizes):
+        raise TypeError(
+            f"a mask needs sizes that are integers, one by one, such as 28, 28, not {', '.join(map(repr, sizes))}"
+        )
+    if not sizes or any(size < 1 for size in sizes):
+        raise ValueError(f"a mask needs sizes of at least 1, not {sizes}")
+    return tuple(map(int, sizes))

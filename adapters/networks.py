@@ -96,11 +96,12 @@ class ConvNet(nn.Module):
         reads, writes = (plane.view(self.side, self.side) for plane in (reads, writes))
         while self.side % 4 == 0 and (reads + writes).count_nonzero() == (reads + writes)[::2, ::2].count_nonzero():
             reads, writes, self.side = reads[::2, ::2], writes[::2, ::2], self.side // 2
-        self.register_buffer("reads", reads.flatten().nonzero().flatten(), persistent=False)
-        self.register_buffer("writes", writes.flatten().nonzero().flatten(), persistent=False)
-        plane = pixel_unshuffle(reads[None, None].to(torch.get_default_dtype()), 2)
-        self.register_buffer("plane", plane, persistent=False)
         self.first = nn.Conv2d(8, channels, 3, padding=1)
+        device = self.first.weight.device  # torch's default one, wherever the masks were made
+        self.register_buffer("reads", reads.flatten().nonzero().flatten().to(device), persistent=False)
+        self.register_buffer("writes", writes.flatten().nonzero().flatten().to(device), persistent=False)
+        plane = pixel_unshuffle(reads[None, None].to(self.first.weight), 2)
+        self.register_buffer("plane", plane, persistent=False)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(channels, channels, 3, padding=1),
@@ -144,7 +145,7 @@ def conditioner(net: str, reads: Tensor, writes: Tensor, parameters_per_coordina
     Raises:
         ValueError: for a net that is not known.
     """
-    if net not in NETS:
+    if not isinstance(net, str) or net not in NETS:
         raise ValueError(f"unknown net {net!r}; known: {', '.join(NETS)}")
     if net == "conv" and reads.sum() >= 49:
         return ConvNet(reads, writes, parameters_per_coordinate, **network)
@@ -153,7 +154,7 @@ def conditioner(net: str, reads: Tensor, writes: Tensor, parameters_per_coordina
 
 def check_activation(activation: str) -> None:
     """Raise a ValueError that lists the known names, if this is none of them."""
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
 
 

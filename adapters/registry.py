@@ -1,4 +1,4 @@
-"""How files make themselves known: each layer and bridge carries an ``EXAMPLES`` and a ``FLOWS``, found by presence.
+"""How files make themselves known: each layer and bridge may carry an ``EXAMPLES`` and a ``FLOWS``, found by presence.
 
 ``EXAMPLES: dict[str, Example]`` are transforms that the tests hold against the laws.
 ``MODELS: dict[str, Model]``, in a bridge, are whole models of the library, scored by the library's own code.
@@ -7,6 +7,7 @@ data → noise that the specification asks for.
 """
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Specification:
         layers: how many layers.
         hidden_features: widths of each conditioner's hidden layers.
         context_features: width of the context; ``None`` for an unconditional flow.
-        masks: one mask of D entries a layer, layer by layer from the noise side to the data side; 1 = unchanged.
+        masks: one mask of D entries a layer, from the noise side to the data side; 1 = unchanged. Floats, on the CPU.
         activation: name of the conditioners' activation, a key of ``networks.ACTIVATIONS``.
         preprocess: the fixed transform between the data and these layers, if there is one.
     """
@@ -89,3 +90,33 @@ def modules(package: str) -> list[ModuleType]:
     """Every module of ``adapters.layers`` or ``adapters.bridges``, in alphabetical order."""
     path = importlib.import_module(package).__path__
     return [importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules(path)]
+
+
+def flows(*packages: str) -> dict[str, tuple[Callable[..., Transform], ModuleType]]:
+    """The flows of every module that has any, each with its module; each package's in alphabetical order.
+
+    Raises:
+        ValueError: if two modules give their flows the same name.
+    """
+    found = {}
+    for package in packages:
+        own = [
+            (name, make, module) for module in modules(package) for name, make in getattr(module, "FLOWS", {}).items()
+        ]
+        for name, make, module in sorted(own, key=lambda flow: flow[0]):
+            if name in found:
+                raise ValueError(f"two flows are named {name!r}: in {found[name][1].__name__} and {module.__name__}")
+            found[name] = make, module
+    return found
+
+
+def installed(module: ModuleType) -> bool:
+    """Whether the library that this bridge is for can be imported; a hand-written layer needs none."""
+    return all(importlib.util.find_spec(package) is not None for package in getattr(module, "PACKAGES", ())[:1])
+
+
+def check_installed(module: ModuleType) -> None:
+    """Raise an ImportError that names the extra unless ``installed``."""
+    if not installed(module):
+        name = module.__name__.rpartition(".")[2]
+        raise ImportError(f"{name} is not installed: pip install 'flow-adapters[{module.EXTRA}]'")

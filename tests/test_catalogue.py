@@ -1,35 +1,23 @@
-"""build_flow, save_flow and load_flow: what they make, keep and refuse."""
+"""build_flow: what it makes, whatever it is given; and the preprocessing."""
 
+import importlib.util
 import json
+import sys
 
+import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from nflows.flows import Flow as NflowsFlow
 from torch.testing import assert_close
 
-from adapters import build_flow, flow_names, load_flow, random_mask, save_flow
+import adapters.layers
+from adapters import build_flow, checkerboard_mask, flow_names, random_mask
+from adapters.catalogue import _flows, describe_flow, flow_options
 from adapters.masks import pyramid_masks
+from adapters.networks import ConvNet
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
+from adapters.registry import flows
 from tests.laws import autograd_log_det, batch, randomise
-
-
-@pytest.mark.parametrize("name", flow_names())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_saved_flow_comes_back_the_same(name, dtype, tmp_path):
-    masks = [random_mask(4), random_mask(4), random_mask(4)]
-    data = batch(50, 4).float()
-    flow = build_flow(name, 4, 2, 3, (8, 8), masks, "tanh", preprocess=Standardize.of(data))
-    randomise(flow).to(dtype)
-    random_state = torch.get_rng_state()
-    save_flow(flow, tmp_path / "run")
-    loaded = load_flow(tmp_path / "run")
-    assert torch.equal(torch.get_rng_state(), random_state), "loading must leave the random state alone"
-    x, context = data.to(dtype), batch(50, 2, seed=3).to(dtype)
-    assert_close(loaded.log_prob(x, context), flow.log_prob(x, context), atol=0, rtol=0)
-    assert loaded.sample(3, context).dtype == dtype
-    save_flow(loaded, tmp_path / "again")
-    assert (tmp_path / "again/flow.safetensors").read_bytes() == (tmp_path / "run/flow.safetensors").read_bytes()
 
 
 def test_a_flow_is_an_nflows_flow_and_its_base_keeps_the_dtype():
@@ -54,60 +42,78 @@ def test_autocast_leaves_the_arithmetic_on_data_in_their_precision(name):
     assert all(p.grad.isfinite().all() for p in flow.parameters() if p.grad is not None)
 
 
-def test_bad_checkpoints_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no flow.safetensors in"):
-        load_flow(tmp_path)
-    path = save_flow(build_flow("masked-affine", 2, layers=2), tmp_path)
-    whole = path.read_bytes()
-    for kept in (0, 5, 200, len(whole) - 3):
-        path.write_bytes(whole[:kept])
-        with pytest.raises(ValueError, match="damaged or truncated"):
-            load_flow(tmp_path)
-    safetensors.torch.save_file({"weight": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match="holds no flow's recipe"):
-        load_flow(tmp_path)
-    path.write_bytes(whole)
-    tensors = safetensors.torch.load_file(path)
-    with safetensors.safe_open(path, "pt") as file:
-        recipe = json.loads(file.metadata()["recipe"])
-    safetensors.torch.save_file(tensors, path, {"recipe": json.dumps(recipe | {"hidden_features": [5]})})
-    with pytest.raises(ValueError, match="are those of another flow than masked-affine"):
-        load_flow(tmp_path)
+def test_a_flow_that_cannot_be_built_here_is_not_listed(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "zuko" else find(name, *rest))
+    assert "nflows-rqs" in flow_names() and not [name for name in flow_names() if name.startswith("zuko")]
+    for call in (build_flow, flow_options, describe_flow):
+        with pytest.raises(ImportError, match=r"zuko is not installed: pip install 'flow-adapters\[zuko\]'"):
+            call("zuko-nsf", 3) if call is build_flow else call("zuko-nsf")
+    with pytest.raises(ValueError, match="unknown flow 'zuko-nfs'; known: masked-affine, "):
+        build_flow("zuko-nfs", 3)
 
 
-def test_a_flow_that_no_recipe_rebuilds_is_not_saved(tmp_path):
-    with pytest.raises(TypeError, match="only a flow made by build_flow"):
-        save_flow(NflowsFlow(None, None), tmp_path)
+def test_a_new_layer_needs_no_flow_nor_example(tmp_path, monkeypatch):
+    """A file without FLOWS is no trouble, one with some is found, and two flows of one name are refused."""
+    monkeypatch.setattr(adapters.layers, "__path__", [*adapters.layers.__path__, str(tmp_path)])
+    (tmp_path / "my_idea.py").write_text("def unfinished(): ...")
+    (tmp_path / "my_layer.py").write_text(
+        "from adapters.layers.coupling import masked_affine\nFLOWS = {'mine': masked_affine}"
+    )
+    found = flows("adapters.layers", "adapters.bridges")
+    assert list(found)[5] == "mine" and list(found)[:5] + list(found)[6:] == list(_flows())
+    (tmp_path / "my_layer.py").write_text("FLOWS = {'zuko-nsf': print}")
+    monkeypatch.delitem(sys.modules, "adapters.layers.my_layer")
+    with pytest.raises(ValueError, match="two flows are named 'zuko-nsf': in adapters.layers.my_layer and .*zuko"):
+        flows("adapters.layers", "adapters.bridges")
+    for name in ("my_idea", "my_layer"):
+        monkeypatch.delitem(sys.modules, f"adapters.layers.{name}")
 
-    class MyTransform(Standardize):
-        pass
 
-    flow = build_flow("masked-affine", 2, preprocess=MyTransform(torch.zeros(2), torch.ones(2)))
-    with pytest.raises(TypeError, match="preprocess of Standardize, Logit, Probit, Marginals, not MyTransform"):
-        save_flow(flow, tmp_path)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", flow_names())
+def test_a_flow_is_built_under_any_default_device(name):
+    arguments = (name, 4, 2, 2, (8, 8))
+    masks, preprocess = [torch.tensor([1, 0, 0, 1])], Logit()
+    with torch.device("meta"):
+        for flow in (build_flow(*arguments), build_flow(*arguments, masks=masks, preprocess=preprocess)):
+            assert {tensor.device.type for tensor in [*flow.parameters(), *flow.buffers()]} == {"meta"}
+    assert build_flow(*arguments).log_prob(torch.zeros(3, 4), torch.zeros(3, 2)).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"name": "masked-afine"}, ValueError, "unknown flow 'masked-afine'; known: masked-affine, "),
-        ({"features": 0}, ValueError, "features must be a positive integer, not 0"),
-        ({"layers": 0}, ValueError, "layers must be a positive integer, not 0"),
-        ({"layers": 2.5}, ValueError, "layers must be a positive integer, not 2.5"),
-        ({"hidden_features": (8, -1)}, ValueError, r"hidden_features\[1\] must be a positive integer, not -1"),
-        ({"context_features": 0}, ValueError, "context_features must be a positive integer, not 0"),
-        ({"activation": "rellu"}, ValueError, "unknown activation 'rellu'; known: relu, "),
-        ({"masks": [torch.ones(3)]}, ValueError, r"each mask must have shape \(4,\), but one has \(3,\)"),
-        ({"bins": 8}, TypeError, "masked-affine has no option 'bins'; it has: scale_bound, net, dropout"),
-        ({"features": 1}, ValueError, "a coupling flow needs at least 2 features, not 1"),
-        ({"name": "masked-spline", "bins": 1}, ValueError, "bins must be at least 2, not 1"),
-        ({"name": "nflows-maf", "hidden_features": (8, 9)}, ValueError, r"\(8, 9\) must all be equal"),
-    ],
-)
-def test_bad_arguments_are_refused(arguments, error, message):
-    with pytest.raises(error, match=message):
-        build_flow(**{"name": "masked-affine", "features": 4, **arguments})
+def test_a_conditioner_is_on_the_default_device_wherever_its_masks_are():
+    reads = checkerboard_mask(8, 8).flatten()
+    with torch.device("meta"):
+        network = ConvNet(reads, 1 - reads, 2, (4,), 3)
+        assert {tensor.device.type for tensor in [*network.parameters(), *network.buffers()]} == {"meta"}
+        assert network(torch.randn(5, 32), torch.randn(5, 3)).shape == (5, 64)
+
+
+def test_one_mask_is_as_good_as_another():
+    """Bool, integer, list or array: the flow is the same."""
+    x, plain = torch.randn(5, 4), [1, 0, 0, 1]
+    kinds = [plain, torch.tensor(plain), torch.tensor(plain).bool(), np.array(plain), torch.tensor(plain).double()]
+    for name in flow_names():
+        densities = []
+        for mask in kinds:
+            torch.manual_seed(0)
+            flow = build_flow(name, 4, layers=2, hidden_features=(8,), masks=[mask])
+            densities.append(flow.log_prob(x))
+        assert all(torch.equal(density, densities[0]) for density in densities)
+
+
+def test_numpys_numbers_are_numbers():
+    flow = build_flow(
+        "masked-spline",
+        np.int64(4),
+        np.int32(2),
+        np.int64(2),
+        np.array([8, 8]),
+        bins=np.int64(5),
+        minimum=np.float32(0.01),
+    )
+    plain = {key: value for key, value in flow.recipe.items() if key != "masks"}
+    assert json.loads(json.dumps(plain)) == plain | {"hidden_features": [8, 8]}
+    assert checkerboard_mask(np.int64(2), np.int64(3)).shape == (2, 3) and random_mask(np.int64(5)).shape == (5,)
 
 
 def test_wrong_shapes_and_contexts_are_refused():

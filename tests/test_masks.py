@@ -2,8 +2,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from adapters import checkerboard_mask, half_mask, random_mask
+from adapters import MaskedCouplingLayer, checkerboard_mask, half_mask, random_mask
 from adapters.masks import pyramid_masks
 
 
@@ -37,6 +38,25 @@ def test_a_pyramid_transforms_each_pixel_once_finest_last(height, width):
     assert masks[0].sum() == height * width - 1 and masks[0][0] == 0
     if height * width > 1:
         assert torch.equal(masks[-1], checkerboard_mask(height, width).flatten())
+
+
+def test_masks_are_on_the_default_device_whatever_the_generators():
+    generator = torch.Generator().manual_seed(1)
+    expected = random_mask(9, generator=generator)
+    after = generator.get_state()
+    with torch.device("meta"):
+        made = [
+            random_mask(9, generator=generator.manual_seed(1)),
+            random_mask(9),
+            half_mask(9),
+            checkerboard_mask(3, 3),
+            *pyramid_masks(3, 3),
+        ]
+        assert torch.equal(generator.get_state(), after), "the generator given is the one that was drawn from"
+        assert {mask.device.type for mask in made} == {"meta"} and {mask.numel() for mask in made} == {9}
+        assert MaskedCouplingLayer(nn.Linear(9, 9), nn.Linear(9, 9), made[0])(torch.randn(2, 9))[0].shape == (2, 9)
+        with torch.device("cpu"):
+            assert torch.equal(random_mask(9, generator=generator.manual_seed(1)), expected)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, -1)])

@@ -1,0 +1,365 @@
+"""Wrong uses of the public names: each is refused at once, by a sentence that says what came and what is wanted.
+
+To add a row: the wrong use as it would be typed, the error, and a part of its message. ``flow``, ``layer`` and the rest
+are made anew for each row; ``here`` is an empty directory, in which nothing may be left.
+"""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import adapters
+from adapters.catalogue import check_options
+from adapters.preprocess import Logit, Marginals, Standardize
+
+MASKS = [
+    ("checkerboard_mask()", ValueError, "a mask needs sizes of at least 1, not ()"),
+    ("checkerboard_mask(0)", ValueError, "a mask needs sizes of at least 1, not (0,)"),
+    ("checkerboard_mask(3, -1)", ValueError, "a mask needs sizes of at least 1, not (3, -1)"),
+    ("checkerboard_mask(2.5)", TypeError, "a mask needs sizes that are integers, one by one, such as 28, 28, not 2.5"),
+    ("checkerboard_mask((28, 28))", TypeError, "integers, one by one, such as 28, 28, not (28, 28)"),
+    ("checkerboard_mask('3')", TypeError, "sizes that are integers, one by one, such as 28, 28, not '3'"),
+    ("checkerboard_mask(True)", TypeError, "sizes that are integers, one by one, such as 28, 28, not True"),
+    ("checkerboard_mask(None)", TypeError, "sizes that are integers, one by one, such as 28, 28, not None"),
+    ("half_mask(0)", ValueError, "a mask needs sizes of at least 1, not (0,)"),
+    ("half_mask(2.5)", TypeError, "sizes that are integers, one by one, such as 28, 28, not 2.5"),
+    ("half_mask([4])", TypeError, "sizes that are integers, one by one, such as 28, 28, not [4]"),
+    ("random_mask(-7)", ValueError, "a mask needs sizes of at least 1, not (-7,)"),
+    ("random_mask(7.0)", TypeError, "sizes that are integers, one by one, such as 28, 28, not 7.0"),
+    (
+        "random_mask(7, 3)",
+        TypeError,
+        "generator must be a torch.Generator, such as torch.Generator().manual_seed(0), not 3",
+    ),
+    ("random_mask(7, np.random.default_rng())", TypeError, "generator must be a torch.Generator"),
+]
+
+LAYER = [
+    (
+        "MaskedCouplingLayer(net, net, None)",
+        TypeError,
+        "a mask must be a tensor of 0 and 1, one entry per coordinate, not N",
+    ),
+    (
+        "MaskedCouplingLayer(net, net, '101')",
+        TypeError,
+        "a mask must be a tensor of 0 and 1, one entry per coordinate, not '",
+    ),
+    ("MaskedCouplingLayer(net, net, torch.ones(3))", ValueError, "the mask is all ones: nothing would be transformed"),
+    (
+        "MaskedCouplingLayer(net, net, torch.empty(0))",
+        ValueError,
+        "the mask is empty (shape (0,)); it needs one entry per",
+    ),
+    (
+        "MaskedCouplingLayer(net, net, torch.tensor([1, 2, 0]))",
+        ValueError,
+        "0 (transformed) and 1 (unchanged), but this",
+    ),
+    ("layer(torch.randn(5, 4))", ValueError, "this layer takes inputs of shape (batch, 3), not (5, 4)"),
+    ("layer(torch.tensor(1.0))", ValueError, "this layer takes inputs of shape (batch, 3), not ()"),
+    ("layer(x, torch.randn(5, 2))", TypeError, "a context of shape (5, 2) was given, but Linear takes no context"),
+    (
+        "MaskedCouplingLayer(nn.Linear(3, 2), net, mask)(x)",
+        ValueError,
+        "scale_net must return shape (5, 3), but returned",
+    ),
+    (
+        "MaskedCouplingLayer(net, nn.Linear(3, 1), mask)(x)",
+        ValueError,
+        "translation_net must return shape (5, 3), but ret",
+    ),
+]
+
+BUILD = [
+    ("build_flow('masked-afine', 3)", ValueError, "unknown flow 'masked-afine'; known: masked-affine, "),
+    ("build_flow(None, 3)", ValueError, "unknown flow None; known: masked-affine, "),
+    ("build_flow(['masked-affine'], 3)", ValueError, "unknown flow ['masked-affine']; known: masked-affine, "),
+    ("build_flow('masked-affine', 0)", ValueError, "features must be a positive integer, not 0"),
+    ("build_flow('masked-affine', 3.0)", ValueError, "features must be a positive integer, not 3.0"),
+    ("build_flow('masked-affine', '3')", ValueError, "features must be a positive integer, not '3'"),
+    ("build_flow('masked-affine', True)", ValueError, "features must be a positive integer, not True"),
+    ("build_flow('masked-affine', x)", ValueError, "features must be a positive integer, not tensor"),
+    ("build_flow('masked-affine', 1)", ValueError, "a coupling flow needs at least 2 features, not 1"),
+    ("build_flow('masked-affine', 3, 0)", ValueError, "context_features must be a positive integer, not 0"),
+    ("build_flow('masked-affine', 3, 1.5)", ValueError, "context_features must be a positive integer, not 1.5"),
+    ("build_flow('masked-affine', 3, layers=0)", ValueError, "layers must be a positive integer, not 0"),
+    ("build_flow('masked-affine', 3, layers=2.5)", ValueError, "layers must be a positive integer, not 2.5"),
+    ("build_flow('masked-affine', 3, layers=None)", ValueError, "layers must be a positive integer, not None"),
+    (
+        "build_flow('masked-affine', 3, hidden_features=0)",
+        ValueError,
+        "hidden_features[0] must be a positive integer, not 0",
+    ),
+    (
+        "build_flow('masked-affine', 3, hidden_features=(8, -1))",
+        ValueError,
+        "hidden_features[1] must be a positive integer",
+    ),
+    (
+        "build_flow('masked-affine', 3, hidden_features=(8, 2.5))",
+        ValueError,
+        "hidden_features[1] must be a positive intege",
+    ),
+    (
+        "build_flow('masked-affine', 3, hidden_features='64')",
+        TypeError,
+        "must be a list of widths, such as (64, 64), not '6",
+    ),
+    (
+        "build_flow('masked-affine', 3, hidden_features=None)",
+        TypeError,
+        "must be a list of widths, such as (64, 64), not No",
+    ),
+    (
+        "build_flow('masked-affine', 3, hidden_features=6.4)",
+        TypeError,
+        "must be a list of widths, such as (64, 64), not 6.4",
+    ),
+    ("build_flow('nflows-maf', 3, hidden_features=(8, 9))", ValueError, "(8, 9) must all be equal"),
+    ("build_flow('masked-affine', 3, activation='rellu')", ValueError, "unknown activation 'rellu'; known: relu, "),
+    (
+        "build_flow('masked-affine', 3, activation=nn.ReLU)",
+        ValueError,
+        "unknown activation <class 'torch.nn.modules.activ",
+    ),
+    ("build_flow('masked-affine', 3, activation=['relu'])", ValueError, "unknown activation ['relu']; known: relu, "),
+    (
+        "build_flow('masked-affine', 3, masks=[])",
+        ValueError,
+        "masks is empty: give at least one mask, or None for the alter",
+    ),
+    ("build_flow('masked-affine', 3, masks=3)", TypeError, "masks must be a list of masks, not 3"),
+    (
+        "build_flow('masked-affine', 3, masks='checkerboard')",
+        TypeError,
+        "masks must be a list of masks, not 'checkerboard'",
+    ),
+    ("build_flow('masked-affine', 3, masks=mask)", ValueError, "each mask must have shape (3,), but one has ()"),
+    (
+        "build_flow('masked-affine', 3, masks=[mask[:2]])",
+        ValueError,
+        "each mask must have shape (3,), but one has (2,)",
+    ),
+    (
+        "build_flow('masked-affine', 3, masks=[None])",
+        TypeError,
+        "a mask must be a tensor of 0 and 1, one entry per coordinate",
+    ),
+    ("build_flow('masked-affine', 3, masks=[mask, 1 + mask])", ValueError, "a mask holds only 0 (transformed) and 1"),
+    ("build_flow('nflows-affine', 3, masks=[mask * np.nan])", ValueError, "(unchanged), but this one holds nan"),
+    ("build_flow('zuko-nsf', 3, masks=[mask > -1])", ValueError, "the mask is all ones: nothing would be transformed"),
+    ("build_flow('zuko-nsf', 3, masks=[mask.to('meta')])", ValueError, "a mask on the meta device has no values"),
+    (
+        "build_flow('masked-affine', 3, preprocess=net)",
+        TypeError,
+        "preprocess must be an nflows Transform, such as adapters.p",
+    ),
+    (
+        "build_flow('masked-affine', 3, preprocess=Logit)",
+        TypeError,
+        "preprocess must be an nflows Transform, such as .*Logit",
+    ),
+    (
+        "build_flow('masked-affine', 3, preprocess='logit')",
+        TypeError,
+        "preprocess must be an nflows Transform, such as .*str",
+    ),
+    (
+        "build_flow('masked-affine', 3, preprocess=Standardize.of(torch.randn(9, 4)))",
+        ValueError,
+        "preprocess is of data with 4 coordinates, but features is 3",
+    ),
+    (
+        "build_flow('masked-affine', 3, preprocess=Marginals(torch.ones(2, 8)))",
+        ValueError,
+        "preprocess is of data with 2 coordinates, but features is 3",
+    ),
+    (
+        "build_flow('masked-affine', 3, bins=8)",
+        TypeError,
+        "masked-affine has no option 'bins'; it has: scale_bound, net, dr",
+    ),
+    ("build_flow('zuko-maf', 3, bins=8)", TypeError, "zuko-maf has no option 'bins'; it has: none"),
+    (
+        "build_flow('masked-affine', 3, specification=8)",
+        TypeError,
+        "masked-affine has no option 'specification'; it has: ",
+    ),
+    (
+        "check_options('masked-affine', {'layers': 5})",
+        TypeError,
+        "layers is no option, but an argument of its own; masked",
+    ),
+    ("check_options('zuko-maf', {'preprocess': 5})", TypeError, "preprocess is no option, but an argument of its own"),
+    ("check_options('masked-afine', {})", ValueError, "unknown flow 'masked-afine'; known: masked-affine, "),
+    ("build_flow('masked-spline', 3, bins=0)", ValueError, "bins must be at least 2, not 0"),
+    ("build_flow('nflows-rqs', 3, bins=1)", ValueError, "bins must be at least 2, not 1"),
+    ("build_flow('masked-histogram', 3, bins=2.5)", TypeError, "bins must be an integer, not 2.5"),
+    ("build_flow('pyro-spline', 3, bins='8')", TypeError, "bins must be an integer, not '8'"),
+    ("build_flow('zuko-nsf', 3, bins=None)", TypeError, "bins must be an integer, not None"),
+    ("build_flow('masked-spline', 3, tail_bound=np.inf)", ValueError, "tail_bound must be finite, not inf"),
+    ("build_flow('pyro-spline', 3, tail_bound=-1)", ValueError, "tail_bound must be positive, not -1.0"),
+    ("build_flow('normflows-rqs', 3, tail_bound=-1)", ValueError, "tail_bound must be positive, not -1.0"),
+    ("build_flow('nflows-rqs', 3, tail_bound=0)", ValueError, "tail_bound must be positive, not 0.0"),
+    ("build_flow('zuko-bpf', 3, tail_bound='4')", TypeError, "tail_bound must be a number, not '4'"),
+    (
+        "build_flow('masked-spline', 3, tail_bound=torch.tensor(4.0))",
+        TypeError,
+        "tail_bound must be a number, not tensor(4.)",
+    ),
+    ("build_flow('masked-spline', 3, minimum=1)", ValueError, "minimum must be in (0, 1), not 1.0"),
+    ("build_flow('nflows-rqs', 3, minimum=-0.1)", ValueError, "minimum must be in (0, 1), not -0.1"),
+    ("build_flow('zuko-nsf', 3, minimum=np.nan)", ValueError, "minimum must be finite, not nan"),
+    ("build_flow('masked-affine', 3, dropout=np.nan)", ValueError, "dropout must be finite, not nan"),
+    ("build_flow('masked-affine', 3, dropout=1)", ValueError, "dropout must be in [0, 1), not 1.0"),
+    ("build_flow('masked-autoregressive', 3, dropout=-0.1)", ValueError, "dropout must be in [0, 1), not -0.1"),
+    ("build_flow('masked-affine', 3, dropout=True)", TypeError, "dropout must be a number, not True"),
+    ("build_flow('masked-affine', 3, scale_bound=np.inf)", ValueError, "scale_bound must be finite, not inf"),
+    ("build_flow('masked-autoregressive', 3, scale_bound=None)", TypeError, "scale_bound must be a number, not None"),
+    ("build_flow('masked-affine', 3, scale_bound=[2])", TypeError, "scale_bound must be a number, not [2]"),
+    ("build_flow('freia-affine', 3, clamp=-2)", ValueError, "clamp must be positive, not -2.0"),
+    ("build_flow('zuko-bpf', 3, degree=0)", ValueError, "degree must be positive, not 0"),
+    ("build_flow('zuko-naf', 3, signal=1.5)", TypeError, "signal must be an integer, not 1.5"),
+    ("build_flow('zuko-naf', 3, bound=0)", ValueError, "bound must be positive, not 0.0"),
+    ("build_flow('masked-affine', 3, net='resnet')", ValueError, "unknown net 'resnet'; known: mlp, conv"),
+    ("build_flow('masked-affine', 3, net=nn.Linear)", TypeError, "net must be a string, not <class"),
+    (
+        "build_flow('masked-affine', 120, net='conv')",
+        ValueError,
+        "net conv needs square images with an even side, not 120",
+    ),
+    ("build_flow('pyro-spline', 3, order='cubic')", ValueError, "order must be 'linear' or 'quadratic', not 'cubic'"),
+]
+
+FLOW = [
+    ("flow.log_prob(torch.randn(5, 4))", ValueError, "this flow takes inputs of shape (batch, 3), not (5, 4)"),
+    ("flow.log_prob(torch.randn(3))", ValueError, "this flow takes inputs of shape (batch, 3), not (3,)"),
+    (
+        "flow.log_prob(x, torch.randn(5, 2))",
+        ValueError,
+        "unconditional, but a context of shape (5, 2) was given; build it",
+    ),
+    ("conditional.log_prob(x)", ValueError, "this flow is conditional: give a context of shape (batch, 2)"),
+    ("conditional.log_prob(x, torch.randn(4, 2))", ValueError, "the context of this flow has 4 rows for 5 inputs"),
+    (
+        "conditional.log_prob(x, torch.randn(5, 3))",
+        ValueError,
+        "the context of this flow takes inputs of shape (batch, 2)",
+    ),
+    ("conditional.sample(5)", ValueError, "this flow is conditional: give a context of shape (batch, 2)"),
+    ("flow.sample(-1)", TypeError, "Number of samples must be a positive integer"),
+    ("flow.sample(2.5)", TypeError, "Number of samples must be a positive integer"),
+]
+
+BRIDGES = [
+    ("as_transform(3)", TypeError, "builtins.int is of no known library; known: FrEIA, nflows, normflows, pyro, "),
+    ("as_transform(None)", TypeError, "builtins.NoneType is of no known library; known: "),
+    ("as_transform(net)", TypeError, "torch.nn.modules.linear.Linear is of no known library; known: "),
+    ("as_transform(flow)", TypeError, "adapters.flow.Flow is no transform"),
+    ("as_flow('zuko-nsf')", TypeError, "builtins.str is of no known library; known: "),
+    ("as_flow(net)", TypeError, "torch.nn.modules.linear.Linear is of no known library; known: "),
+    ("as_flow(layer)", TypeError, "adapters.layers.coupling.MaskedCouplingLayer is no flow"),
+    ("to_library('tensorflow', layer)", ValueError, "unknown library 'tensorflow'; known: freia, nflows, "),
+    ("to_library(3, layer)", ValueError, "unknown library 3; known: freia, nflows, "),
+    (
+        "to_library('zuko', net)",
+        TypeError,
+        "to_library exports an nflows Transform, not torch.nn.modules.linear.Linear",
+    ),
+    ("to_library('zuko', None)", TypeError, "to_library exports an nflows Transform, not builtins.NoneType"),
+    ("to_library('pyro', flow)", TypeError, "adapters.flow.Flow"),
+    ("to_library('pyro', layer, event_dim=-1)", ValueError, "event_dim must be at least 0, not -1"),
+]
+
+DISTRIBUTION = [
+    ("FlowDistribution(3)", TypeError, "builtins.int is of no known library; known: "),
+    ("FlowDistribution(layer)", TypeError, "adapters.layers.coupling.MaskedCouplingLayer is no flow"),
+    ("FlowDistribution(flow, torch.randn(5, 2))", ValueError, "unconditional, but a context of shape (5, 2) was given"),
+    ("FlowDistribution(conditional)", ValueError, "this flow is conditional: give a context of shape (*batch, 2)"),
+    (
+        "FlowDistribution(conditional, torch.randn(5, 3))",
+        ValueError,
+        "the context must have the shape (*batch, 2), not (5, 3)",
+    ),
+    (
+        "FlowDistribution(conditional, torch.tensor(1.0))",
+        ValueError,
+        "the context must have the shape (*batch, 2), not ()",
+    ),
+    ("FlowDistribution(flow).log_prob(torch.randn(5, 4))", ValueError, "must end in the event shape (3,), not (5, 4)"),
+]
+
+FILES = [
+    ("save_flow(flow, None)", TypeError, "directory must be a path, not None"),
+    ("save_flow(flow, 3)", TypeError, "directory must be a path, not 3"),
+    ("save_flow(3, here)", TypeError, "builtins.int is of no known library; known: "),
+    ("save_flow(here, flow)", TypeError, "directory must be a path, not Flow("),
+    ("save_flow(layer, here)", TypeError, "adapters.layers.coupling.MaskedCouplingLayer is no flow"),
+    ("save_flow(flow.state_dict(), here)", TypeError, "collections.OrderedDict is of no known library"),
+    (
+        "save_flow(unnamed, here)",
+        TypeError,
+        "was not made by build_flow, so name the function that made it: save_flow(flow, ",
+    ),
+    ("save_flow(flow, here, 'build')", ValueError, "a maker is named as 'my_module:my_function', not 'build'"),
+    (
+        "save_flow(flow, here, build_flow)",
+        ValueError,
+        "a maker is named as 'my_module:my_function', not <function build_f",
+    ),
+    ("save_flow(flow, here, 'no_such:build')", ImportError, "maker 'no_such:build': No module named 'no_such'"),
+    ("save_flow(flow, here, 'adapters:build')", ValueError, "maker 'adapters:build': adapters has no function build"),
+    (
+        "save_flow(flow, here, 'adapters:build_flow', {'name': 'masked-affine'})",
+        ValueError,
+        "missing 1 required positional",
+    ),
+    ("save_flow(flow, here, 'adapters:build_flow', [3])", TypeError, "arguments must be a dictionary, not [3]"),
+    ("save_flow(flow, here, arguments={'features': 3})", TypeError, "arguments are those of a maker: name it, too"),
+    ("load_flow(here)", FileNotFoundError, "no flow.safetensors in .*: give the directory that a run wrote"),
+    (
+        "load_flow(here / 'nowhere')",
+        FileNotFoundError,
+        "no flow.safetensors in .*nowhere: give the directory that a run wr",
+    ),
+    ("load_flow('best.safetensors')", FileNotFoundError, "no best.safetensors in "),
+    ("load_flow(None)", TypeError, "directory must be a path, not None"),
+    ("load_flow(flow)", TypeError, "directory must be a path, not Flow("),
+]
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    MASKS + LAYER + BUILD + FLOW + BRIDGES + DISTRIBUTION + FILES,
+    ids=lambda value: str(value),
+)
+def test_a_wrong_use_says_what_came_and_what_is_wanted(use, error, message, tmp_path):
+    net, mask = nn.Linear(3, 3), torch.tensor([1.0, 0.0, 1.0])
+    names = {name: getattr(adapters, name) for name in adapters.__all__} | {
+        "torch": torch,
+        "np": np,
+        "nn": nn,
+        "Logit": Logit,
+        "Marginals": Marginals,
+        "Standardize": Standardize,
+        "check_options": check_options,
+        "x": torch.randn(5, 3),
+        "mask": mask,
+        "net": net,
+        "layer": adapters.MaskedCouplingLayer(net, net, mask),
+        "flow": adapters.build_flow("masked-affine", 3, layers=1, hidden_features=(4,)),
+        "conditional": adapters.build_flow("masked-affine", 3, 2, layers=1, hidden_features=(4,)),
+        "unnamed": adapters.build_flow("masked-affine", 3, layers=1),
+        "here": tmp_path,
+    }
+    del names["unnamed"].recipe
+    with pytest.raises(error) as caught:
+        eval(use, names)
+    said = str(caught.value)
+    assert re.search(".*".join(map(re.escape, message.split(".*"))), said), said
+    assert type(caught.value) is error and len(said) < 500
+    assert not list(tmp_path.iterdir())
