@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,7 +42,7 @@ from runs.common.images import (
     dequantize,
     load_images,
 )
-from runs.common.results import check_known, cli, open_directory, parameter_count, peak_memory, write_metrics
+from runs.common.results import check_known, cli, open_directory, parameter_count, peak_memory, to_plain, write_metrics
 
 SHAPE = (28, 28)
 RESULTS = Path("results/mnist")
@@ -280,6 +279,8 @@ def main(
         "steps": fitted.steps,
         "train_seconds": round(fitted.seconds, 2),
     }
+    if fitted.interrupted:
+        metrics["interrupted"] = True
     metrics |= costs(batches, fitted, recipe, accelerator.device)
     write_metrics(out, "mnist", arguments, seed, metrics)
     say(metrics)
@@ -582,11 +583,6 @@ def newest_run(directory: Path) -> Path:
     """The directory itself, or else the last run that was written right below it."""
     below = sorted(directory.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime)
     return below[-1].parent if below and not (directory / FILE).is_file() else directory
-
-
-def to_plain(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same, of nothing but numbers, strings, lists and dictionaries."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from adapters import build_flow, flow_names, save_flow
+from adapters.checkpoint import write_atomically
 from adapters.checks import check_positive
 from adapters.flow import Flow
 from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPrior
@@ -33,7 +34,7 @@ from runs.common import figures
 from runs.common.devices import device_of, make_accelerator, seeded
 from runs.common.fit import STATE, Fitted, NotFinite, Recipe, check_resumable, fit
 from runs.common.images import DATASETS, Batches, Images, binarize, load_images, threshold, warped
-from runs.common.results import check_known, cli, open_directory, parameter_count, write_metrics
+from runs.common.results import check_known, cli, open_directory, parameter_count, to_plain, write_metrics
 from runs.common.timing import interleaved, ratio
 
 SHAPE = (28, 28)
@@ -263,11 +264,7 @@ def main(
         chosen = torch.randperm(len(images.train))[: min(components, len(images.train))]
         vae = make_vae(name, prepare(images.train[chosen], torch.Generator().manual_seed(one))).to(accelerator.device)
         directory = out / f"{name}-{one}"
-        identity = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in arguments.items()
-            if key not in FREE
-        }
+        identity = to_plain({key: value for key, value in arguments.items() if key not in FREE})
         parameters = parameter_count(vae)
         accelerator.print(
             f"{NAMES[name]} prior{f' ({flow})' * (name == 'flow')}, seed {one}: M = {latent}, "
@@ -286,6 +283,8 @@ def main(
             accelerator,
         )
         if not accelerator.is_main_process:
+            if fitted.interrupted:
+                break
             continue
         # while the KL weighs less, the training loss is no ELBO, and not for the picture
         fitted.losses = [(step, loss) for step, loss in fitted.losses if kl_weight(step / batches.per_epoch) == 1.0]
@@ -298,18 +297,26 @@ def main(
             "train_seconds": round(fitted.seconds, 2),
             "images_per_second": round(fitted.steps * batch_size / max(fitted.seconds, 1e-9), 1),
         }
+        if fitted.interrupted:
+            metrics["interrupted"] = True
         trained[name, one] = Trained(vae, fitted, metrics)
         print(
             f"elbo {metrics['elbo']:.2f}   reconstruction {metrics['reconstruction']:.2f}   kl {metrics['kl']:.2f}   "
             f"prior_match {metrics['prior_match']:.3f}   ({metrics['train_seconds']:.0f} s of training, "
             f"{metrics['images_per_second']:,.0f} images/s)"
         )
+        if fitted.interrupted:
+            break
     if not accelerator.is_main_process:
         return {}
-    metrics = {name: over_seeds([trained[name, one].metrics for one in range(seed, seed + seeds)]) for name in names}
+    metrics = {
+        name: over_seeds([trained[name, one].metrics for one in range(seed, seed + seeds) if (name, one) in trained])
+        for name in names
+        if (name, seed) in trained
+    }
     write_metrics(out, "pyro_vae", arguments, seed, metrics)
-    answer(metrics, seeds, published=binarize == "threshold" and dataset == "MNIST")
-    first = {name: trained[name, seed] for name in names}
+    answer(metrics, published=binarize == "threshold" and dataset == "MNIST")
+    first = {name: trained[name, seed] for name in metrics}
     pictures = draw(first, test, images.test_labels, out, seed)
     print("\n".join(f"  {path}" for path in pictures))
     return metrics
@@ -356,8 +363,8 @@ def save(vae: VAE, *directories: Path) -> Path:
         if isinstance(vae.prior, FlowPrior):
             save_flow(vae.prior.flow, directory)
     path = directories[0] / "vae.safetensors"
-    safetensors.torch.save_model(copy.deepcopy(vae).cpu(), str(path))
-    return path
+    on_cpu = copy.deepcopy(vae).cpu()
+    return write_atomically(path, lambda unfinished: safetensors.torch.save_model(on_cpu, str(unfinished)))
 
 
 # What the test set says
@@ -456,31 +463,39 @@ def told_apart(one: Tensor, other: Tensor, epochs: int = 30) -> float:
 
 
 def over_seeds(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the seeds; beside them, for what is estimated, standard deviations."""
+    """Means over the seeds and, for what is estimated, standard deviations; ``interrupted`` if any seed was."""
+    interrupted = any(one.get("interrupted") for one in metrics)
+    metrics = [{key: value for key, value in one.items() if key != "interrupted"} for one in metrics]
     means = {key: statistics.fmean(one[key] for one in metrics) for key in metrics[0]}
     means = {key: int(mean) if isinstance(metrics[0][key], int) else mean for key, mean in means.items()}
     if len(metrics) > 1:
         for key in ("elbo", "reconstruction", "kl", "log_likelihood", "prior_match"):
             means[f"{key}_std"] = statistics.stdev(one[key] for one in metrics)
-    return means
+    return means | ({"interrupted": True} if interrupted else {})
 
 
-def answer(metrics: dict[str, dict[str, float]], seeds: int, published: bool) -> None:
-    """The exercise's two questions, answered."""
+def answer(metrics: dict[str, dict[str, float]], published: bool) -> None:
+    """The exercise's two questions, answered; a prior whose training was cut short is shown, and not compared."""
+    several = any("elbo_std" in found for found in metrics.values())
     columns = ("elbo", "reconstruction", "kl", "log_likelihood", "prior_match")
     print(f"\n{'test, nats per image':<22}" + "".join(f"{column:>18}" for column in columns))
     for name, found in metrics.items():
         cells = []
         for column in columns:
             digits = 3 if column == "prior_match" else 2
-            deviation = f" ± {found[f'{column}_std']:.{digits}f}" if seeds > 1 else ""
+            deviation = f" ± {found[f'{column}_std']:.{digits}f}" if f"{column}_std" in found else ""
             cells.append(f"{found[column]:.{digits}f}{deviation}")
-        print(f"{NAMES[name]:<22}" + "".join(f"{cell:>18}" for cell in cells))
+        label = NAMES[name] + " (interrupted)" * found.get("interrupted", False)
+        print(f"{label:<22}" + "".join(f"{cell:>18}" for cell in cells))
     some = next(iter(metrics.values()))
     print(
         f"log_likelihood from {some['importance_samples']} importance samples on {some['importance_images']} images; "
-        + (f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed; --seeds 3 for the spread")
+        + ("mean ± standard deviation over the seeds" if several else "one seed; --seeds 3 for the spread")
     )
+    metrics = {name: found for name, found in metrics.items() if not found.get("interrupted")}
+    if not metrics:
+        print("\nThe training was cut short: --resume goes on with it.")
+        return
     print("\nIs the test ELBO better?")
 
     def compare(reference: float, than: str) -> None:

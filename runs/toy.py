@@ -17,10 +17,12 @@ from adapters.flow import Flow
 from runs.common import figures
 from runs.common.densities import DENSITIES, Density, divergence
 from runs.common.devices import device_of, make_accelerator
-from runs.common.fit import Fitted, NotFinite, Recipe, fit
-from runs.common.results import cli, open_directory, parameter_count, write_metrics
+from runs.common.fit import Fitted, NotFinite, Recipe, check_resumable, fit
+from runs.common.results import cli, open_directory, parameter_count, to_plain, write_metrics
 
 TEST_POINTS = 100_000
+# Arguments that a resumed training may change: they don't touch the weights, or their rounding alone.
+FREE = ("out", "animate", "resume", "device", "compile")
 
 AFFINE = {
     "two-gaussians": {"layers": 12, "hidden": (32, 32), "steps": 4000, "options": {}},
@@ -65,6 +67,7 @@ def main(
     seed: int = 0,
     out: Path | None = None,
     animate: bool = False,
+    resume: bool = False,
     device: str = "auto",
     compile: bool = False,
 ) -> dict[str, float]:
@@ -83,6 +86,7 @@ def main(
         seed: of weights and samples.
         out: directory for metrics, pictures and checkpoint; by default results/toy/DATA-FLOW.
         animate: also draw the density forming, as a GIF.
+        resume: go on with the training in that directory, after a crash or Ctrl-C.
         device: where to compute: auto (the fastest that there is), cpu, cuda, cuda:1, mps, …
         compile: make the training step faster by torch.compile and, on CUDA, by one graph of the whole step.
     """
@@ -98,7 +102,10 @@ def main(
     torch.manual_seed(seed)
     model = build_flow(flow, 2, layers=layers, hidden_features=hidden, preprocess=true.preprocess(), **options)
     model = model.to(accelerator.device)
-    out = open_directory(out or Path("results/toy") / f"{data}-{flow}")
+    out = out or Path("results/toy") / f"{data}-{flow}"
+    if resume:
+        check_resumable(out)
+    out = open_directory(out)
     parameters = parameter_count(model)
     print(f"{flow}: {layers} layers, {parameters:,} parameters, on {data}, on {accelerator.device}")
 
@@ -110,20 +117,25 @@ def main(
             recipe,
             describe="NLL {:.4f} nats".format,
             observe=_camera(model, frames, steps) if animate else None,
+            directory=out,
+            resume=resume,
+            identity=to_plain({name: value for name, value in arguments.items() if name not in FREE}),
             accelerator=accelerator,
         )
     except NotFinite as error:
         raise NotFinite(f"{error}. They are saved in {save_flow(model, out)}") from error
     model.eval()
+    save_flow(model, out)
     metrics = evaluate(model, true) | {
         "parameters": parameters,
         "steps": fitted.steps,
         "train_seconds": round(fitted.seconds, 2),
     }
+    if fitted.interrupted:
+        metrics["interrupted"] = True
     pictures = draw(model, true, fitted, out)
     if animate:
         pictures.append(_film(frames, true, out))
-    save_flow(model, out)
     write_metrics(out, "toy", arguments, seed, metrics)
     print(
         f"nll {metrics['nll']:.4f}   nll_floor {metrics['nll_floor']:.4f}   "

@@ -11,8 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from adapters.checkpoint import write_atomically
 
 INK = "#22303c"
 ACCENT = "#c8553d"
@@ -46,6 +49,11 @@ STYLE = {
 }
 
 
+def save(drawing: Figure, path: Path, **options) -> Path:
+    """As a PNG, whole or not at all."""
+    return write_atomically(path, lambda unfinished: drawing.savefig(unfinished, format="png", **options))
+
+
 @contextmanager
 def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 4), **subplots) -> Iterator:
     """A figure and its axes in the shared look, saved to ``path`` on leaving."""
@@ -53,7 +61,7 @@ def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float
         drawing, axes = plt.subplots(rows, columns, figsize=size, **subplots)
         try:
             yield drawing, axes
-            drawing.savefig(path)
+            save(drawing, path)
         finally:
             plt.close(drawing)
 
@@ -100,7 +108,8 @@ def save_animation(path: Path, densities: list[np.ndarray], top: float) -> None:
         image.putpalette(colours.tobytes())
         images.append(image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST))
     durations = [80] * (len(images) - 1) + [2000]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+    options = {"format": "GIF", "save_all": True, "append_images": images[1:], "duration": durations, "loop": 0}
+    write_atomically(path, lambda unfinished: images[0].save(unfinished, **options))
 
 
 def image_grid(path: Path, images: np.ndarray, columns: int, labels: Sequence[str] = (), title: str = "") -> Path:
@@ -132,7 +141,7 @@ def image_grid(path: Path, images: np.ndarray, columns: int, labels: Sequence[st
         if title:
             axes.text(0, -4, title, ha="left", va="bottom", color=INK, fontsize=LABEL)
         try:
-            drawing.savefig(path, bbox_inches="tight", pad_inches=0.06)
+            save(drawing, path, bbox_inches="tight", pad_inches=0.06)
         finally:
             plt.close(drawing)
     return path

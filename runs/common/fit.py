@@ -4,6 +4,10 @@
 nothing of flows, images or Pyro.
 """
 
+import hashlib
+import io
+import itertools
+import json
 import math
 import os
 import signal
@@ -22,11 +26,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
+from adapters.checkpoint import write_atomically
 from adapters.checks import check_positive
 from runs.common.devices import PRECISIONS, make_accelerator, random_state, set_random_state
 from runs.common.step import backward, faster_step, set_rate, update
 
 STATE = "training.pt"
+FORMAT = 1  # of that file
 ASK_EVERY = 20  # steps; a device other than the CPU is asked for its losses once in so many: see ``fit``
 SNAPSHOT_EVERY = 100  # steps; a loss that is not finite costs at most so many
 AVERAGE_EVERY = 10  # steps; the moving average of the weights is moved once in so many, with the decay to that power
@@ -178,8 +184,6 @@ def fit(
     training.identity = identity
     if resume:
         training.load(directory)
-    else:
-        training.save()
     if not accelerator.is_main_process:  # what is random within the module (dropout) differs between processes
         torch.manual_seed(torch.initial_seed() + 1_000_003 * accelerator.process_index + training.fitted.steps)
     bar = tqdm(
@@ -195,6 +199,11 @@ def fit(
     def say(text: str) -> None:
         if accelerator.is_main_process and not quiet:
             bar.write(text)
+
+    if not resume and training.directory is not None:
+        if said := set_aside(training.directory):
+            say(said)
+        training.save()
 
     def note(text: str) -> None:
         training.fitted.notes.append(text)
@@ -285,7 +294,7 @@ def fit(
         bar.close()
     if pending:
         training.trust(torch.stack(pending).tolist())
-    training.save()
+    training.save(finished=not training.fitted.interrupted)
     if training.fitted.interrupted and validate is not None:  # only now: a resumed training must not see it
         training.validate(validate)
     training.finish()
@@ -341,14 +350,6 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     return tuple(None if part is None else part.to(device, non_blocking=True) for part in batch)
-
-
-def check_resumable(directory: Path) -> Path:
-    """The checkpoint in ``directory``, or a FileNotFoundError."""
-    path = directory / STATE
-    if not path.is_file():
-        raise FileNotFoundError(f"nothing to resume: no {STATE} in {directory}")
-    return path
 
 
 class _Training:
@@ -417,6 +418,13 @@ class _Training:
         self.module.eval()
         try:
             value = validate()
+            if not math.isfinite(value):
+                self.restore_snapshot()
+                current = _copy(self.parameters)
+                raise NotFinite(
+                    f"the validation loss became {value} at step {self.fitted.steps}; "
+                    f"the weights of step {self.snapshot_step} are kept"
+                )
             self.fitted.validation.append((self.fitted.steps, value))
             self.since_best += 1
             if value < self.best_validation:
@@ -432,8 +440,8 @@ class _Training:
         if chosen is not None:
             _write(self.parameters, chosen)
 
-    def save(self) -> None:
-        """Write the checkpoint, atomically."""
+    def save(self, finished: bool = False) -> None:
+        """Write the checkpoint, whole or not at all."""
         if self.directory is None:
             return
         state = {
@@ -449,20 +457,22 @@ class _Training:
             "random_of_device": random_state(self.parameters[0].device),
         }
         state = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, state)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        unfinished = self.directory / f".{STATE}.unfinished"
-        with open(unfinished, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.directory / STATE)
+        payload = io.BytesIO()
+        torch.save(state, payload)
+        payload = payload.getvalue()
+        header = {"format": FORMAT, "steps": self.fitted.steps, "finished": finished, "sha256": _sha256(payload)}
+        content = json.dumps(header).encode() + b"\n" + payload
+        write_atomically(self.directory / STATE, lambda path: path.write_bytes(content))
 
     def load(self, directory: Path) -> None:
+        """Go on from the checkpoint in ``directory``.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is damaged, or belongs to another training or model.
+        """
         path = check_resumable(directory)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path} is damaged ({error}); start again without --resume") from error
+        state = _read(path)
         began = state["identity"]
         if began is not None and self.identity is not None and began != self.identity:
             changes = "; ".join(
@@ -471,22 +481,78 @@ class _Training:
                 if began.get(name) != self.identity.get(name)
             )
             raise ValueError(f"{path} belongs to another training: {changes}. Resume with the arguments it began with")
+        device = self.parameters[0].device
         try:
             self.module.load_state_dict(state["module"])
-        except RuntimeError as error:
+            self.optimizer.load_state_dict(state["optimizer"])
+            for name in ("average", "best"):
+                kept = state[name]
+                setattr(self, name, None if kept is None else [tensor.to(device) for tensor in kept])
+            self.best_validation, self.since_best = state["best_validation"], state["since_best"]
+            self.fitted = Fitted(**state["fitted"] | {"interrupted": False, "notes": []})
+            torch.set_rng_state(state["random"])
+            set_random_state(state["random_of_device"], device)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{path} belongs to another model; resume with the arguments it began with") from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        device = self.parameters[0].device
-        self.average, self.best = (
-            None if state[name] is None else [tensor.to(device) for tensor in state[name]]
-            for name in ("average", "best")
-        )
-        self.best_validation, self.since_best = state["best_validation"], state["since_best"]
-        self.fitted = Fitted(**state["fitted"] | {"interrupted": False})
-        torch.set_rng_state(state["random"])
-        set_random_state(state["random_of_device"], device)
         self.take_snapshot()
         self.trust([])
+
+
+def check_resumable(directory: Path) -> Path:
+    """The checkpoint in ``directory``, or a FileNotFoundError."""
+    path = directory / STATE
+    if not path.is_file():
+        raise FileNotFoundError(f"nothing to resume: no {STATE} in {directory}")
+    return path
+
+
+def set_aside(directory: Path) -> str | None:
+    """Keep an unfinished training's checkpoint from being overwritten by a new one; words for what was done, if any."""
+    path = directory / STATE
+    if not path.is_file():
+        return None
+    header = _header(path)
+    if header is not None and (header["finished"] or header["steps"] == 0):
+        return None
+    kept = next(kept for i in itertools.count(1) if not (kept := path.with_name(f"training-{i}.pt")).exists())
+    os.replace(path, kept)
+    steps = "damaged" if header is None else f"at step {header['steps']:,}"
+    return f"an unfinished training ({steps}) was in {directory}: it is kept as {kept.name}; --resume goes on with one"
+
+
+def _header(path: Path) -> dict | None:
+    """The first line of a checkpoint; ``None`` if it is not as ``save`` writes it."""
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.readline(1000))
+        known = header["format"] == FORMAT and isinstance(header["steps"], int) and isinstance(header["finished"], bool)
+        return header if known and isinstance(header["sha256"], str) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What ``save`` has written, to the bit, or a ValueError."""
+    damaged = f"{path} is damaged, or not of this version; start again without --resume"
+    header = _header(path)
+    if header is None:
+        raise ValueError(damaged)
+    with open(path, "rb") as file:
+        file.readline()
+        payload = file.read()
+    if _sha256(payload) != header["sha256"]:
+        raise ValueError(damaged)
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception:  # torch's own words advise to switch off what keeps a file's code from running
+        state = None
+    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict | None):
+        raise ValueError(damaged) from None
+    return state
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _copy(tensors) -> list[Tensor]:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, one_hot
 
+from adapters.checkpoint import write_atomically
+
 EMBEDDED = Path(__file__).parent.parent / "data" / "mnist"
 MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -116,13 +118,10 @@ def unpack_mnist(raw: Path, embedded: Path = EMBEDDED) -> None:
             raise OSError(f"{packed} is missing or damaged ({error}); restore it, e.g. with git checkout") from error
         if _md5(content) != md5:
             raise OSError(f"{packed} has the MD5 sum {_md5(content)}, not {md5}; restore it, e.g. with git checkout")
-        unfinished = target.with_name(f".{name}.unfinished-{os.getpid()}")
         try:
-            unfinished.write_bytes(content)
-            os.replace(unfinished, target)
+            write_atomically(target, lambda path, content=content: path.write_bytes(content))
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise OSError(f"--data-dir: {target} can't be written ({error.strerror}); choose another") from error
+            raise OSError(f"--data-dir: {error}; choose another") from error
 
 
 def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:

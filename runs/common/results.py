@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -14,19 +15,35 @@ import torch
 import tyro
 from torch import nn
 
+from adapters.checkpoint import write_atomically
+
+INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 LIBRARIES = ("torch", "nflows", "normflows", "zuko", "pyro-ppl", "FrEIA", "flow-adapters")
 
 
 def cli(main: Callable) -> None:
-    """Run ``main`` with the command line's arguments; a mistake of the user's is one clear line, not a traceback."""
+    """Run ``main`` with the command line's arguments; a mistake of the user's is one clear line, not a traceback.
+
+    The exit status is 0, 1 after an error, and 130 after Ctrl-C, even if the run has ended well after it.
+    """
     try:
-        tyro.cli(main, description=main.__doc__.partition("\n")[0])
+        figures = tyro.cli(main, description=main.__doc__.partition("\n")[0])
+        if was_interrupted(figures):
+            sys.exit(INTERRUPTED)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("FLOW_ADAPTERS_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def was_interrupted(figures: Any) -> bool:
+    """Whether a run's figures say ``interrupted``: Ctrl-C or a scheduler ended it early, if with all it had by then."""
+    if not isinstance(figures, dict):
+        return False
+    return bool(figures.get("interrupted")) or any(map(was_interrupted, figures.values()))
 
 
 def open_directory(out: Path) -> Path:
@@ -52,6 +69,11 @@ def check_known(known: Collection[str], **values: str) -> None:
             raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
+def to_plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same, of nothing but numbers, strings, lists and dictionaries."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+
+
 def parameter_count(module: nn.Module) -> int:
     """How many parameters are trained."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -72,14 +94,22 @@ def write_metrics(out: Path, run: str, arguments: dict[str, Any], seed: int, met
         "versions": versions(),
         "metrics": metrics,
     }
-    return write_text(out / "metrics.json", json.dumps(record, indent=2, default=str) + "\n")
+    text = json.dumps(without_nan(record), indent=2, default=str, allow_nan=False)
+    return write_text(out / "metrics.json", text + "\n")
+
+
+def without_nan(record: Any) -> Any:
+    """The same with ``None`` for each number that is not finite, since JSON has no word for these."""
+    if isinstance(record, dict):
+        return {key: without_nan(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [without_nan(value) for value in record]
+    return None if isinstance(record, float) and not math.isfinite(record) else record
 
 
 def write_text(path: Path, text: str) -> Path:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-    return path
+    """Write it, whole or not at all."""
+    return write_atomically(path, lambda unfinished: unfinished.write_text(text))
 
 
 def versions() -> dict[str, str]:
