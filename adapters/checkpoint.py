@@ -235,7 +235,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     content = path.read_bytes()  # at once: safe_open would open the file twice, and might find another one then
     try:
         with torch.device("cpu"):
-            tensors = safetensors.torch.load(content)
+            tensors = dict(sorted(safetensors.torch.load(content).items()))  # in no order of its own
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = header.get("__metadata__", {})
     except Exception as error:
