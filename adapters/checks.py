@@ -15,15 +15,16 @@ def check_tensor(thing: Tensor, what: str) -> None:
     if not isinstance(thing, Tensor):
         kind = type(thing)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        raise TypeError(f"{what} must be a torch.Tensor, not a {name}: torch.as_tensor(…, dtype=torch.float32)")
+        raise TypeError(f"{what} must be a torch.Tensor, not a {name}: give torch.as_tensor(…, dtype=torch.float32)")
 
 
-def explain_mismatch(module: nn.Module, name: str, **tensors: Tensor | None) -> None:
+def explain_mismatch(error: Exception, module: nn.Module, name: str, **tensors: Tensor | None) -> None:
     """After an error: raise one that says so if the tensors' dtype or device is another than that of ``module``.
 
     It costs nothing as long as all is well, and lets through every mixture that torch itself can work with.
 
     Args:
+        error: what was raised.
         name: of the module, as the user calls it.
         tensors: what it was called with, under the names the user knows them by.
 
@@ -40,7 +41,7 @@ def explain_mismatch(module: nn.Module, name: str, **tensors: Tensor | None) -> 
             continue
         if tensor.device != device:
             raise ValueError(
-                f"this {name} is on {device}, but the {role} is on {tensor.device}: give {role}.to({str(device)!r}), "
+                f"this {name} is on {device}, its {role} on {tensor.device}: give {role}.to({str(device)!r}), "
                 f"or move the {name} by {name}.to({str(tensor.device)!r})"
             )
         mixed = tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type)
@@ -48,9 +49,9 @@ def explain_mismatch(module: nn.Module, name: str, **tensors: Tensor | None) -> 
             remedy = f"give {role}.to({dtype})"
             if tensor.is_floating_point():
                 remedy += f", or convert the {name} by {name}.to({tensor.dtype})"
-            raise TypeError(f"this {name} is of {dtype}, but the {role} is of {tensor.dtype}: {remedy}")
+            raise TypeError(f"this {name} is of {dtype}, its {role} of {tensor.dtype}: {remedy}")
     others = {tensor.dtype for tensor in own} - {dtype}
-    if others:
+    if others and "dtype" in str(error):
         raise TypeError(
             f"this {name} holds tensors of {dtype} and of {', '.join(map(str, others))}, as a preprocessing made of "
             f"float64 data does: {name}.to({dtype}) makes them one"

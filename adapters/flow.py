@@ -99,8 +99,8 @@ class Flow(nflows.flows.Flow):
             return answer[:0] if isinstance(answer, Tensor) else tuple(part[:0] for part in answer)
         try:
             return function(**tensors)
-        except RuntimeError:
-            explain_mismatch(self, "flow", **tensors)
+        except (RuntimeError, TypeError) as error:
+            explain_mismatch(error, self, "flow", **tensors)
             raise
 
     def _check_inputs(self, inputs: Tensor, context: Tensor | None) -> None:
