@@ -22,6 +22,7 @@ from adapters.bridges import bridges, libraries
 from adapters.flow import Flow, StandardNormal
 from adapters.networks import MLP
 from adapters.registry import Example, Model
+from tests.conftest import MISSING
 from tests.laws import batch, context_for, randomise
 
 ROWS = 5
@@ -250,7 +251,7 @@ def bridge_table() -> list[str]:
     rows = ["| | layer in | out as | whole model | conditional | image | differentiable sample | float64 |"]
     rows.append("|---|" + "---|" * (rows[0].count("|") - 2))
     for name, bridge in BRIDGES.items():
-        if name == "nflows":  # the hub itself
+        if name == "nflows" or name in MISSING:  # the hub itself, or not installed
             continue
         torch.manual_seed(0)
         models = [m for m in bridge.MODELS.values() if m.samples and m.context_features is None]
@@ -468,12 +469,12 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(name, monkeypat
             ImportError, match=rf"{name} is not installed: pip install 'flow-adapters\[{bridge.EXTRA}\]'"
         ):
             to_library(library, LULinear(3))
-    with pytest.raises(TypeError, match=rf"not installed: {name} \(pip install 'flow-adapters\[{bridge.EXTRA}\]'\)"):
+    with pytest.raises(TypeError, match=rf"not installed: .*{name} \(pip install 'flow-adapters\[{bridge.EXTRA}\]'\)"):
         as_transform(object())
 
 
 def test_the_process_is_left_as_it_was_found():
-    for library in libraries():
+    for library in set(libraries()) - set(MISSING):
         to_library(library, LULinear(3))
     with pytest.raises(ValueError, match="Expected parameter scale"):
         torch.distributions.Normal(torch.zeros(1), -torch.ones(1))

@@ -1,0 +1,40 @@
+"""Without normflows, zuko or FrEIA, which are optional, the tests of that library are skipped, and no other.
+
+A test is skipped if it fails because a library is missing *and* the missing library's name stands in the test's own
+name, parameters or source. What names no missing library must pass without it: so a needless import is still found.
+"""
+
+import importlib.util
+import inspect
+
+import pytest
+
+from adapters.bridges import bridges
+
+MISSING = {
+    bridge.__name__.rpartition(".")[2]: f"pip install 'flow-adapters[{bridge.EXTRA}]'"
+    for bridge in bridges()
+    if importlib.util.find_spec(bridge.PACKAGES[0]) is None
+}
+collect_ignore = [f"test_bridge_{library}.py" for library in MISSING]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from _skip_what_needs_a_missing_library(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    return (yield from _skip_what_needs_a_missing_library(item))
+
+
+def _skip_what_needs_a_missing_library(item):
+    try:
+        return (yield)
+    except ImportError:
+        text = f"{item.nodeid}\n{inspect.getsource(item.obj) if item.obj else ''}".lower()
+        for library, remedy in MISSING.items():
+            if library in text:
+                pytest.skip(f"needs {library}: {remedy}")
+        raise
