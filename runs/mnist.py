@@ -20,7 +20,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from torch import Tensor, nn
 
-from adapters import build_flow, checkerboard_mask, flow_names, load_flow, random_mask, save_flow
+from adapters import build_flow, checkerboard_mask, load_flow, random_mask, save_flow
 from adapters.catalogue import flow_options
 from adapters.checkpoint import FILE
 from adapters.checks import check_positive
@@ -42,7 +42,16 @@ from runs.common.images import (
     dequantize,
     load_images,
 )
-from runs.common.results import check_known, cli, open_directory, parameter_count, peak_memory, to_plain, write_metrics
+from runs.common.results import (
+    check_flow,
+    check_known,
+    cli,
+    open_directory,
+    parameter_count,
+    peak_memory,
+    to_plain,
+    write_metrics,
+)
 
 SHAPE = (28, 28)
 RESULTS = Path("results/mnist")
@@ -178,7 +187,7 @@ def main(
     if load is not None:
         return draw_again(load, out, samples, temperature, seed, device)
     check_known(MASKS, mask=mask)
-    check_known(flow_names(), flow=flow)
+    check_flow(flow, options)
     check_known(HIDDEN, net=net)
     check_known(DATASETS, dataset=dataset)
     check_known(PREPROCESS, preprocess=preprocess)
@@ -565,7 +574,7 @@ def draw_again(
 ) -> dict[str, float]:
     """Samples of a saved run, and its classes if it has any: ``--load``."""
     load = newest_run(load)
-    flow = load_flow(load).eval()
+    flow = load_flow(load)
     if flow.event_shape != (math.prod(SHAPE),) or flow.context_features not in (None, CLASSES):
         raise ValueError(
             f"the flow in {load} is not one of runs/mnist.py: its data have shape {tuple(flow.event_shape)}"

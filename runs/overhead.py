@@ -16,7 +16,7 @@ from adapters.bridges import bridges
 from adapters.checks import check_positive
 from adapters.flow import StandardNormal
 from adapters.masks import checkerboard_mask
-from runs.common.devices import device_of, make_accelerator
+from runs.common.devices import can_fuse, device_of, make_accelerator
 from runs.common.native import NATIVE
 from runs.common.results import cli, open_directory, where, write_metrics
 from runs.common.timing import interleaved, ratio
@@ -80,7 +80,7 @@ def main(
 
 def compare(name: str, module: nn.Module, log_prob: Callable, peer: Callable, rounds: int) -> float:
     """Median ratio of a training step with ``log_prob`` to one with ``peer``, of the same parameters."""
-    optimizer = torch.optim.Adam(module.parameters(), 1e-5, fused=True)
+    optimizer = torch.optim.Adam(module.parameters(), 1e-5, fused=can_fuse(device_of(module)))
 
     def step(log_prob: Callable) -> None:
         optimizer.zero_grad()

@@ -24,17 +24,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from adapters import build_flow, flow_names, save_flow
+from adapters import build_flow, save_flow
 from adapters.checkpoint import write_atomically
 from adapters.checks import check_positive
 from adapters.flow import Flow
 from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPrior
 from adapters.vae import VAE, Decoder, Encoder, ReparameterizedELBO
 from runs.common import figures
-from runs.common.devices import device_of, make_accelerator, seeded
+from runs.common.devices import can_fuse, device_of, make_accelerator, seeded
 from runs.common.fit import STATE, Fitted, NotFinite, Recipe, check_resumable, fit
 from runs.common.images import DATASETS, Batches, Images, binarize, load_images, threshold, warped
-from runs.common.results import check_known, cli, open_directory, parameter_count, to_plain, write_metrics
+from runs.common.results import check_flow, check_known, cli, open_directory, parameter_count, to_plain, write_metrics
 from runs.common.timing import interleaved, ratio
 
 SHAPE = (28, 28)
@@ -184,7 +184,7 @@ def main(
     """
     arguments = dict(locals())
     check_known((*PRIORS, "all"), prior=prior)
-    check_known(flow_names(), flow=flow)
+    check_flow(flow, options)
     check_known(POSTERIORS, posterior=posterior)
     check_known(BINARIZE, binarize=binarize)
     check_known(DATASETS, dataset=dataset)
@@ -453,7 +453,7 @@ def told_apart(one: Tensor, other: Tensor, epochs: int = 30) -> float:
         network = nn.Sequential(
             nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1), nn.Flatten(0)
         )
-        optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=1e-2, fused=True)
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=1e-2)
         for _ in range(epochs):
             for rows in train[torch.randperm(len(train))].split(256):
                 optimizer.zero_grad()
@@ -529,7 +529,7 @@ def measure(make: Callable[[], VAE], batch_size: int, device: torch.device, roun
     vae = make().to(device)
     x = (torch.rand(batch_size, PIXELS) > 0.8).float().to(device)
     loss, one = NegativeELBO(vae), torch.tensor(1.0, device=device)
-    optimizer = torch.optim.Adam(vae.parameters(), 1e-5, fused=True)
+    optimizer = torch.optim.Adam(vae.parameters(), 1e-5, fused=can_fuse(device))
 
     def plain() -> Tensor:
         loc, log_scale = vae.encoder.network(x).chunk(2, -1)

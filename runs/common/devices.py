@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -85,21 +86,31 @@ def device_of(thing: Any) -> torch.device:
     return thing.device
 
 
+def module_of(device: torch.device) -> Any:
+    """PyTorch's functions for that kind of device, such as ``torch.cuda``."""
+    return getattr(torch, device.type)
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Whether PyTorch's Adam does its step in one pass there; on MPS it has since 2.5."""
+    return device.type in _get_fused_kernels_supported_devices()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it; a CPU has, always."""
     if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
+        module_of(device).synchronize()
 
 
 def random_state(device: torch.device) -> Tensor | None:
     """The state of the device's own source of random numbers; ``None`` for a CPU, whose is ``torch.get_rng_state``."""
-    return None if device.type == "cpu" else _of_one_device(torch.get_device_module(device).get_rng_state, device)
+    return None if device.type == "cpu" else _of_one_device(module_of(device).get_rng_state, device)
 
 
 def set_random_state(state: Tensor | None, device: torch.device) -> None:
     """Go on from that state."""
     if state is not None and device.type != "cpu":
-        _of_one_device(torch.get_device_module(device).set_rng_state, device, state)
+        _of_one_device(module_of(device).set_rng_state, device, state)
 
 
 def _of_one_device(function, device: torch.device, *arguments):
@@ -123,4 +134,4 @@ def peak_device_memory(device: torch.device) -> float | None:
     """The most memory of a GPU that this process has held so far, in MiB; ``None`` where there is no record of it."""
     if device.type not in ("cuda", "xpu"):
         return None
-    return torch.get_device_module(device).max_memory_allocated(device) / 2**20
+    return module_of(device).max_memory_allocated(device) / 2**20

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from adapters.checkpoint import write_atomically
 from adapters.checks import check_positive
-from runs.common.devices import PRECISIONS, make_accelerator, random_state, set_random_state
+from runs.common.devices import PRECISIONS, can_fuse, make_accelerator, random_state, set_random_state
 from runs.common.step import backward, faster_step, set_rate, update
 
 STATE = "training.pt"
@@ -177,9 +177,8 @@ def fit(
     device = accelerator.device
     module = accelerator.prepare(loss)
     parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-    optimizer = accelerator.prepare(
-        torch.optim.AdamW(parameters, recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
-    )
+    how = {"betas": recipe.betas, "weight_decay": recipe.weight_decay, "fused": can_fuse(device)}
+    optimizer = accelerator.prepare(torch.optim.AdamW(parameters, recipe.lr, **how))
     training = _Training(loss, parameters, optimizer, recipe, directory if accelerator.is_main_process else None)
     training.identity = identity
     if resume:

@@ -15,7 +15,9 @@ import torch
 import tyro
 from torch import nn
 
+from adapters.catalogue import check_options
 from adapters.checkpoint import write_atomically
+from runs.common.devices import module_of
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 LIBRARIES = ("torch", "nflows", "normflows", "zuko", "pyro-ppl", "FrEIA", "flow-adapters")
@@ -67,6 +69,11 @@ def check_known(known: Collection[str], **values: str) -> None:
     for name, value in values.items():
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+
+
+def check_flow(flow: str, options: dict[str, Any] | None) -> None:
+    """Raise unless the catalogue has that flow, and the flow these options or ``activation``, which all have."""
+    check_options(flow, {name: value for name, value in (options or {}).items() if name != "activation"})
 
 
 def to_plain(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +134,7 @@ def where(device: torch.device) -> str:
     """The device in words, for a table's heading: a processor with its threads, or a GPU's name."""
     if device.type == "cpu":
         return f"{_processor()}, {torch.get_num_threads()} threads"
-    module = torch.get_device_module(device)
+    module = module_of(device)
     return module.get_device_name(device) if hasattr(module, "get_device_name") else str(device)
 
 

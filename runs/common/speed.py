@@ -24,7 +24,7 @@ from adapters.masks import checkerboard_mask
 from adapters.networks import MLP
 from runs.common import figures, native
 from runs.common.contestants import build
-from runs.common.devices import synchronize
+from runs.common.devices import can_fuse, module_of, synchronize
 from runs.common.results import where, write_metrics
 from runs.common.step import GraphedStep
 from runs.common.timing import interleaved, ratio
@@ -54,8 +54,9 @@ def training_step(parameters: Iterable[Tensor], loss: Callable[[], Tensor], fast
     ``fast`` is what ``--compile`` makes of a training: ``torch.compile`` and, on CUDA, one graph of the whole step.
     """
     parameters = list(parameters)
-    on_cuda = parameters[0].device.type == "cuda"
-    optimizer = torch.optim.Adam(parameters, 1e-7, fused=True, capturable=fast and on_cuda)
+    device = parameters[0].device
+    on_cuda = device.type == "cuda"
+    optimizer = torch.optim.Adam(parameters, 1e-7, fused=can_fuse(device), capturable=fast and on_cuda)
     if fast:
         loss = torch.compile(loss, dynamic=False)
 
@@ -111,7 +112,7 @@ def peak(step: Callable[[], None], parameters: list[Tensor]) -> float:
         parameter.grad = None
     device = parameters[0].device
     if device.type != "cpu":
-        module = torch.get_device_module(device)
+        module = module_of(device)
         if not hasattr(module, "reset_peak_memory_stats"):
             return math.nan
         module.reset_peak_memory_stats(device)
