@@ -9,6 +9,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property, partial
 from types import EllipsisType, MethodType
 
@@ -49,12 +50,16 @@ class Held(nn.Module):
     Modules inside it become submodules, leaf tensors that require a gradient become parameters (the very tensors) and
     other tensors buffers. What ``.to`` makes of them goes back into the thing.
 
+    Some transforms keep something from their last call, which knows nothing of parameters that change or of other
+    threads. Each call gives such a transform, and whatever it lies in, as a shallow copy: of the same tensors and
+    modules, with nothing kept.
+
     Args:
         thing: a transform, a distribution or a list of them, modules or not.
         kinds: the classes to look into, beside lists, tuples, dictionaries, partial functions and methods.
 
     Attributes:
-        caching: the transforms inside that keep something from their last call: see ``clear_caches``.
+        caching: the transforms inside that keep something from their last call.
 
     Raises:
         ValueError: for a tensor computed from parameters: it would not follow them, and its graph is good for one
@@ -63,11 +68,11 @@ class Held(nn.Module):
 
     def __init__(self, thing, kinds: tuple[type, ...] = (Transform, Distribution)):
         super().__init__()
-        self.thing, self.kinds, self.slots = thing, kinds, []
+        self.thing, self.kinds, self.slots, self.kept = thing, kinds, [], None
         inside = [owner for owner, _ in _walk(thing, kinds) if isinstance(owner, Transform)]
         self.inverses = [transform for transform in inside if isinstance(transform, _InverseTransform)]
         self.caching = [transform for transform in inside if any(map(_is_cache, vars(transform)))]
-        clear_caches(self.caching)
+        _clear_caches(self.caching)
         self._forget(Transform)
         members = list(_members(thing, kinds))
         for _, _, name, value in members:
@@ -80,7 +85,12 @@ class Held(nn.Module):
         self._fill()
 
     def forward(self, context: Tensor | None = None):
-        return self.thing
+        if self.kept is None:
+            self.kept = _what_is_kept(self.thing, self.kinds)
+        return _fresh(self.thing, self.kept, {})
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "kept": None}  # it knows things by their addresses
 
     def _register(self, owner, key, name: str, value: Tensor) -> None:
         leaf, geometry = value, None
@@ -115,7 +125,7 @@ class Held(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Held":
         super()._apply(fn, recurse)
-        clear_caches(self.caching)
+        _clear_caches(self.caching)
         self._forget()
         self._fill()
         return self
@@ -130,12 +140,12 @@ class Held(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> "Held":
         """Views and caches cannot be copied, and an inverse forgets what it inverts: each is made anew in the copy."""
-        clear_caches(self.caching)
+        _clear_caches(self.caching)
         for owner, key, _, geometry in self.slots:
             if geometry is not None:
                 _put(owner, key, None)
         new = memo[id(self)] = type(self).__new__(type(self))
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         for inverse, copied in zip(self.inverses, new.inverses, strict=True):
             copied._inv = copy.deepcopy(inverse._inv, memo)
         self._fill()
@@ -291,13 +301,18 @@ def one_width(widths: Iterable[Width], what: str) -> Width:
     return known[0] if known else ...
 
 
-def clear_caches(transforms: Iterable[Transform]) -> None:
+def _clear_caches(transforms: Iterable[Transform]) -> None:
     """Forget what these transforms keep from their last call: ``_cached_x_y``, ``_cached_log_scale`` and so on."""
     for transform in transforms:
-        state = vars(transform)
-        for key in state:
-            if _is_cache(key):
-                state[key] = (None, None) if key == "_cached_x_y" else None
+        vars(transform).update((key, _EMPTY.get(key)) for key in list(vars(transform)) if _is_cache(key))
+
+
+_EMPTY = {"_cached_x_y": (None, None)}  # every other cache is None when it is empty
+
+
+def _is_own_inverse(owner, key: str) -> bool:
+    """Whether a transform keeps its own inverse there, which is made of it when asked for."""
+    return key == "_inv" and isinstance(owner, Transform) and not isinstance(owner, _InverseTransform)
 
 
 def _is_cache(key: str) -> bool:
@@ -366,6 +381,59 @@ def _entries(owner) -> list[tuple]:
         if type(value) is tuple and any(isinstance(entry, Tensor) for entry in value) and not _is_cache(key):
             state[key] = list(value)  # so that its tensors can be replaced
     return [(k, v) for k, v in state.items() if k not in ("_parameters", "_buffers") and not _is_cache(k)]
+
+
+def _what_is_kept(thing, kinds: tuple[type, ...]) -> dict[int, tuple]:
+    """What to copy so as to call the thing with no cache but a call's own: each by its address, with how to copy it.
+
+    That is every transform that keeps something, and whatever inside the thing holds one. How: the keys of its caches,
+    the keys of what is to be copied with it, and the names of what it computes on demand, which its copies share.
+    """
+    within = (*kinds, list, tuple, dict, partial, MethodType)
+    found: dict[int, tuple | None] = {}
+
+    def visit(owner) -> bool:
+        if id(owner) not in found:
+            caches = [key for key in vars(owner) if _is_cache(key)] if isinstance(owner, Transform) else []
+            found[id(owner)] = ()  # for now, so that a method bound to its owner finds that this is copied
+            inner = [(key, value) for key, value in _entries(owner) if isinstance(value, within)]
+            inner = [key for key, value in inner if not _is_own_inverse(owner, key) and visit(value)]
+            lazy = [key for key in dir(type(owner)) if caches and isinstance(getattr(type(owner), key), lazy_property)]
+            found[id(owner)] = (caches, inner, lazy) if caches or inner else None
+        return found[id(owner)] is not None
+
+    visit(thing)
+    return {address: how for address, how in found.items() if how is not None}
+
+
+def _fresh(owner, plan: dict[int, tuple], copies: dict):
+    """The owner itself, or its copy with empty caches if the plan, of ``_what_is_kept``, knows it."""
+    if id(owner) not in plan or id(owner) in copies:
+        return copies.get(id(owner), owner)
+    caches, inner, lazy = plan[id(owner)]
+    match owner:
+        case list() | tuple():
+            return type(owner)(_fresh(value, plan, copies) for value in owner)
+        case dict():
+            return {key: _fresh(value, plan, copies) for key, value in owner.items()}
+        case MethodType():
+            return MethodType(owner.__func__, _fresh(owner.__self__, plan, copies))
+        case partial():
+            function, *arguments = (_fresh(value, plan, copies) for value in (owner.func, *owner.args))
+            return partial(function, *arguments, **{k: _fresh(v, plan, copies) for k, v in owner.keywords.items()})
+    for key in lazy:
+        with suppress(NotImplementedError):  # as torch's transforms without a sign raise
+            getattr(owner, key)
+    copied = copies[id(owner)] = object.__new__(type(owner))
+    state = vars(copied)
+    state.update(vars(owner))
+    for key in caches:
+        state[key] = _EMPTY.get(key)
+    for key in inner:
+        state[key] = _fresh(state[key], plan, copies)
+    if _is_own_inverse(owner, "_inv"):
+        state["_inv"] = None
+    return copied
 
 
 def _put(owner, key, value: Tensor) -> None:

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
 
 import pyro
 import pyro.distributions as dist
@@ -96,15 +97,101 @@ def test_a_flow_can_be_cast(model):
 
 
 def test_what_the_library_kept_is_not_served():
-    """A user's own call fills Pyro's cache; the bridge neither uses it nor leaves one behind."""
+    """A user's own call fills Pyro's cache: the bridge does not use it, nor leaves anything behind itself."""
     coupling = T.affine_coupling(4, [8])
     transform, x = as_transform(coupling), torch.randn(3, 4)
     coupling.inv(x)
+    kept = coupling._cached_x_y
     with torch.no_grad():
         coupling.nn.layers[-1].bias.add_(1.0)
     assert_close(transform(x)[0], transform(x.clone())[0], rtol=0, atol=0)
-    pickle.dumps(coupling)
-    copy.deepcopy(coupling)
+    assert coupling._cached_x_y is kept
+    copy.deepcopy(transform)
+    unused = T.affine_coupling(4, [8])
+    as_transform(unused)(x)
+    copy.deepcopy(unused)
+    assert unused._cached_x_y == (None, None) and unused._cached_log_scale is None
+
+
+def flow_of(*parts):
+    return as_flow(dist.TransformedDistribution(normal(4), list(parts)))
+
+
+THREADED = {name: lambda name=name: build_flow(name, 4, layers=2, hidden_features=(8,)) for name in bridge.FLOWS} | {
+    "nested": lambda: flow_of(T.spline_coupling(4, 2, [8]), T.affine_autoregressive(4, [8], stable=True)),
+    "in parts": lambda: flow_of(
+        transforms.CatTransform(
+            [T.affine_coupling(2, [8]), T.affine_autoregressive(2, [8]).inv], dim=-1, lengths=[2, 2]
+        )
+    ),
+    "in the base": lambda: as_flow(
+        dist.TransformedDistribution(dist.TransformedDistribution(normal(4), [T.affine_coupling(4, [8])]), [])
+    ),
+    "exported": lambda: flow_of(
+        to_library("pyro", build_flow("pyro-maf", 4, layers=2, hidden_features=(8,))._transform)
+    ),
+    "conditioned": lambda: flow_of(
+        to_library("torch", build_flow("pyro-affine", 4, 2, layers=2)._transform).condition(torch.ones(2))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THREADED)
+def test_threads_get_their_own_answers(name):
+    torch.manual_seed(0)
+    flow = THREADED[name]().eval()
+    batches = [torch.randn(5, 4) for _ in range(4)]
+    with torch.no_grad():
+        expected = [flow.log_prob(x) for x in batches]
+    assert wrong_answers(lambda i: flow.log_prob(batches[i]), expected) == 0
+
+
+@pytest.mark.parametrize("library", ["pyro", "torch"])
+def test_threads_get_their_own_answers_of_an_export(library):
+    torch.manual_seed(0)
+    exported = to_library(library, build_flow("masked-affine", 4, layers=2, hidden_features=(8,))._transform)
+    density = dist.TransformedDistribution(normal(4), [exported])
+    batches = [torch.randn(5, 4) for _ in range(4)]
+    with torch.no_grad():
+        expected = [density.log_prob(x) for x in batches]
+    assert wrong_answers(lambda i: density.log_prob(batches[i]), expected) == 0
+
+
+def wrong_answers(answer, expected, repeats=40):
+    """How often threads that ask at once, each for its own answer, over and over, do not get it."""
+    wrong = []
+
+    @torch.no_grad()
+    def ask(i):
+        for _ in range(repeats):
+            try:
+                if not torch.equal(answer(i), expected[i]):
+                    wrong.append(i)
+            except Exception as error:
+                wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    try:
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(expected))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    return len(wrong)
+
+
+def test_a_flow_as_a_base_gives_no_stale_value():
+    coupling = T.affine_coupling(4, [8])
+    inner = dist.TransformedDistribution(normal(4), [coupling])
+    flow, x = as_flow(dist.TransformedDistribution(inner, [])), torch.randn(3, 4)
+    flow.log_prob(x).sum().backward()
+    with torch.no_grad():
+        coupling.nn.layers[-1].bias.add_(1.0)
+    assert_close(flow.log_prob(x), flow.log_prob(x.clone()), rtol=0, atol=0)
+    flow.log_prob(x).sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Pyro and torch.distributions: their transforms and transformed distributions in, any transform out, for both.
 
 Both run noise → data and list the noise side first; ``TorchTransform`` turns that round. It asks each transform for its
-log-determinant right after its value, while the transform still keeps what both share, so that a network runs once; and
-it clears what a transform keeps before and after, since that knows nothing of parameters that have changed.
+log-determinant right after its value, while the transform still keeps what both share, so that a network runs once.
+What a transform keeps knows nothing of parameters that have changed, nor of threads: each pass has copies of its own.
 
 A context has the shape ``(batch, width)``. A datum of a distribution is its batch and event shape together.
 """
@@ -28,7 +28,6 @@ from adapters.torch_distributions import (
     Held,
     TorchBase,
     Width,
-    clear_caches,
     one_width,
     rows,
 )
@@ -98,23 +97,18 @@ class TorchTransform(Transform):
         if self.keeps_shape and self.features is not None and inputs.shape[-1] != self.features:
             raise ValueError(f"{self.name} takes {self.features} features, not an input of {tuple(inputs.shape)}")
         steps = list(self._conditioned(context))
-        cached = self.parts.caching if context is None else [*self.parts.caching, *(part for part, _ in steps)]
-        clear_caches(cached)
         outputs, log_det = inputs, inputs.new_zeros(len(inputs))
-        try:
-            with naming_shape(inputs, self.name):
-                for part, backwards in reversed(steps) if to_noise else steps:
-                    # a part keeps its last (x, y), and with it what the log-determinant at these very tensors needs
-                    if backwards == to_noise:
-                        x, y = outputs, part(outputs)
-                        log_det = log_det + rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
-                        outputs = y
-                    else:
-                        x, y = _inverse(part, outputs), outputs
-                        log_det = log_det - rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
-                        outputs = x
-        finally:
-            clear_caches(cached)
+        with naming_shape(inputs, self.name):
+            for part, backwards in reversed(steps) if to_noise else steps:
+                # a part keeps its last (x, y), and with it what the log-determinant at these very tensors needs
+                if backwards == to_noise:
+                    x, y = outputs, part(outputs)
+                    log_det = log_det + rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
+                    outputs = y
+                else:
+                    x, y = _inverse(part, outputs), outputs
+                    log_det = log_det - rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
+                    outputs = x
         if self.keeps_shape and outputs.shape != inputs.shape:
             raise ValueError(f"{self.name} does not take inputs of shape {tuple(inputs.shape)}")
         return outputs, log_det
@@ -134,7 +128,7 @@ class ConditionedBase(Held):
     """A ``ConditionalDistribution`` of Pyro; calling it on a context gives the distribution."""
 
     def forward(self, context: Tensor | None = None) -> Distribution:
-        return self.thing.condition(context)
+        return super().forward().condition(context)
 
 
 def transform_in(thing) -> Transform | None:
