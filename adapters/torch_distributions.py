@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property, partial
+from itertools import chain
+from operator import attrgetter
 from types import EllipsisType, MethodType
 
 import nflows.distributions
@@ -22,6 +24,7 @@ from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import lazy_property
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from adapters.exports import EventDim, check_event_dim
 from adapters.flow import Flow
 
 _steps = 0
@@ -187,23 +190,70 @@ class ForeignFlow(Flow):
         pass
 
 
+class Watched:
+    """A module's parameters, buffers, submodules and modes, to tell whether they have changed."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.modules = module, list(module.modules())
+        self.children = [part._modules for part in self.modules]
+        self.names = [*map(id, _values(self.children))]
+        with_tensors = [part for part in self.modules if part._parameters or part._buffers]
+        self.tensors = [held for part in with_tensors for held in (part._parameters, part._buffers)]
+
+    def state(self, *tensors: Tensor | None) -> tuple | None:
+        """Equal to an earlier one if a pass at these tensors would give the same; ``None`` if nothing can tell.
+
+        Changes in place are seen as autograd counts them: writing through ``.data`` is not.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        if [*map(id, _values(self.children))] != self.names:  # a module has been replaced: look for all of them anew
+            self.__init__(self.module)
+        inside = [tensor for tensor in (*tensors, *_values(self.tensors)) if tensor is not None]
+        try:
+            versions = [*map(_version, inside)]  # an inference tensor has none
+            addresses = [*map(Tensor.data_ptr, inside)]  # within torch.func a tensor has none
+        except RuntimeError:
+            return None
+        grad = torch.is_grad_enabled()
+        leaves = [(id(tensor), tensor.requires_grad) for tensor in inside] if grad else []
+        return (
+            grad,
+            optimizer_steps(),
+            versions,
+            addresses,
+            leaves,
+            [part.training for part in self.modules],
+            self.names,
+        )
+
+
+_version = attrgetter("_version")
+
+
+def _values(dictionaries: Iterable[dict]) -> Iterator:
+    return chain.from_iterable(map(dict.values, dictionaries))
+
+
 class ExportedTransform(Transform, nn.Module):
     """An nflows transform as torch's: noise → data, or data → noise as zuko has it, with any leading dimensions.
 
     torch computes a log_prob by ``x = t.inv(y)`` and ``t.log_abs_det_jacobian(x, y)``. Both come of one pass: the
     inverse keeps its log-determinant for that next question, which takes it away. It is given out only for those very
-    tensors, and only if neither they nor a parameter changed since, so there is no stale value and no graph kept.
+    tensors, and only if nothing that it depends on has changed since (see ``Watched``), so there is no stale value and
+    no graph kept.
 
     Args:
         transform: an nflows transform, data → noise.
-        event_dim: dimensions of one datum.
+        event_dim: dimensions of one datum, which is noise of the same shape; or both shapes, the datum's and its
+            noise's, if they differ.
         context: ``(*batch, C)``, broadcast with the batch of the input; ``None`` for no context.
         data_to_noise: which way ``__call__`` runs.
 
     Raises:
-        ValueError: for a negative ``event_dim``; in a call, for an input of fewer dimensions, or a context that is
-            missing or of another width, where the transform says which, or whose batch does not broadcast with the
-            inputs.
+        TypeError, ValueError: for a wrong ``event_dim``, see ``check_event_dim``; in a call, for an input of fewer
+            dimensions, a transform that changes the shape though nothing has said so, or a context that is missing or
+            of another width, where the transform says which, or whose batch does not broadcast with the inputs.
     """
 
     bijective = True
@@ -213,19 +263,27 @@ class ExportedTransform(Transform, nn.Module):
     def __init__(
         self,
         transform: nflows.transforms.Transform,
-        event_dim: int,
+        event_dim: EventDim,
         context: Tensor | None = None,
         data_to_noise: bool = False,
     ):
-        if event_dim < 0:
-            raise ValueError(f"event_dim must be at least 0, not {event_dim}")
+        check_event_dim(event_dim)
         super().__init__()
         self.transform = transform
         self.context = context
         self.data_to_noise = data_to_noise
-        self.dimensions = event_dim
-        self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
+        self.shapes = None if isinstance(event_dim, int) else tuple(map(torch.Size, event_dim))
+        self.dimensions = (event_dim, event_dim) if self.shapes is None else tuple(map(len, self.shapes))
+        ends = [constraints.independent(constraints.real, dimensions) for dimensions in self.dimensions]
+        self.domain, self.codomain = ends if data_to_noise else reversed(ends)
         self.memo = None
+
+    @property
+    def inv(self) -> Transform:
+        """The other direction."""
+        if self._inv is None:
+            vars(self)["_inv"] = ExportedInverse(self)
+        return self._inv
 
     def condition(self, context: Tensor) -> "ExportedTransform":
         """The same transform, of the same parameters, with this context."""
@@ -243,7 +301,8 @@ class ExportedTransform(Transform, nn.Module):
 
     def _inverse(self, y: Tensor) -> Tensor:
         x, log_det = self._run(y, to_noise=not self.data_to_noise)
-        self.memo = weakref.ref(x), weakref.ref(y), self._state(x, y), -log_det
+        state = self._state(x, y)
+        self.memo = None if state is None else (weakref.ref(x), weakref.ref(y), state, -log_det)
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -253,36 +312,73 @@ class ExportedTransform(Transform, nn.Module):
         # data → noise is the direction that every transform of a flow has
         return self._run(x, to_noise=True)[1] if self.data_to_noise else -self._run(y, to_noise=True)[1]
 
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return self._shape_after(shape, to_noise=self.data_to_noise)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return self._shape_after(shape, to_noise=not self.data_to_noise)
+
+    def _shape_after(self, shape: torch.Size, to_noise: bool) -> torch.Size:
+        if self.shapes is None:
+            return shape
+        before, after = self.shapes if to_noise else reversed(self.shapes)
+        cut = len(shape) - len(before)
+        if cut < 0 or shape[cut:] != before:
+            raise ValueError(f"this transform takes shapes that end in {tuple(before)}, not {tuple(shape)}")
+        return torch.Size((*shape[:cut], *after))
+
     def with_cache(self, cache_size: int = 1) -> "ExportedTransform":
         """Itself: torch's cache knows nothing of parameters that change."""
         return self
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_inv": None, "memo": None}
+        state = {**self.__dict__, "_inv": None, "memo": None}
+        state.pop("watched", None)
+        return state
 
     @cached_property
-    def watched(self) -> tuple[Tensor, ...]:
-        return tuple(self.transform.parameters())
+    def watched(self) -> Watched:
+        return Watched(self.transform)
 
-    def _state(self, *tensors: Tensor) -> tuple:
-        versions = (0 if tensor.is_inference() else tensor._version for tensor in (*tensors, *self.watched))
-        return torch.is_grad_enabled(), optimizer_steps(), *versions
+    def _state(self, x: Tensor, y: Tensor) -> tuple | None:
+        if x.is_inference() and y.is_inference():  # these two are known by themselves alone then
+            x = y = None
+        return self.watched.state(x, y, self.context)
 
     def _run(self, value: Tensor, to_noise: bool) -> tuple[Tensor, Tensor]:
-        if value.dim() < self.dimensions:
-            raise ValueError(f"this transform takes inputs of at least {self.dimensions} dimensions, not {value.dim()}")
-        batch, event = value.shape[: value.dim() - self.dimensions], value.shape[value.dim() - self.dimensions :]
+        dimensions = self.dimensions[0 if to_noise else 1]
+        if value.dim() < dimensions:
+            raise ValueError(f"this transform takes inputs of at least {dimensions} dimensions, not {value.dim()}")
+        batch, event = value.shape[: value.dim() - dimensions], value.shape[value.dim() - dimensions :]
         context = self.context
         if context is not None:
             batch = _broadcast(batch, context)
             context = context.expand(*batch, context.shape[-1]).reshape(math.prod(batch), context.shape[-1])
-        flat = value.expand(*batch, *event).reshape(math.prod(batch), *event)
+        flat = value
+        if len(batch) != 1 or context is not None:
+            flat = value.expand(*batch, *event).reshape(math.prod(batch), *event)
         try:
             outputs, log_det = (self.transform if to_noise else self.transform.inverse)(flat, context)
         except RuntimeError as error:  # from deep below, as of matrices whose shapes do not fit
             _explain(self.transform, context, error)
             raise
+        if outputs.shape[1:] != (event if self.shapes is None else self.shapes[1 if to_noise else 0]):
+            both = [tuple(event), tuple(outputs.shape[1:])]
+            datum, noise = both if to_noise else reversed(both)
+            raise ValueError(
+                f"this transform makes noise of shape {noise} of a datum of shape {datum}: export the whole flow, "
+                f"which knows both, or say so to to_library by event_dim=({datum}, {noise})"
+            )
+        if len(batch) == 1:
+            return outputs, log_det
         return outputs.reshape(*batch, *outputs.shape[1:]), log_det.reshape(batch)
+
+
+class ExportedInverse(_InverseTransform):
+    """The other direction of an ``ExportedTransform``. A copy of it still knows what it inverts, unlike torch's own."""
+
+    def __getstate__(self) -> dict:
+        return dict(self.__dict__)
 
 
 def rows(log_det: Tensor, inputs: Tensor, event_dim: int) -> Tensor:
@@ -322,12 +418,14 @@ def _is_cache(key: str) -> bool:
 def _explain(transform: nn.Module, context: Tensor | None, error: RuntimeError) -> None:
     """Raise a ValueError instead if some part of the transform says that it takes another context."""
     widths = (getattr(module, "context_features", None) for module in transform.modules())
-    width = next((width for width in widths if isinstance(width, int)), None)
-    if width is not None and context is None:
+    width = next((width for width in widths if width is not None), None)
+    if not isinstance(width, int):
+        return
+    if context is None:
         raise ValueError(
             f"this transform is conditional: give it a context of shape (*batch, {width}) by .condition(context)"
         ) from error
-    if width is not None and context.shape[-1] != width:
+    if context.shape[-1] != width:
         raise ValueError(
             f"this transform takes a context of shape (*batch, {width}), not {tuple(context.shape)}"
         ) from error

@@ -18,6 +18,7 @@ from torch.distributions import Distribution, Independent, Normal, TransformedDi
 from torch.overrides import TorchFunctionMode
 
 from adapters.checks import check_context, naming_shape
+from adapters.exports import EventDim
 from adapters.flow import ContextAsCoordinates, Flow
 from adapters.masks import check_mask
 from adapters.networks import ACTIVATIONS
@@ -173,15 +174,14 @@ def flow_in(thing) -> Flow | None:
     return flow(transform, base, shape, transform.context_features)
 
 
-def transform_out(transform: Transform, library: str, event_dim: int, conditional: bool):
+def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool):
     """torch's ``Transform``; for Pyro its ``TransformModule`` or, conditional, its ``ConditionalTransformModule``.
 
     torch knows no conditional transforms; what it gets has ``.condition(context)`` all the same.
     """
     if library == "torch":
         return ExportedTransform(transform, event_dim)
-    plain, conditioned = _exports()
-    return (conditioned if conditional else plain)(transform, event_dim)
+    return _exports()["ConditionalExport" if conditional else "Export"](transform, event_dim)
 
 
 def native_log_prob(exported, inputs: Tensor, context: Tensor | None = None) -> Tensor:
@@ -219,27 +219,37 @@ def _conditional():
 
 
 @cache
-def _exports() -> tuple[type, type]:
+def _exports() -> dict[str, type]:
+    """The classes of what is exported to Pyro: they exist once Pyro, their parents' package, has been imported."""
     pyro = _pyro()
 
     class Export(ExportedTransform, pyro.torch_transform.TransformModule):
         __doc__ = ExportedTransform.__doc__
         __hash__ = ExportedTransform.__hash__
+        __qualname__ = "Export"
 
     class ConditionalExport(pyro.conditional.ConditionalTransformModule):
         """An nflows transform that takes a context as Pyro's: ``condition(context)`` is a torch transform."""
 
+        __qualname__ = "ConditionalExport"
         bijective = True
 
-        def __init__(self, transform: Transform, event_dim: int):
+        def __init__(self, transform: Transform, event_dim: EventDim):
             super().__init__()
             self.export = Export(transform, event_dim)
-            self.domain = self.codomain = self.export.domain
+            self.domain, self.codomain = self.export.domain, self.export.codomain
 
         def condition(self, context: Tensor) -> Export:
             return self.export.condition(context)
 
-    return Export, ConditionalExport
+    return {"Export": Export, "ConditionalExport": ConditionalExport}
+
+
+def __getattr__(name: str) -> type:
+    """The classes of exports by their names, where ``pickle`` looks for them."""
+    if name in ("Export", "ConditionalExport"):
+        return _exports()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _inverse(part, y: Tensor) -> Tensor:
@@ -312,6 +322,8 @@ def _has_inverse(part) -> bool:
 
 
 def _changes_shape(part) -> bool:
+    if isinstance(part, ExportedTransform):
+        return part.shapes is not None
     kinds = transforms.ReshapeTransform | transforms.StickBreakingTransform | transforms.CorrCholeskyTransform
     return isinstance(part, kinds) or _is(part, "CorrLCholeskyTransform", "SimplexToOrderedTransform")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from adapters.checks import check_context, check_event, check_positive, naming_shape
+from adapters.exports import EventDim
 from adapters.flow import Flow
 from adapters.networks import ACTIVATIONS
 from adapters.registry import Example, Model, Specification
@@ -111,7 +112,7 @@ def _call(transform, x: Tensor) -> tuple[Tensor, Tensor]:
     """y = f(x) and log|det dy/dx| as ``(batch,)``, each network of f evaluated once, behind an ``.inv`` too."""
     if type(transform) is import_zuko().transforms.ComposedTransform:
         return _chain(_call, transform.transforms, x)
-    if type(transform) is torch.distributions.transforms._InverseTransform:
+    if isinstance(transform, torch.distributions.transforms._InverseTransform):
         return _invert(transform.inv, x)
     y, log_det = transform.call_and_ladj(x)
     return y, rows(log_det, x, transform.domain.event_dim)
@@ -123,7 +124,7 @@ def _invert(transform, y: Tensor) -> tuple[Tensor, Tensor]:
     kind = type(transform)
     if kind is transforms.ComposedTransform:
         return _chain(_invert, reversed(transform.transforms), y)
-    if kind is torch.distributions.transforms._InverseTransform:
+    if isinstance(transform, torch.distributions.transforms._InverseTransform):
         return _call(transform.inv, y)
     if kind is transforms.CouplingTransform:
         y_a, y_b = transform.split(y)
@@ -204,11 +205,11 @@ def flow_in(thing) -> Flow | None:
         shape = distribution.batch_shape + distribution.event_shape
     else:
         shape = distribution.expand((1,)).event_shape
-    event_shape = shape if transform is None or width is ... else transform(context).inverse_shape(shape)
+    event_shape = shape if transform is None else _data_shape(transform, shape, context, width)
     return (ForeignFlow if width is ... else Flow)(inner, TorchBase(base, shape), event_shape, width)
 
 
-def transform_out(transform: Transform, library: str, event_dim: int, conditional: bool) -> nn.Module:
+def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool) -> nn.Module:
     """A ``zuko.lazy.LazyTransform``, for ``zuko.lazy.Flow``; any leading dimensions, broadcast with the context's."""
     return _exported()(transform, event_dim)
 
@@ -229,7 +230,9 @@ def _exported() -> type:
     class NflowsTransform(import_zuko().lazy.LazyTransform):
         """An nflows transform, data → noise, as a lazy one."""
 
-        def __init__(self, transform: Transform, event_dim: int):
+        __qualname__ = "NflowsTransform"
+
+        def __init__(self, transform: Transform, event_dim: EventDim):
             super().__init__()
             self.transform = transform
             self.event_dim = event_dim
@@ -238,6 +241,25 @@ def _exported() -> type:
             return ExportedTransform(self.transform, self.event_dim, c, data_to_noise=True)
 
     return NflowsTransform
+
+
+def __getattr__(name: str) -> type:
+    """The class of exports by its name, where ``pickle`` looks for it."""
+    if name == "NflowsTransform":
+        return _exported()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _data_shape(lazy: nn.Module, shape: torch.Size, context: Tensor | None, width: Width) -> torch.Size:
+    """The shape of a datum whose noise is of this shape; that very shape where the transform cannot be asked."""
+    lazies = import_zuko().lazy
+    if width is not ... or isinstance(lazy, _exported()):
+        return lazy(context).inverse_shape(shape)
+    if isinstance(lazy, lazies.LazyInverse) and isinstance(lazy.transform, _exported()):
+        return lazy.transform(context).forward_shape(shape)
+    for transform in reversed(lazy.transforms) if isinstance(lazy, lazies.LazyComposedTransform) else []:
+        shape = _data_shape(transform, shape, context, width)
+    return shape
 
 
 def _parts(lazy: nn.Module) -> Iterator[nn.Module]:
