@@ -105,7 +105,21 @@ class ZukoTransform(Transform):
         if features is not None:
             check_event(inputs, (features,), self.name)
         check_context(context, self.context_features, inputs, self.name)
-        return self.lazy(context)
+        transform = self.lazy(context)
+        if torch.jit.is_tracing():
+            self._check_traceable(transform)
+        return transform
+
+    def _check_traceable(self, transform) -> None:
+        layers = [
+            module for module in self.lazy.modules() if hasattr(module, "univariate") and hasattr(module, "shapes")
+        ]
+        univariates = [layer.univariate(*map(torch.zeros, layer.shapes)) for layer in layers]
+        if any(map(_solves, (transform, *univariates))):
+            raise NotImplementedError(
+                f"torch.jit cannot trace {self.name}, which solves an equation or differentiates within its pass: "
+                "take Trace_ELBO instead of JitTrace_ELBO"
+            )
 
 
 def _call(transform, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,6 +346,19 @@ def _check_bijective(transform) -> None:
         raise InverseNotAvailable(f"{type(transform).__name__} is no bijection, so no flow can use it")
     elif isinstance(transform, transforms.FreeFormJacobianTransform) and not transform.exact:
         raise ValueError("the log-determinant of this transform is a random estimate; build it with exact=True")
+
+
+def _solves(transform) -> bool:
+    """Whether it, or a part of it, works by bisection, by an integral or by a derivative of its own."""
+    transforms = import_zuko().transforms
+    match transform:
+        case transforms.ComposedTransform():
+            return any(map(_solves, transform.transforms))
+        case transforms.DependentTransform():
+            return _solves(transform.base)
+        case torch.distributions.transforms._InverseTransform():
+            return _solves(transform.inv)
+    return isinstance(transform, transforms.MonotonicTransform | transforms.FreeFormJacobianTransform)
 
 
 class Bracket(nn.Module):
