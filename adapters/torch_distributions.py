@@ -10,10 +10,10 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from itertools import chain
 from operator import attrgetter
-from types import EllipsisType, MethodType
+from types import EllipsisType, FunctionType, MethodType
 
 import nflows.distributions
 import nflows.transforms
@@ -66,7 +66,7 @@ class Held(nn.Module):
 
     Raises:
         ValueError: for a tensor computed from parameters: it would not follow them, and its graph is good for one
-            backward pass only.
+            backward pass only; for parameters that only a function inside it knows, where they cannot be found.
     """
 
     def __init__(self, thing, kinds: tuple[type, ...] = (Transform, Distribution)):
@@ -77,6 +77,7 @@ class Held(nn.Module):
         self.caching = [transform for transform in inside if any(map(_is_cache, vars(transform)))]
         _clear_caches(self.caching)
         self._forget(Transform)
+        _check_no_closures(thing, kinds)
         members = list(_members(thing, kinds))
         for _, _, name, value in members:
             if isinstance(value, nn.Module) and all(value is not module for module in self.modules()):
@@ -389,6 +390,39 @@ def rows(log_det: Tensor, inputs: Tensor, event_dim: int) -> Tensor:
     return _sum_rows(log_det.expand(inputs.shape[: inputs.dim() - event_dim]))
 
 
+def bounds(constraint: constraints.Constraint) -> list[tuple]:
+    """(comparison, bound) for each side on which the constraint bounds every number by itself."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    sides = ((torch.lt, "lower_bound"), (torch.gt, "upper_bound"))
+    return [(beyond, getattr(constraint, name)) for beyond, name in sides if hasattr(constraint, name)]
+
+
+def is_beyond(values: Tensor, limits: list[tuple]) -> Tensor:
+    """Which of the values lie beyond the bounds: neither a bound itself nor NaN does."""
+    return reduce(torch.logical_or, (beyond(values, limit) for beyond, limit in limits))
+
+
+def within(limits: list[tuple], values: Tensor, scoring: bool, function: Callable) -> tuple[Tensor, Tensor]:
+    """``function(values)``, outputs and log-determinants ``(batch,)``, of values beyond no bound.
+
+    Where one lies beyond, its row of data has the density 0 (noise 0, log-determinant −∞), and noise no datum (NaN).
+    """
+    if not limits:
+        return function(values)
+    if not scoring:
+        return function(decode_within(limits, values))
+    outputs, log_det = function(values)
+    outside = is_beyond(values, limits).reshape(len(values), -1).any(1)
+    every = outside.view(-1, *[1] * (outputs.dim() - 1))
+    return outputs.masked_fill(every, 0.0), log_det.masked_fill(outside, -math.inf)
+
+
+def decode_within(limits: list[tuple], noise: Tensor) -> Tensor:
+    """The noise itself; NaN where it lies beyond a bound."""
+    return noise.masked_fill(is_beyond(noise, limits), math.nan) if limits else noise
+
+
 def one_width(widths: Iterable[Width], what: str) -> Width:
     """The one width among those of a flow's parts; a ValueError if two of them differ."""
     known = [width for width in dict.fromkeys(widths) if width is not ...]
@@ -450,6 +484,24 @@ def _members(thing, kinds: tuple[type, ...]) -> Iterator[tuple]:
         for key, value in _entries(owner):
             if isinstance(value, Tensor | nn.Module):
                 yield owner, key, f"{path}{key}", value
+
+
+def _check_no_closures(thing, kinds: tuple[type, ...]) -> None:
+    """Raise a ValueError for trained tensors that only a function inside the thing knows, as one defined in another."""
+    entries = ((owner, value) for owner, _ in _walk(thing, kinds) for _, value in _entries(owner))
+    for owner, function in ((owner, value) for owner, value in entries if isinstance(value, FunctionType)):
+        known = [cell.cell_contents for cell in function.__closure__ or ()]
+        inside = [value for value, _ in _walk(known, (nn.Module, Tensor, *kinds))]
+        if any(isinstance(value, nn.Module | Tensor) and _is_trained(value) for value in inside):
+            raise ValueError(
+                f"{type(owner).__name__} keeps what is trained inside a function, where it would be neither found nor "
+                "saved; give the conditional or lazy transform that made it, and the context in each call"
+            )
+
+
+def _is_trained(thing: nn.Module | Tensor) -> bool:
+    tensors = thing.parameters() if isinstance(thing, nn.Module) else (thing,)
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def _walk(thing, kinds: tuple[type, ...]) -> Iterator[tuple]:

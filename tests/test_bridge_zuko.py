@@ -147,7 +147,9 @@ def test_torch_jit_traces_a_flow_or_is_told_that_it_cannot(name, context_feature
         traced = JitTrace_ELBO(ignore_jit_warnings=True)
         pyro.clear_param_store()
         if name in SOLVING:
-            with pytest.raises(NotImplementedError, match="torch.jit cannot trace zuko's .*: take Trace_ELBO instead"):
+            message = "torch.jit cannot trace zuko's .*: take Trace_ELBO instead"
+            # without validation, since a flow at its start may map no datum to the noise, and so give NaN
+            with pytest.raises(NotImplementedError, match=message), pyro.validation_enabled(False):
                 traced.loss_and_grads(model, guide, *arguments)
             continue
         traced.loss_and_grads(model, guide, *arguments)  # tracing itself draws samples
@@ -162,7 +164,8 @@ def test_torch_jit_traces_a_flow_or_is_told_that_it_cannot(name, context_feature
 @pytest.mark.parametrize("name", ["NAF", "UNAF", "CNF"])
 def test_gradients_reach_the_weights_in_eval_mode_too(name, mode):
     flow = as_flow(NATIVE[name](0).double()).train(mode)
-    for x in (flow.sample(3), -flow.log_prob(batch(3, 3))):
+    noise = flow._transform(batch(3, 3))[0].detach()  # a NAF that is not trained reaches little else
+    for x in (flow._transform.inverse(noise)[0], -flow.log_prob(batch(3, 3))):
         flow.zero_grad()
         x.sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in flow._transform.parameters())

@@ -7,9 +7,10 @@ What a transform keeps knows nothing of parameters that have changed, nor of thr
 A context has the shape ``(batch, width)``. A datum of a distribution is its batch and event shape together.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 from nflows.transforms import InverseNotAvailable, Transform
@@ -29,8 +30,10 @@ from adapters.torch_distributions import (
     Held,
     TorchBase,
     Width,
+    bounds,
     one_width,
     rows,
+    within,
 )
 
 PACKAGES = ("pyro", "torch.distributions")
@@ -84,6 +87,9 @@ class TorchTransform(Transform):
         self.context_features = one_width(widths, f"the context of {self.name}") if widths else None
         self.features = next((width for width in (_features(part) for part, _ in reversed(steps)) if width), None)
         self.keeps_shape = not any(_changes_shape(part) for part, _ in steps)
+        self.bounded = [
+            not _reads_context(part) and any(map(bounds, (part.domain, part.codomain))) for part, _ in steps
+        ]
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(inputs, context, to_noise=True)
@@ -100,29 +106,27 @@ class TorchTransform(Transform):
         steps = list(self._conditioned(context))
         outputs, log_det = inputs, inputs.new_zeros(len(inputs))
         with naming_shape(inputs, self.name):
-            for part, backwards in reversed(steps) if to_noise else steps:
-                # a part keeps its last (x, y), and with it what the log-determinant at these very tensors needs
-                if backwards == to_noise:
-                    x, y = outputs, part(outputs)
-                    log_det = log_det + rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
-                    outputs = y
-                else:
-                    x, y = _inverse(part, outputs), outputs
-                    log_det = log_det - rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
-                    outputs = x
+            for part, backwards, bounded in reversed(steps) if to_noise else steps:
+                called = backwards == to_noise
+                limits = bounds(part.domain if called else part.codomain) if bounded else []
+                outputs, change = within(limits, outputs, to_noise, partial(_change, part, called))
+                log_det = log_det + change
         if self.keeps_shape and outputs.shape != inputs.shape:
             raise ValueError(f"{self.name} does not take inputs of shape {tuple(inputs.shape)}")
         return outputs, log_det
 
     def _conditioned(self, context: Tensor | None) -> Iterator[tuple]:
-        for part, backwards in zip(self.parts(), self.backwards, strict=True):
+        for part, backwards, bounded in zip(self.parts(), self.backwards, self.bounded, strict=True):
             if not _reads_context(part):
-                yield part, backwards
+                if _is(part, "LowerCholeskyAffine"):  # its value is of the whole matrix, all else of the lower triangle
+                    part = copy.copy(part)
+                    part.scale_tril = part.scale_tril.tril()
+                yield part, backwards, bounded
                 continue
             for step, reverse in _steps(part.condition(context), backwards):
                 if _is(step, "ConditionedMatrixExponential") and callable(step.weights):
                     step.weights = step.weights()  # else its network runs for the value and again for the log-det
-                yield step, reverse
+                yield step, reverse, False
 
 
 class ConditionedBase(Held):
@@ -252,6 +256,16 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _change(part, called: bool, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The part or its inverse at the value, and its log-determinants ``(batch,)``.
+
+    A part keeps its last (x, y), and with it what the log-determinant at these very tensors needs.
+    """
+    x, y = (value, part(value)) if called else (_inverse(part, value), value)
+    log_det = rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
+    return (y, log_det) if called else (x, -log_det)
+
+
 def _inverse(part, y: Tensor) -> Tensor:
     """x of y. Pyro's autoregressive inverse starts from zeros of the default dtype: here they are of the flow's."""
     if y.dtype == torch.get_default_dtype() or not _is(part, "AffineAutoregressive"):
@@ -326,6 +340,10 @@ def _changes_shape(part) -> bool:
         return part.shapes is not None
     kinds = transforms.ReshapeTransform | transforms.StickBreakingTransform | transforms.CorrCholeskyTransform
     return isinstance(part, kinds) or _is(part, "CorrLCholeskyTransform", "SimplexToOrderedTransform")
+
+
+def _is_bounded(part) -> bool:
+    return not _reads_context(part) and any(map(bounds, (part.domain, part.codomain)))
 
 
 def _reads_context(part) -> bool:

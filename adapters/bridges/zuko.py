@@ -6,6 +6,7 @@ transform on a context gives a torch ``Transform``, whose ``call_and_ladj`` give
 What ``import zuko`` does to the whole process, ``import_zuko`` undoes; nothing else here imports it.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from types import ModuleType
@@ -26,8 +27,11 @@ from adapters.torch_distributions import (
     Held,
     TorchBase,
     Width,
+    bounds,
+    decode_within,
     one_width,
     rows,
+    within,
 )
 
 PACKAGES = LIBRARIES = ("zuko",)
@@ -60,6 +64,8 @@ class ZukoTransform(Transform):
     """A lazy transform of zuko, x ↦ f(x | c), as an nflows one: ``forward`` calls f, ``inverse`` its inverse.
 
     Each is one evaluation of every conditioner (autoregressive inverses: one for each pass), with its log-determinant.
+    Data beyond the bounds of a transform's domain have the density 0, and noise that no datum is mapped to gives NaN:
+    zuko's ``NAF``, ``UNAF``, ``SOSPF`` and ``GF`` do not reach all noise, and their densities integrate to less than 1.
     In eval mode zuko cuts the weights of ``MNN``, ``UMNN`` and ``FFJTransform`` out of the graph. Here gradients reach
     them in either mode: the flag is held at "training", which changes nothing else in these three.
 
@@ -95,11 +101,11 @@ class ZukoTransform(Transform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with naming_shape(inputs, self.name):
-            return _call(self._transform(inputs, context, self.features[0]), inputs)
+            return _call(self._transform(inputs, context, self.features[0]), inputs, scoring=True)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with naming_shape(inputs, f"the inverse of {self.name}"):
-            return _invert(self._transform(inputs, context, self.features[1]), inputs)
+            return _invert(self._transform(inputs, context, self.features[1]), inputs, scoring=False)
 
     def _transform(self, inputs: Tensor, context: Tensor | None, features: int | None):
         if features is not None:
@@ -122,41 +128,102 @@ class ZukoTransform(Transform):
             )
 
 
-def _call(transform, x: Tensor) -> tuple[Tensor, Tensor]:
-    """y = f(x) and log|det dy/dx| as ``(batch,)``, each network of f evaluated once, behind an ``.inv`` too."""
-    if type(transform) is import_zuko().transforms.ComposedTransform:
-        return _chain(_call, transform.transforms, x)
-    if isinstance(transform, torch.distributions.transforms._InverseTransform):
-        return _invert(transform.inv, x)
-    y, log_det = transform.call_and_ladj(x)
-    return y, rows(log_det, x, transform.domain.event_dim)
+def _call(transform, x: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
+    """y = f(x) and log|det dy/dx| as ``(batch,)``, each network of f evaluated once, behind an ``.inv`` too.
 
-
-def _invert(transform, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x = f⁻¹(y) and log|det dx/dy| as ``(batch,)``; zuko itself would run each network again for the latter."""
-    transforms = import_zuko().transforms
-    kind = type(transform)
+    What lies beyond the bounds of f's domain, as the interval of a circular shift, has no y: see ``within``.
+    """
+    transforms, kind = import_zuko().transforms, type(transform)
     if kind is transforms.ComposedTransform:
-        return _chain(_invert, reversed(transform.transforms), y)
+        return _chain(_call, transform.transforms, x, scoring)
     if isinstance(transform, torch.distributions.transforms._InverseTransform):
-        return _call(transform.inv, y)
+        return _invert(transform.inv, x, scoring)
+    if kind is transforms.DependentTransform:
+        return _call(transform.base, x, scoring)
+    if kind is transforms.AutoregressiveTransform:
+        return _call(transform.meta(x), x, scoring)
+    if kind is transforms.CouplingTransform:
+        x_a, x_b = transform.split(x)
+        y_b, log_det = _call(transform.meta(x_a), x_b, scoring)
+        return transform.merge(x_a, y_b, x.shape), log_det
+
+    def values(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = transform.call_and_ladj(x)
+        return y, rows(log_det, x, transform.domain.event_dim)
+
+    return within(bounds(transform.domain), x, scoring, values)
+
+
+def _invert(transform, y: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
+    """x = f⁻¹(y) and log|det dx/dy| as ``(batch,)``; zuko itself would run each network again for the latter."""
+    transforms, kind = import_zuko().transforms, type(transform)
+    if kind is transforms.ComposedTransform:
+        return _chain(_invert, reversed(transform.transforms), y, scoring)
+    if isinstance(transform, torch.distributions.transforms._InverseTransform):
+        return _call(transform.inv, y, scoring)
+    if kind is transforms.DependentTransform:
+        return _invert(transform.base, y, scoring)
     if kind is transforms.CouplingTransform:
         y_a, y_b = transform.split(y)
-        x_b, log_det = _invert(transform.meta(y_a), y_b)
+        x_b, log_det = _invert(transform.meta(y_a), y_b, scoring)
         return transform.merge(y_a, x_b, y.shape), log_det
     if kind is transforms.AutoregressiveTransform:
         x = torch.zeros_like(y)
         for _ in range(transform.passes - 1):
-            x = transform.meta(x).inv(y)
-        return _invert(transform.meta(x), y)  # all that a coordinate of the last pass depends on is already final
-    x, log_det = transform.inv.call_and_ladj(y)
-    return x, rows(log_det, y, transform.codomain.event_dim)
+            x = _preimage(transform.meta(x), y)
+        # all that a coordinate of the last pass depends on is already final
+        return _invert(transform.meta(x), y, scoring)
+
+    def values(y: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(transform, transforms.FreeFormJacobianTransform):
+            x, log_det = transform.inv.call_and_ladj(y)
+            return x, rows(log_det, y, 1)
+        x = _preimage(transform, y)
+        return x, -rows(transform.log_abs_det_jacobian(x, y), x, transform.domain.event_dim)
+
+    return within(bounds(transform.codomain), y, scoring, values)
 
 
-def _chain(function: Callable, transforms: Iterable, value: Tensor) -> tuple[Tensor, Tensor]:
+def _preimage(transform, y: Tensor) -> Tensor:
+    """f⁻¹(y) alone."""
+    transforms, kind = import_zuko().transforms, type(transform)
+    if kind is transforms.ComposedTransform:
+        for part in reversed(transform.transforms):
+            y = _preimage(part, y)
+        return y
+    if kind is transforms.DependentTransform:
+        return _preimage(transform.base, y)
+    if getattr(kind, "_inverse", None) is transforms.MonotonicTransform._inverse:
+        return _bisect(transform, y)
+    return transform.inv(decode_within(bounds(transform.codomain), y))
+
+
+def _bisect(transform, y: Tensor) -> Tensor:
+    """f⁻¹(y) of a ``MonotonicTransform``; NaN where f does not reach y.
+
+    zuko looks in [−bound, bound] only, and gives the nearer end of that for all y beyond; here it is widened to ``FAR``
+    where it has to be.
+    """
+    bound = transform.bound
+    with torch.no_grad():
+        while True:
+            end = torch.full_like(y, bound)
+            missed = (y < transform.f(-end)) | (y > transform.f(end))
+            if bound >= FAR or not missed.any():
+                break
+            bound *= 10
+    steps = math.ceil(math.log2(2 * bound / transform.eps))
+    x = import_zuko().utils.bisection(transform.f, y, -end, end, steps, transform.phi)
+    return x.masked_fill(missed | y.isnan(), math.nan)
+
+
+FAR = 1e6
+
+
+def _chain(function: Callable, transforms: Iterable, value: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
     total = 0.0
     for transform in transforms:
-        value, log_det = function(transform, value)
+        value, log_det = function(transform, value, scoring)
         total = total + log_det
     return value, total
 
