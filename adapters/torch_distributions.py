@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cached_property, partial, reduce
+from functools import cached_property, partial
 from itertools import chain
 from operator import attrgetter
 from types import EllipsisType, FunctionType, MethodType
@@ -385,42 +385,48 @@ class ExportedInverse(_InverseTransform):
 def rows(log_det: Tensor, inputs: Tensor, event_dim: int) -> Tensor:
     """A transform's log-determinants at ``inputs`` ``(batch, …)``, as ``(batch,)``.
 
-    torch's have one entry for each of the inputs' dimensions left of ``event_dim``, or broadcast to that if constant.
+    torch's have one entry for each of the inputs' dimensions left of ``event_dim``, or broadcast to that if constant;
+    its ``StackTransform`` forgets to sum over the datum's.
     """
-    return _sum_rows(log_det.expand(inputs.shape[: inputs.dim() - event_dim]))
+    return _sum_rows(log_det.expand(inputs.shape[: max(log_det.dim(), inputs.dim() - event_dim)]))
 
 
-def bounds(constraint: constraints.Constraint) -> list[tuple]:
-    """(comparison, bound) for each side on which the constraint bounds every number by itself."""
+Limits = tuple[float | Tensor | None, float | Tensor | None]
+
+
+def bounds(constraint: constraints.Constraint) -> Limits | None:
+    """The lower and the upper bound of every number by itself; ``None`` for a constraint of no such kind."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
-    sides = ((torch.lt, "lower_bound"), (torch.gt, "upper_bound"))
-    return [(beyond, getattr(constraint, name)) for beyond, name in sides if hasattr(constraint, name)]
+    limits = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
+    return None if limits == (None, None) else limits
 
 
-def is_beyond(values: Tensor, limits: list[tuple]) -> Tensor:
-    """Which of the values lie beyond the bounds: neither a bound itself nor NaN does."""
-    return reduce(torch.logical_or, (beyond(values, limit) for beyond, limit in limits))
+def within(limits: Limits | None, values: Tensor, scoring: bool, function: Callable) -> tuple[Tensor, Tensor]:
+    """``function(values)``, outputs and log-determinants ``(batch,)``, of values that lie beyond no bound.
 
-
-def within(limits: list[tuple], values: Tensor, scoring: bool, function: Callable) -> tuple[Tensor, Tensor]:
-    """``function(values)``, outputs and log-determinants ``(batch,)``, of values beyond no bound.
-
-    Where one lies beyond, its row of data has the density 0 (noise 0, log-determinant −∞), and noise no datum (NaN).
+    Rows in which one does are ``nowhere``. Neither a bound itself nor NaN lies beyond.
     """
-    if not limits:
+    if limits is None:
         return function(values)
-    if not scoring:
-        return function(decode_within(limits, values))
-    outputs, log_det = function(values)
-    outside = is_beyond(values, limits).reshape(len(values), -1).any(1)
-    every = outside.view(-1, *[1] * (outputs.dim() - 1))
-    return outputs.masked_fill(every, 0.0), log_det.masked_fill(outside, -math.inf)
+    lower, upper = limits
+    if upper is None:
+        beyond, inside = values < lower, lower + 1.0
+    elif lower is None:
+        beyond, inside = values > upper, upper - 1.0
+    else:
+        beyond, inside = (values < lower) | (values > upper), (lower + upper) / 2
+    outputs, log_det = function(torch.where(beyond, inside, values))
+    return nowhere(beyond, outputs, log_det, scoring)
 
 
-def decode_within(limits: list[tuple], noise: Tensor) -> Tensor:
-    """The noise itself; NaN where it lies beyond a bound."""
-    return noise.masked_fill(is_beyond(noise, limits), math.nan) if limits else noise
+def nowhere(beyond: Tensor, outputs: Tensor, log_det: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
+    """Rows in which something is marked become data of density 0 (noise 0, log|det| −∞), or no datum (NaN)."""
+    rows = beyond.reshape(len(beyond), -1).any(1)
+    every = rows.view(-1, *[1] * (outputs.dim() - 1))
+    if scoring:
+        return outputs.masked_fill(every, 0.0), log_det.masked_fill(rows, -math.inf)
+    return outputs.masked_fill(every, math.nan), log_det.masked_fill(rows, math.nan)
 
 
 def one_width(widths: Iterable[Width], what: str) -> Width:

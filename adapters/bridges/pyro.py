@@ -28,6 +28,7 @@ from adapters.torch_distributions import (
     ExportedTransform,
     ForeignFlow,
     Held,
+    Limits,
     TorchBase,
     Width,
     bounds,
@@ -108,7 +109,7 @@ class TorchTransform(Transform):
         with naming_shape(inputs, self.name):
             for part, backwards, bounded in reversed(steps) if to_noise else steps:
                 called = backwards == to_noise
-                limits = bounds(part.domain if called else part.codomain) if bounded else []
+                limits = _limits(part, called) if bounded else None
                 outputs, change = within(limits, outputs, to_noise, partial(_change, part, called))
                 log_det = log_det + change
         if self.keeps_shape and outputs.shape != inputs.shape:
@@ -343,7 +344,14 @@ def _changes_shape(part) -> bool:
 
 
 def _is_bounded(part) -> bool:
-    return not _reads_context(part) and any(map(bounds, (part.domain, part.codomain)))
+    return not _reads_context(part) and any(_limits(part, called) is not None for called in (True, False))
+
+
+def _limits(part, called: bool) -> Limits | None:
+    """The bounds of what the part takes, when it is called or its inverse is."""
+    if _is(part, "ELUTransform") and not called:
+        return -1.0, None  # Pyro says that its values are positive
+    return bounds(part.domain if called else part.codomain)
 
 
 def _reads_context(part) -> bool:

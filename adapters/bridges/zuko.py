@@ -28,7 +28,7 @@ from adapters.torch_distributions import (
     TorchBase,
     Width,
     bounds,
-    decode_within,
+    nowhere,
     one_width,
     rows,
     within,
@@ -170,7 +170,7 @@ def _invert(transform, y: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
     if kind is transforms.AutoregressiveTransform:
         x = torch.zeros_like(y)
         for _ in range(transform.passes - 1):
-            x = _preimage(transform.meta(x), y)
+            x = _preimage(transform.meta(x), y, missed=0.0)  # for in a network, NaN is NaN for every coordinate
         # all that a coordinate of the last pass depends on is already final
         return _invert(transform.meta(x), y, scoring)
 
@@ -178,28 +178,34 @@ def _invert(transform, y: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
         if isinstance(transform, transforms.FreeFormJacobianTransform):
             x, log_det = transform.inv.call_and_ladj(y)
             return x, rows(log_det, y, 1)
-        x = _preimage(transform, y)
-        return x, -rows(transform.log_abs_det_jacobian(x, y), x, transform.domain.event_dim)
+        x = _preimage(transform, y, missed=math.nan)
+        if not _bisects(transform):
+            return x, -rows(transform.log_abs_det_jacobian(x, y), x, transform.domain.event_dim)
+        missed = x.isnan() & ~y.isnan()
+        inside = x.masked_fill(missed, 0.0)
+        return nowhere(missed, inside, -rows(transform.log_abs_det_jacobian(inside, y), x, 0), scoring)
 
     return within(bounds(transform.codomain), y, scoring, values)
 
 
-def _preimage(transform, y: Tensor) -> Tensor:
-    """f⁻¹(y) alone."""
+def _preimage(transform, y: Tensor, missed: float) -> Tensor:
+    """f⁻¹(y) alone; ``missed`` where f does not reach y."""
     transforms, kind = import_zuko().transforms, type(transform)
     if kind is transforms.ComposedTransform:
         for part in reversed(transform.transforms):
-            y = _preimage(part, y)
+            y = _preimage(part, y, missed)
         return y
     if kind is transforms.DependentTransform:
-        return _preimage(transform.base, y)
-    if getattr(kind, "_inverse", None) is transforms.MonotonicTransform._inverse:
-        return _bisect(transform, y)
-    return transform.inv(decode_within(bounds(transform.codomain), y))
+        return _preimage(transform.base, y, missed)
+    return _bisect(transform, y, missed) if _bisects(transform) else transform.inv(y)
 
 
-def _bisect(transform, y: Tensor) -> Tensor:
-    """f⁻¹(y) of a ``MonotonicTransform``; NaN where f does not reach y.
+def _bisects(transform) -> bool:
+    return getattr(type(transform), "_inverse", None) is import_zuko().transforms.MonotonicTransform._inverse
+
+
+def _bisect(transform, y: Tensor, missed: float) -> Tensor:
+    """f⁻¹(y) of a ``MonotonicTransform``; ``missed`` where f does not reach y.
 
     zuko looks in [−bound, bound] only, and gives the nearer end of that for all y beyond; here it is widened to ``FAR``
     where it has to be.
@@ -208,13 +214,13 @@ def _bisect(transform, y: Tensor) -> Tensor:
     with torch.no_grad():
         while True:
             end = torch.full_like(y, bound)
-            missed = (y < transform.f(-end)) | (y > transform.f(end))
-            if bound >= FAR or not missed.any():
+            beyond = (y < transform.f(-end)) | (y > transform.f(end))
+            if bound >= FAR or not beyond.any():
                 break
             bound *= 10
     steps = math.ceil(math.log2(2 * bound / transform.eps))
     x = import_zuko().utils.bisection(transform.f, y, -end, end, steps, transform.phi)
-    return x.masked_fill(missed | y.isnan(), math.nan)
+    return x.masked_fill(beyond, missed).masked_fill(y.isnan(), math.nan)
 
 
 FAR = 1e6
