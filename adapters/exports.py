@@ -1,7 +1,8 @@
 """What ``to_library`` has to know of what it exports: the shape of its data, and what of a whole flow goes out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from nflows import transforms
 from nflows.flows import Flow
 from nflows.transforms import Transform
 from torch import Tensor, nn
@@ -20,6 +21,29 @@ def check_event_dim(event_dim: EventDim) -> None:
             "event_dim is the number of a datum's dimensions, such as 3, or the shapes of a datum and of its noise, "
             f"such as ((1, 28, 28), (784,)), not {event_dim!r}"
         )
+
+
+def check_shapes_known(transform: Transform, event_dim: EventDim) -> None:
+    """Raise a ValueError for a transform that surely changes the shape of a datum, if ``event_dim`` is one number."""
+    changes = list(_changes(transform))
+    if len(changes) == 1 and isinstance(event_dim, int):
+        raise ValueError(
+            f"{changes[0]} changes the shape of a datum: export the whole flow, which knows the shapes of its data and "
+            "of its noise, or say them to to_library, as event_dim=((1, 28, 28), (784,))"
+        )
+
+
+def _changes(transform: Transform) -> Iterator[str]:
+    """The names of the parts that are known to change the shape; two of them may undo each other."""
+    if isinstance(transform, transforms.CompositeTransform):
+        for part in transform._transforms:
+            yield from _changes(part)
+    elif isinstance(transform, transforms.InverseTransform):
+        yield from _changes(transform._transform)
+    elif isinstance(transform, transforms.SqueezeTransform | transforms.MultiscaleCompositeTransform):
+        yield type(transform).__name__
+    elif not getattr(transform, "keeps_shape", True):  # a bridge's
+        yield transform.name
 
 
 def event_dim_of(flow: Flow) -> EventDim:

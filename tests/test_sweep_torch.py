@@ -249,7 +249,7 @@ def monotonic(kind: str, shapes: list) -> nn.Module:
 
 
 def continuous(context: int = 0, **options) -> nn.Module:
-    options = {"freqs": 1, "hidden_features": (4,), "activation": nn.Tanh, "atol": 1e-8, "rtol": 1e-7, **options}
+    options = {"freqs": 1, "hidden_features": (4,), "activation": nn.Tanh, "atol": 1e-7, "rtol": 1e-6, **options}
     return flows.FFJTransform(2, context, **options)
 
 
@@ -297,7 +297,7 @@ ZUKO = {
     "SOSPolynomialTransform": Case(constant("SOSPolynomialTransform", (3, 2, 4), **TIGHT), (3,)),
     "AutoregressiveTransform": Case(lambda: masked()(), (3,)),
     "CouplingTransform": Case(lambda: flows.GeneralCouplingTransform(4, **SMALL)(), (4,)),
-    "FreeFormJacobianTransform": Case(lambda: continuous()(), (2,), exact=1e-5, rows=1),
+    "FreeFormJacobianTransform": Case(lambda: continuous()(), (2,), modes=(False,), exact=1e-4, rows=1),
     "PermutationTransform": Case(lambda: Z.PermutationTransform(torch.tensor([2, 0, 1])), (3,)),
     "RotationTransform": Case(square("RotationTransform"), (3,)),
     "LULinearTransform": Case(square("LULinearTransform"), (3,)),
@@ -379,7 +379,7 @@ class Made:
 
     def train(self, steps: int = 10) -> None:
         """By maximum likelihood, on data of its own."""
-        values, context = self.inputs(32, seed=7)
+        values, context = self.inputs(8 * self.case.rows, seed=7)
         parameters = [parameter for parameter in self.transform.parameters() if parameter.requires_grad]
         if not parameters:
             return
@@ -476,7 +476,7 @@ def test_beyond_the_bounds_there_is_no_density_and_no_datum(name):
 # -- whole flows of zuko -----------------------------------------------------------------------------------------------
 
 
-def mass(flow, points: int = 241) -> float:
+def mass(flow, points: int = 161) -> float:
     """∫p over the plane up to 100, by the midpoint rule in u where x = sinh u."""
     width = 11.0 / points
     u = torch.linspace(-5.5 + width / 2, 5.5 - width / 2, points, dtype=torch.float64)

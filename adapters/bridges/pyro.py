@@ -19,7 +19,7 @@ from torch.distributions import Distribution, Independent, Normal, TransformedDi
 from torch.overrides import TorchFunctionMode
 
 from adapters.checks import check_context, naming_shape
-from adapters.exports import EventDim
+from adapters.exports import EventDim, check_shapes_known
 from adapters.flow import ContextAsCoordinates, Flow
 from adapters.masks import check_mask
 from adapters.networks import ACTIVATIONS
@@ -183,7 +183,11 @@ def transform_out(transform: Transform, library: str, event_dim: EventDim, condi
     """torch's ``Transform``; for Pyro its ``TransformModule`` or, conditional, its ``ConditionalTransformModule``.
 
     torch knows no conditional transforms; what it gets has ``.condition(context)`` all the same.
+
+    Raises:
+        ValueError: for a transform that changes the shape, if nothing says the shapes.
     """
+    check_shapes_known(transform, event_dim)
     if library == "torch":
         return ExportedTransform(transform, event_dim)
     return _exports()["ConditionalExport" if conditional else "Export"](transform, event_dim)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from adapters.checks import check_context, check_event, check_positive, naming_shape
-from adapters.exports import EventDim
+from adapters.exports import EventDim, check_shapes_known
 from adapters.flow import Flow
 from adapters.networks import ACTIVATIONS
 from adapters.registry import Example, Model, Specification
@@ -297,7 +297,12 @@ def flow_in(thing) -> Flow | None:
 
 
 def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool) -> nn.Module:
-    """A ``zuko.lazy.LazyTransform``, for ``zuko.lazy.Flow``; any leading dimensions, broadcast with the context's."""
+    """A ``zuko.lazy.LazyTransform``, for ``zuko.lazy.Flow``; any leading dimensions, broadcast with the context's.
+
+    Raises:
+        ValueError: for a transform that changes the shape, if nothing says the shapes.
+    """
+    check_shapes_known(transform, event_dim)
     return _exported()(transform, event_dim)
 
 
