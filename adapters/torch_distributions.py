@@ -55,7 +55,7 @@ class Held(nn.Module):
 
     Some transforms keep something from their last call, which knows nothing of parameters that change or of other
     threads. Each call gives such a transform, and whatever it lies in, as a shallow copy: of the same tensors and
-    modules, with nothing kept.
+    modules, with nothing kept. Trained matrices that are to be triangular are cut to that there.
 
     Args:
         thing: a transform, a distribution or a list of them, modules or not.
@@ -71,7 +71,7 @@ class Held(nn.Module):
 
     def __init__(self, thing, kinds: tuple[type, ...] = (Transform, Distribution)):
         super().__init__()
-        self.thing, self.kinds, self.slots, self.kept = thing, kinds, [], None
+        self.thing, self.kinds, self.slots, self.plan = thing, kinds, [], None
         inside = [owner for owner, _ in _walk(thing, kinds) if isinstance(owner, Transform)]
         self.inverses = [transform for transform in inside if isinstance(transform, _InverseTransform)]
         self.caching = [transform for transform in inside if any(map(_is_cache, vars(transform)))]
@@ -89,12 +89,12 @@ class Held(nn.Module):
         self._fill()
 
     def forward(self, context: Tensor | None = None):
-        if self.kept is None:
-            self.kept = _what_is_kept(self.thing, self.kinds)
-        return _fresh(self.thing, self.kept, {})
+        if self.plan is None:
+            self.plan = _what_to_copy(self.thing, self.kinds)
+        return _fresh(self.thing, self.plan, {})
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "kept": None}  # it knows things by their addresses
+        return {**super().__getstate__(), "plan": None}  # it knows things by their addresses
 
     def _register(self, owner, key, name: str, value: Tensor) -> None:
         leaf, geometry = value, None
@@ -539,11 +539,15 @@ def _entries(owner) -> list[tuple]:
     return [(k, v) for k, v in state.items() if k not in ("_parameters", "_buffers") and not _is_cache(k)]
 
 
-def _what_is_kept(thing, kinds: tuple[type, ...]) -> dict[int, tuple]:
+def _what_to_copy(thing, kinds: tuple[type, ...]) -> dict[int, tuple]:
     """What to copy so as to call the thing with no cache but a call's own: each by its address, with how to copy it.
 
-    That is every transform that keeps something, and whatever inside the thing holds one. How: the keys of its caches,
-    the keys of what is to be copied with it, and the names of what it computes on demand, which its copies share.
+    That is every transform that keeps something, everything with a trained triangular matrix, and whatever inside the
+    thing holds one. How: the keys of its caches, the keys of what is to be copied with it, the names of what it
+    computes on demand, which its copies share, and the keys of its triangular matrices.
+
+    The last are those of ``LowerCholeskyAffine``, ``MultivariateNormal`` and their like: the whole matrix makes the
+    samples, and its lower triangle alone scores them. Gradients through samples would fill the upper one.
     """
     within = (*kinds, list, tuple, dict, partial, MethodType)
     found: dict[int, tuple | None] = {}
@@ -555,7 +559,9 @@ def _what_is_kept(thing, kinds: tuple[type, ...]) -> dict[int, tuple]:
             inner = [(key, value) for key, value in _entries(owner) if isinstance(value, within)]
             inner = [key for key, value in inner if not _is_own_inverse(owner, key) and visit(value)]
             lazy = [key for key in dir(type(owner)) if caches and isinstance(getattr(type(owner), key), lazy_property)]
-            found[id(owner)] = (caches, inner, lazy) if caches or inner else None
+            own = vars(owner) if isinstance(owner, Transform | Distribution) else {}
+            triangles = [key for key in _TRIANGLES if getattr(own.get(key), "requires_grad", False)]
+            found[id(owner)] = (caches, inner, lazy, triangles) if caches or inner or triangles else None
         return found[id(owner)] is not None
 
     visit(thing)
@@ -563,10 +569,10 @@ def _what_is_kept(thing, kinds: tuple[type, ...]) -> dict[int, tuple]:
 
 
 def _fresh(owner, plan: dict[int, tuple], copies: dict):
-    """The owner itself, or its copy with empty caches if the plan, of ``_what_is_kept``, knows it."""
+    """The owner itself, or its copy with empty caches if the plan, of ``_what_to_copy``, knows it."""
     if id(owner) not in plan or id(owner) in copies:
         return copies.get(id(owner), owner)
-    caches, inner, lazy = plan[id(owner)]
+    caches, inner, lazy, triangles = plan[id(owner)]
     match owner:
         case list() | tuple():
             return type(owner)(_fresh(value, plan, copies) for value in owner)
@@ -587,9 +593,14 @@ def _fresh(owner, plan: dict[int, tuple], copies: dict):
         state[key] = _EMPTY.get(key)
     for key in inner:
         state[key] = _fresh(state[key], plan, copies)
+    for key in triangles:
+        state[key] = state[key].tril()
     if _is_own_inverse(owner, "_inv"):
         state["_inv"] = None
     return copied
+
+
+_TRIANGLES = "scale_tril", "_unbroadcasted_scale_tril"
 
 
 def _put(owner, key, value: Tensor) -> None:

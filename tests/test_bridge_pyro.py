@@ -688,6 +688,21 @@ def test_what_is_derived_from_a_buffer_follows_it():
     assert_close(smooth.double().inverse(smooth(y.double())[0])[0], y.double())
 
 
+def test_a_trained_triangular_matrix_stays_one():
+    """What samples are made by is what they are scored by, whatever training has made of the matrix."""
+    matrix = nn.Parameter(torch.eye(2) + 0.5)
+    base = dist.MultivariateNormal(torch.zeros(2), scale_tril=matrix.tril().detach())
+    base._unbroadcasted_scale_tril = matrix
+    flow = as_flow(dist.TransformedDistribution(base, [T.LowerCholeskyAffine(torch.zeros(2), matrix)]))
+    assert len(list(flow.parameters())) == 1
+    x, log_prob = flow.sample_and_log_prob(100_000)
+    x[:, 0].var().backward()
+    assert matrix.grad[0, 1] == 0
+    assert_close(flow.log_prob(x), log_prob)
+    lower = matrix.detach().tril()
+    assert_close(x.detach().T.cov(), (lower @ lower) @ (lower @ lower).T, rtol=0.05, atol=0.05)
+
+
 def test_a_base_may_be_a_flow_with_inverses():
     logistic = dist.TransformedDistribution(
         dist.Uniform(torch.zeros(3), torch.ones(3)), [transforms.SigmoidTransform().inv]

@@ -7,7 +7,6 @@ What a transform keeps knows nothing of parameters that have changed, nor of thr
 A context has the shape ``(batch, width)``. A datum of a distribution is its batch and event shape together.
 """
 
-import copy
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -119,9 +118,6 @@ class TorchTransform(Transform):
     def _conditioned(self, context: Tensor | None) -> Iterator[tuple]:
         for part, backwards, bounded in zip(self.parts(), self.backwards, self.bounded, strict=True):
             if not _reads_context(part):
-                if _is(part, "LowerCholeskyAffine"):  # its value is of the whole matrix, all else of the lower triangle
-                    part = copy.copy(part)
-                    part.scale_tril = part.scale_tril.tril()
                 yield part, backwards, bounded
                 continue
             for step, reverse in _steps(part.condition(context), backwards):
