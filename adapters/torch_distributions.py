@@ -197,7 +197,7 @@ class Watched:
     def __init__(self, module: nn.Module):
         self.module, self.modules = module, list(module.modules())
         self.children = [part._modules for part in self.modules]
-        self.names = [*map(id, _values(self.children))]
+        self.identities = [*map(id, _values(self.children))]
         with_tensors = [part for part in self.modules if part._parameters or part._buffers]
         self.tensors = [held for part in with_tensors for held in (part._parameters, part._buffers)]
 
@@ -208,7 +208,9 @@ class Watched:
         """
         if torch.compiler.is_compiling():
             return None
-        if [*map(id, _values(self.children))] != self.names:  # a module has been replaced: look for all of them anew
+        if [
+            *map(id, _values(self.children))
+        ] != self.identities:  # a module has been replaced: look for all of them anew
             self.__init__(self.module)
         inside = [tensor for tensor in (*tensors, *_values(self.tensors)) if tensor is not None]
         try:
@@ -225,7 +227,7 @@ class Watched:
             addresses,
             leaves,
             [part.training for part in self.modules],
-            self.names,
+            self.identities,
         )
 
 
