@@ -4,7 +4,9 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
 
+import nflows.transforms
 import pyro
 import pyro.distributions as dist
 import pyro.distributions.transforms as T
@@ -96,15 +98,101 @@ def test_a_flow_can_be_cast(model):
 
 
 def test_what_the_library_kept_is_not_served():
-    """A user's own call fills Pyro's cache; the bridge neither uses it nor leaves one behind."""
+    """A user's own call fills Pyro's cache: the bridge does not use it, nor leaves anything behind itself."""
     coupling = T.affine_coupling(4, [8])
     transform, x = as_transform(coupling), torch.randn(3, 4)
     coupling.inv(x)
+    kept = coupling._cached_x_y
     with torch.no_grad():
         coupling.nn.layers[-1].bias.add_(1.0)
     assert_close(transform(x)[0], transform(x.clone())[0], rtol=0, atol=0)
-    pickle.dumps(coupling)
-    copy.deepcopy(coupling)
+    assert coupling._cached_x_y is kept
+    copy.deepcopy(transform)
+    unused = T.affine_coupling(4, [8])
+    as_transform(unused)(x)
+    copy.deepcopy(unused)
+    assert unused._cached_x_y == (None, None) and unused._cached_log_scale is None
+
+
+def flow_of(*parts):
+    return as_flow(dist.TransformedDistribution(normal(4), list(parts)))
+
+
+THREADED = {name: lambda name=name: build_flow(name, 4, layers=2, hidden_features=(8,)) for name in bridge.FLOWS} | {
+    "nested": lambda: flow_of(T.spline_coupling(4, 2, [8]), T.affine_autoregressive(4, [8], stable=True)),
+    "in parts": lambda: flow_of(
+        transforms.CatTransform(
+            [T.affine_coupling(2, [8]), T.affine_autoregressive(2, [8]).inv], dim=-1, lengths=[2, 2]
+        )
+    ),
+    "in the base": lambda: as_flow(
+        dist.TransformedDistribution(dist.TransformedDistribution(normal(4), [T.affine_coupling(4, [8])]), [])
+    ),
+    "exported": lambda: flow_of(
+        to_library("pyro", build_flow("pyro-maf", 4, layers=2, hidden_features=(8,))._transform)
+    ),
+    "conditioned": lambda: flow_of(
+        to_library("torch", build_flow("pyro-affine", 4, 2, layers=2)._transform).condition(torch.ones(2))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THREADED)
+def test_threads_get_their_own_answers(name):
+    torch.manual_seed(0)
+    flow = THREADED[name]().eval()
+    batches = [torch.randn(5, 4) for _ in range(4)]
+    with torch.no_grad():
+        expected = [flow.log_prob(x) for x in batches]
+    assert wrong_answers(lambda i: flow.log_prob(batches[i]), expected) == 0
+
+
+@pytest.mark.parametrize("library", ["pyro", "torch"])
+def test_threads_get_their_own_answers_of_an_export(library):
+    torch.manual_seed(0)
+    exported = to_library(library, build_flow("masked-affine", 4, layers=2, hidden_features=(8,))._transform)
+    density = dist.TransformedDistribution(normal(4), [exported])
+    batches = [torch.randn(5, 4) for _ in range(4)]
+    with torch.no_grad():
+        expected = [density.log_prob(x) for x in batches]
+    assert wrong_answers(lambda i: density.log_prob(batches[i]), expected) == 0
+
+
+def wrong_answers(answer, expected, repeats=40):
+    """How often threads that ask at once, each for its own answer, over and over, do not get it."""
+    wrong = []
+
+    @torch.no_grad()
+    def ask(i):
+        for _ in range(repeats):
+            try:
+                if not torch.equal(answer(i), expected[i]):
+                    wrong.append(i)
+            except Exception as error:
+                wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    try:
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(expected))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    return len(wrong)
+
+
+def test_a_flow_as_a_base_gives_no_stale_value():
+    coupling = T.affine_coupling(4, [8])
+    inner = dist.TransformedDistribution(normal(4), [coupling])
+    flow, x = as_flow(dist.TransformedDistribution(inner, [])), torch.randn(3, 4)
+    flow.log_prob(x).sum().backward()
+    with torch.no_grad():
+        coupling.nn.layers[-1].bias.add_(1.0)
+    assert_close(flow.log_prob(x), flow.log_prob(x.clone()), rtol=0, atol=0)
+    flow.log_prob(x).sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -221,26 +309,102 @@ def test_an_export_conditioned_for_good_is_a_part_like_any_other():
     assert_close(copy.deepcopy(bridged)(x), transform(y, context))
 
 
-def test_an_export_gives_no_stale_log_det():
+class Scaled(nflows.transforms.Transform):
+    """x ↦ weight · buffer · x, twice that in training mode, divided by the context if there is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 1)
+        self.register_buffer("buffer", torch.rand(3))
+
+    def forward(self, inputs, context=None):
+        scale = self.inner.weight[0] * self.buffer * (2 if self.training else 1)
+        scale = scale if context is None else scale / context
+        return inputs * scale, scale.abs().log().expand_as(inputs).sum(1)
+
+    def inverse(self, inputs, context=None):
+        scale = self.forward(torch.ones_like(inputs), context)[0]
+        return inputs / scale, -scale.abs().log().sum(1)
+
+
+def fused_step(transform):
+    transform.inner.weight.grad = torch.ones_like(transform.inner.weight)
+    torch.optim.Adam([transform.inner.weight], 0.1, fused=True).step()  # which counts no version
+
+
+def replace_data(transform):
+    transform.inner.weight.data = torch.randn(1, 3, dtype=torch.float64)
+
+
+CHANGES = {
+    "a parameter, in place": lambda t: t.inner.weight.mul_(2),
+    "a parameter's data": replace_data,
+    "a parameter": lambda t: setattr(t.inner, "weight", nn.Parameter(torch.randn(1, 3, dtype=torch.float64))),
+    "a fused step": fused_step,
+    "a module": lambda t: setattr(t, "inner", nn.Linear(3, 1).double()),
+    "a parameter of a new module": lambda t: t.inner.weight.mul_(2),
+    "a buffer, in place": lambda t: t.buffer.mul_(2),
+    "a buffer": lambda t: setattr(t, "buffer", torch.rand(3, dtype=torch.float64)),
+    "its mode": lambda t: t.eval(),
+    "nothing": lambda t: None,
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("library", ["pyro", "torch"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_export_gives_no_stale_log_det(change, library, grad):
+    transform, context = Scaled().double(), torch.rand(3, dtype=torch.float64) + 0.5
+    plain = to_library(library, transform)
+    for exported in (plain, plain.condition(context)):
+        calls, y = [], batch(4, 3)
+        transform.train()
+        exported.inv(y)
+        if change == "a parameter of a new module":
+            transform.inner = nn.Linear(3, 1).double()
+        transform.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.set_grad_enabled(grad):
+            x = exported.inv(y)
+            with torch.no_grad():
+                CHANGES[change](transform)
+            log_det = exported.log_abs_det_jacobian(x, y)
+        assert len(calls) == (1 if change == "nothing" else 2)
+        expected = transform(y, None if exported.context is None else context.expand(4, 3))[1]
+        assert_close(log_det, -expected, rtol=0, atol=0)
+        assert log_det.requires_grad == grad
+
+
+def test_an_exports_log_det_follows_its_context_and_its_tensors():
+    transform, context = Scaled().double(), torch.rand(3, dtype=torch.float64) + 0.5
+    exported, y = to_library("torch", transform).condition(context), batch(4, 3)
+    x = exported.inv(y)
+    context.mul_(2)
+    expected = -transform(y, context.expand(4, 3))[1]
+    assert_close(exported.log_abs_det_jacobian(x, y), expected, rtol=0, atol=0)
     transform = randomise(build_flow("masked-affine", 3, layers=1)._transform)
-    exported, y = to_library("torch", transform), batch(4, 3)
+    exported = to_library("torch", transform)
+    x = exported.inv(y)
+    y.add_(1.0)
+    assert_close(exported.log_abs_det_jacobian(x, y), -transform(y)[1], rtol=0, atol=0)
     with torch.no_grad():
         x = exported.inv(y)
     assert exported.log_abs_det_jacobian(x, y).requires_grad
-    x = exported.inv(y)
-    with torch.no_grad():
-        for parameter in transform.parameters():
-            parameter.add_(0.1)
-    assert_close(exported.log_abs_det_jacobian(x, y), -transform(y)[1], rtol=0, atol=0)
-    x = exported.inv(y)
-    transform(y)[1].sum().backward()
-    torch.optim.Adam(transform.parameters(), 0.1, fused=True).step()  # which counts no version
-    assert_close(exported.log_abs_det_jacobian(x, y), -transform(y)[1], rtol=0, atol=0)
     x, other_y = exported.inv(y), batch(4, 3, seed=7)
     exported.inv(other_y)
     assert_close(exported.log_abs_det_jacobian(x, y), -transform(y)[1], rtol=0, atol=0)
     copied = copy.deepcopy(exported)
     assert_close(copied.inv(y), exported.inv(y), rtol=0, atol=0)
+
+
+def test_an_export_scores_within_torch_func_and_inference_mode():
+    transform = randomise(build_flow("masked-affine", 3, layers=1)._transform)
+    density, y = dist.TransformedDistribution(normal(3), [to_library("torch", transform)]), batch(4, 3)
+    expected = density.log_prob(y)
+    assert_close(torch.func.vmap(density.log_prob)(y[:, None]).squeeze(1), expected)
+    calls = count_calls(transform)
+    with torch.inference_mode():
+        assert_close(density.log_prob(y.clone()), expected)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -522,6 +686,21 @@ def test_what_is_derived_from_a_buffer_follows_it():
     smooth = as_transform(T.DiscreteCosineTransform(smooth=1.0))
     y, _ = smooth(torch.randn(2, 4))
     assert_close(smooth.double().inverse(smooth(y.double())[0])[0], y.double())
+
+
+def test_a_trained_triangular_matrix_stays_one():
+    """What samples are made by is what they are scored by, whatever training has made of the matrix."""
+    matrix = nn.Parameter(torch.eye(2) + 0.5)
+    base = dist.MultivariateNormal(torch.zeros(2), scale_tril=matrix.tril().detach())
+    base._unbroadcasted_scale_tril = matrix
+    flow = as_flow(dist.TransformedDistribution(base, [T.LowerCholeskyAffine(torch.zeros(2), matrix)]))
+    assert len(list(flow.parameters())) == 1
+    x, log_prob = flow.sample_and_log_prob(100_000)
+    x[:, 0].var().backward()
+    assert matrix.grad[0, 1] == 0
+    assert_close(flow.log_prob(x), log_prob)
+    lower = matrix.detach().tril()
+    assert_close(x.detach().T.cov(), (lower @ lower) @ (lower @ lower).T, rtol=0.05, atol=0.05)
 
 
 def test_a_base_may_be_a_flow_with_inverses():

@@ -6,7 +6,8 @@ A bridge is a module with
 - ``LIBRARIES``: the names that ``to_library`` takes for it; ``EXTRA``: the extra of this package that installs them;
 - ``transform_in(thing)`` → nflows ``Transform`` data → noise, or ``None`` for a thing that is no transform;
 - ``flow_in(thing)`` → ``adapters.flow.Flow``, or ``None`` for a thing that is no flow;
-- ``transform_out(transform, library, event_dim, conditional)`` → the library's own transform type;
+- ``transform_out(transform, library, event_dim, conditional)`` → the library's own transform type, where ``event_dim``
+  is the number of a datum's dimensions or, where they differ, the shapes of a datum and of its noise;
 - ``native_log_prob(exported, inputs, context)`` → log-density of the library's own flow class around an exported
   transform and a standard normal: what the tests hold against nflows' (law 3);
 - ``EXAMPLES``, ``MODELS`` and ``FLOWS``: see ``adapters.registry``.
@@ -18,6 +19,7 @@ from types import ModuleType
 from nflows.flows import Flow
 from nflows.transforms import Transform
 
+from adapters.exports import EventDim, check_event_dim, event_dim_of, reads_context, whole_transform
 from adapters.registry import modules
 
 
@@ -32,6 +34,10 @@ def as_transform(thing) -> Transform:
     """
     if isinstance(thing, Transform):
         return thing
+    if isinstance(thing, Flow):
+        raise TypeError(
+            f"{_name(thing)} is no transform but a whole flow, as as_flow takes; its transform is flow._transform"
+        )
     transform = _bridge_of(thing).transform_in(thing)
     if transform is None:
         raise TypeError(f"{_name(thing)} is no transform; as_flow takes whole flows")
@@ -52,30 +58,41 @@ def as_flow(thing) -> Flow:
     return flow
 
 
-def to_library(library: str, transform: Transform, *, event_dim: int = 1, conditional: bool = False):
+def to_library(library: str, thing: Transform | Flow, *, event_dim: EventDim | None = None, conditional: bool = False):
     """An nflows ``Transform`` (data → noise) as that library's own transform type, for its own flow class.
 
-    The result holds ``transform`` as a submodule wherever the library's type is a module: training it there trains it
-    here.
+    Of a whole ``Flow`` this is its transform; the base is left to the library's own flow. The result holds the
+    transform as a submodule wherever the library's type is a module: training it there trains it here.
 
     Args:
         library: one of ``libraries()``.
-        transform: what to export.
-        event_dim: dimensions of one datum: 1 for vectors, 3 for images.
-        conditional: whether it takes a context: Pyro has two types for the two cases; the others ignore it.
+        thing: what to export.
+        event_dim: dimensions of one datum: 1 for vectors, as by default, 3 for images; or, for a transform that changes
+            the shape, the shapes of a datum and of its noise. A flow says it itself.
+        conditional: whether it takes a context: Pyro has two types for the two cases; the others ignore it. A flow
+            says it itself.
 
     Raises:
-        ValueError: for a library that is not known.
+        ValueError: for a library that is not known; for a wrong ``event_dim``.
         ImportError: for one that is not installed, naming the extra that installs it.
-        TypeError: if ``transform`` is not an nflows ``Transform``.
+        TypeError: if ``thing`` is neither an nflows ``Transform`` nor a ``Flow``.
     """
     bridge = next((bridge for bridge in bridges() if library in bridge.LIBRARIES), None)
     if bridge is None:
         raise ValueError(f"unknown library {library!r}; known: {', '.join(libraries())}")
-    if not isinstance(transform, Transform):
-        raise TypeError(f"to_library exports an nflows Transform, not {_name(transform)}; as_transform makes one")
+    if not isinstance(thing, Transform | Flow):
+        raise TypeError(
+            f"to_library exports an nflows Transform, not {_name(thing)}; as_transform makes one of another library's "
+            "transform, and as_flow makes an nflows Flow, whose transform to_library exports, of another library's flow"
+        )
     _check_installed(bridge)
-    return bridge.transform_out(transform, library, event_dim, conditional)
+    if isinstance(thing, Flow):
+        event_dim = event_dim_of(thing) if event_dim is None else event_dim
+        conditional = conditional or reads_context(thing)
+        thing = whole_transform(thing)
+    event_dim = 1 if event_dim is None else event_dim
+    check_event_dim(event_dim)
+    return bridge.transform_out(thing, library, event_dim, conditional)
 
 
 def bridges() -> list[ModuleType]:

@@ -1,15 +1,15 @@
 """Pyro and torch.distributions: their transforms and transformed distributions in, any transform out, for both.
 
 Both run noise → data and list the noise side first; ``TorchTransform`` turns that round. It asks each transform for its
-log-determinant right after its value, while the transform still keeps what both share, so that a network runs once; and
-it clears what a transform keeps before and after, since that knows nothing of parameters that have changed.
+log-determinant right after its value, while the transform still keeps what both share, so that a network runs once.
+What a transform keeps knows nothing of parameters that have changed, nor of threads: each pass has copies of its own.
 
 A context has the shape ``(batch, width)``. A datum of a distribution is its batch and event shape together.
 """
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 from nflows.transforms import InverseNotAvailable, Transform
@@ -18,6 +18,7 @@ from torch.distributions import Distribution, Independent, Normal, TransformedDi
 from torch.overrides import TorchFunctionMode
 
 from adapters.checks import check_context, naming_shape
+from adapters.exports import EventDim, check_shapes_known
 from adapters.flow import ContextAsCoordinates, Flow
 from adapters.masks import check_mask
 from adapters.networks import ACTIVATIONS
@@ -26,11 +27,13 @@ from adapters.torch_distributions import (
     ExportedTransform,
     ForeignFlow,
     Held,
+    Limits,
     TorchBase,
     Width,
-    clear_caches,
+    bounds,
     one_width,
     rows,
+    within,
 )
 
 PACKAGES = ("pyro", "torch.distributions")
@@ -84,6 +87,9 @@ class TorchTransform(Transform):
         self.context_features = one_width(widths, f"the context of {self.name}") if widths else None
         self.features = next((width for width in (_features(part) for part, _ in reversed(steps)) if width), None)
         self.keeps_shape = not any(_changes_shape(part) for part, _ in steps)
+        self.bounded = [
+            not _reads_context(part) and any(map(bounds, (part.domain, part.codomain))) for part, _ in steps
+        ]
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(inputs, context, to_noise=True)
@@ -98,43 +104,33 @@ class TorchTransform(Transform):
         if self.keeps_shape and self.features is not None and inputs.shape[-1] != self.features:
             raise ValueError(f"{self.name} takes {self.features} features, not an input of {tuple(inputs.shape)}")
         steps = list(self._conditioned(context))
-        cached = self.parts.caching if context is None else [*self.parts.caching, *(part for part, _ in steps)]
-        clear_caches(cached)
         outputs, log_det = inputs, inputs.new_zeros(len(inputs))
-        try:
-            with naming_shape(inputs, self.name):
-                for part, backwards in reversed(steps) if to_noise else steps:
-                    # a part keeps its last (x, y), and with it what the log-determinant at these very tensors needs
-                    if backwards == to_noise:
-                        x, y = outputs, part(outputs)
-                        log_det = log_det + rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
-                        outputs = y
-                    else:
-                        x, y = _inverse(part, outputs), outputs
-                        log_det = log_det - rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
-                        outputs = x
-        finally:
-            clear_caches(cached)
+        with naming_shape(inputs, self.name):
+            for part, backwards, bounded in reversed(steps) if to_noise else steps:
+                called = backwards == to_noise
+                limits = _limits(part, called) if bounded else None
+                outputs, change = within(limits, outputs, to_noise, partial(_change, part, called))
+                log_det = log_det + change
         if self.keeps_shape and outputs.shape != inputs.shape:
             raise ValueError(f"{self.name} does not take inputs of shape {tuple(inputs.shape)}")
         return outputs, log_det
 
     def _conditioned(self, context: Tensor | None) -> Iterator[tuple]:
-        for part, backwards in zip(self.parts(), self.backwards, strict=True):
+        for part, backwards, bounded in zip(self.parts(), self.backwards, self.bounded, strict=True):
             if not _reads_context(part):
-                yield part, backwards
+                yield part, backwards, bounded
                 continue
             for step, reverse in _steps(part.condition(context), backwards):
                 if _is(step, "ConditionedMatrixExponential") and callable(step.weights):
                     step.weights = step.weights()  # else its network runs for the value and again for the log-det
-                yield step, reverse
+                yield step, reverse, False
 
 
 class ConditionedBase(Held):
     """A ``ConditionalDistribution`` of Pyro; calling it on a context gives the distribution."""
 
     def forward(self, context: Tensor | None = None) -> Distribution:
-        return self.thing.condition(context)
+        return super().forward().condition(context)
 
 
 def transform_in(thing) -> Transform | None:
@@ -179,15 +175,18 @@ def flow_in(thing) -> Flow | None:
     return flow(transform, base, shape, transform.context_features)
 
 
-def transform_out(transform: Transform, library: str, event_dim: int, conditional: bool):
+def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool):
     """torch's ``Transform``; for Pyro its ``TransformModule`` or, conditional, its ``ConditionalTransformModule``.
 
     torch knows no conditional transforms; what it gets has ``.condition(context)`` all the same.
+
+    Raises:
+        ValueError: for a transform that changes the shape, if nothing says the shapes.
     """
+    check_shapes_known(transform, event_dim)
     if library == "torch":
         return ExportedTransform(transform, event_dim)
-    plain, conditioned = _exports()
-    return (conditioned if conditional else plain)(transform, event_dim)
+    return _exports()["ConditionalExport" if conditional else "Export"](transform, event_dim)
 
 
 def native_log_prob(exported, inputs: Tensor, context: Tensor | None = None) -> Tensor:
@@ -225,27 +224,47 @@ def _conditional():
 
 
 @cache
-def _exports() -> tuple[type, type]:
+def _exports() -> dict[str, type]:
+    """The classes of what is exported to Pyro: they exist once Pyro, their parents' package, has been imported."""
     pyro = _pyro()
 
     class Export(ExportedTransform, pyro.torch_transform.TransformModule):
         __doc__ = ExportedTransform.__doc__
         __hash__ = ExportedTransform.__hash__
+        __qualname__ = "Export"
 
     class ConditionalExport(pyro.conditional.ConditionalTransformModule):
         """An nflows transform that takes a context as Pyro's: ``condition(context)`` is a torch transform."""
 
+        __qualname__ = "ConditionalExport"
         bijective = True
 
-        def __init__(self, transform: Transform, event_dim: int):
+        def __init__(self, transform: Transform, event_dim: EventDim):
             super().__init__()
             self.export = Export(transform, event_dim)
-            self.domain = self.codomain = self.export.domain
+            self.domain, self.codomain = self.export.domain, self.export.codomain
 
         def condition(self, context: Tensor) -> Export:
             return self.export.condition(context)
 
-    return Export, ConditionalExport
+    return {"Export": Export, "ConditionalExport": ConditionalExport}
+
+
+def __getattr__(name: str) -> type:
+    """The classes of exports by their names, where ``pickle`` looks for them."""
+    if name in ("Export", "ConditionalExport"):
+        return _exports()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _change(part, called: bool, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The part or its inverse at the value, and its log-determinants ``(batch,)``.
+
+    A part keeps its last (x, y), and with it what the log-determinant at these very tensors needs.
+    """
+    x, y = (value, part(value)) if called else (_inverse(part, value), value)
+    log_det = rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
+    return (y, log_det) if called else (x, -log_det)
 
 
 def _inverse(part, y: Tensor) -> Tensor:
@@ -318,8 +337,21 @@ def _has_inverse(part) -> bool:
 
 
 def _changes_shape(part) -> bool:
+    if isinstance(part, ExportedTransform):
+        return part.shapes is not None
     kinds = transforms.ReshapeTransform | transforms.StickBreakingTransform | transforms.CorrCholeskyTransform
     return isinstance(part, kinds) or _is(part, "CorrLCholeskyTransform", "SimplexToOrderedTransform")
+
+
+def _is_bounded(part) -> bool:
+    return not _reads_context(part) and any(_limits(part, called) is not None for called in (True, False))
+
+
+def _limits(part, called: bool) -> Limits | None:
+    """The bounds of what the part takes, when it is called or its inverse is."""
+    if _is(part, "ELUTransform") and not called:
+        return -1.0, None  # Pyro says that its values are positive
+    return bounds(part.domain if called else part.codomain)
 
 
 def _reads_context(part) -> bool:

@@ -6,6 +6,7 @@ transform on a context gives a torch ``Transform``, whose ``call_and_ladj`` give
 What ``import zuko`` does to the whole process, ``import_zuko`` undoes; nothing else here imports it.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from types import ModuleType
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from adapters.checks import check_context, check_event, check_positive, naming_shape
+from adapters.exports import EventDim, check_shapes_known
 from adapters.flow import Flow
 from adapters.networks import ACTIVATIONS
 from adapters.registry import Example, Model, Specification
@@ -25,8 +27,11 @@ from adapters.torch_distributions import (
     Held,
     TorchBase,
     Width,
+    bounds,
+    nowhere,
     one_width,
     rows,
+    within,
 )
 
 PACKAGES = LIBRARIES = ("zuko",)
@@ -59,6 +64,8 @@ class ZukoTransform(Transform):
     """A lazy transform of zuko, x ↦ f(x | c), as an nflows one: ``forward`` calls f, ``inverse`` its inverse.
 
     Each is one evaluation of every conditioner (autoregressive inverses: one for each pass), with its log-determinant.
+    Data beyond the bounds of a transform's domain have the density 0, and noise that no datum is mapped to gives NaN:
+    zuko's ``NAF``, ``UNAF``, ``SOSPF`` and ``GF`` do not reach all noise, and their densities integrate to less than 1.
     In eval mode zuko cuts the weights of ``MNN``, ``UMNN`` and ``FFJTransform`` out of the graph. Here gradients reach
     them in either mode: the flag is held at "training", which changes nothing else in these three.
 
@@ -94,54 +101,135 @@ class ZukoTransform(Transform):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with naming_shape(inputs, self.name):
-            return _call(self._transform(inputs, context, self.features[0]), inputs)
+            return _call(self._transform(inputs, context, self.features[0]), inputs, scoring=True)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with naming_shape(inputs, f"the inverse of {self.name}"):
-            return _invert(self._transform(inputs, context, self.features[1]), inputs)
+            return _invert(self._transform(inputs, context, self.features[1]), inputs, scoring=False)
 
     def _transform(self, inputs: Tensor, context: Tensor | None, features: int | None):
         if features is not None:
             check_event(inputs, (features,), self.name)
         check_context(context, self.context_features, inputs, self.name)
-        return self.lazy(context)
+        transform = self.lazy(context)
+        if torch.jit.is_tracing():
+            self._check_traceable(transform)
+        return transform
+
+    def _check_traceable(self, transform) -> None:
+        layers = [
+            module for module in self.lazy.modules() if hasattr(module, "univariate") and hasattr(module, "shapes")
+        ]
+        univariates = [layer.univariate(*map(torch.zeros, layer.shapes)) for layer in layers]
+        if any(map(_solves, (transform, *univariates))):
+            raise NotImplementedError(
+                f"torch.jit cannot trace {self.name}, which solves an equation or differentiates within its pass: "
+                "take Trace_ELBO instead of JitTrace_ELBO"
+            )
 
 
-def _call(transform, x: Tensor) -> tuple[Tensor, Tensor]:
-    """y = f(x) and log|det dy/dx| as ``(batch,)``, each network of f evaluated once, behind an ``.inv`` too."""
-    if type(transform) is import_zuko().transforms.ComposedTransform:
-        return _chain(_call, transform.transforms, x)
-    if type(transform) is torch.distributions.transforms._InverseTransform:
-        return _invert(transform.inv, x)
-    y, log_det = transform.call_and_ladj(x)
-    return y, rows(log_det, x, transform.domain.event_dim)
+def _call(transform, x: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
+    """y = f(x) and log|det dy/dx| as ``(batch,)``, each network of f evaluated once, behind an ``.inv`` too.
 
-
-def _invert(transform, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x = f⁻¹(y) and log|det dx/dy| as ``(batch,)``; zuko itself would run each network again for the latter."""
-    transforms = import_zuko().transforms
-    kind = type(transform)
+    What lies beyond the bounds of f's domain, as the interval of a circular shift, has no y: see ``within``.
+    """
+    transforms, kind = import_zuko().transforms, type(transform)
     if kind is transforms.ComposedTransform:
-        return _chain(_invert, reversed(transform.transforms), y)
-    if kind is torch.distributions.transforms._InverseTransform:
-        return _call(transform.inv, y)
+        return _chain(_call, transform.transforms, x, scoring)
+    if isinstance(transform, torch.distributions.transforms._InverseTransform):
+        return _invert(transform.inv, x, scoring)
+    if kind is transforms.DependentTransform:
+        return _call(transform.base, x, scoring)
+    if kind is transforms.AutoregressiveTransform:
+        return _call(transform.meta(x), x, scoring)
+    if kind is transforms.CouplingTransform:
+        x_a, x_b = transform.split(x)
+        y_b, log_det = _call(transform.meta(x_a), x_b, scoring)
+        return transform.merge(x_a, y_b, x.shape), log_det
+
+    def values(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = transform.call_and_ladj(x)
+        return y, rows(log_det, x, transform.domain.event_dim)
+
+    return within(bounds(transform.domain), x, scoring, values)
+
+
+def _invert(transform, y: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
+    """x = f⁻¹(y) and log|det dx/dy| as ``(batch,)``; zuko itself would run each network again for the latter."""
+    transforms, kind = import_zuko().transforms, type(transform)
+    if kind is transforms.ComposedTransform:
+        return _chain(_invert, reversed(transform.transforms), y, scoring)
+    if isinstance(transform, torch.distributions.transforms._InverseTransform):
+        return _call(transform.inv, y, scoring)
+    if kind is transforms.DependentTransform:
+        return _invert(transform.base, y, scoring)
     if kind is transforms.CouplingTransform:
         y_a, y_b = transform.split(y)
-        x_b, log_det = _invert(transform.meta(y_a), y_b)
+        x_b, log_det = _invert(transform.meta(y_a), y_b, scoring)
         return transform.merge(y_a, x_b, y.shape), log_det
     if kind is transforms.AutoregressiveTransform:
         x = torch.zeros_like(y)
         for _ in range(transform.passes - 1):
-            x = transform.meta(x).inv(y)
-        return _invert(transform.meta(x), y)  # all that a coordinate of the last pass depends on is already final
-    x, log_det = transform.inv.call_and_ladj(y)
-    return x, rows(log_det, y, transform.codomain.event_dim)
+            x = _preimage(transform.meta(x), y, missed=0.0)  # for in a network, NaN is NaN for every coordinate
+        # all that a coordinate of the last pass depends on is already final
+        return _invert(transform.meta(x), y, scoring)
+
+    def values(y: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(transform, transforms.FreeFormJacobianTransform):
+            x, log_det = transform.inv.call_and_ladj(y)
+            return x, rows(log_det, y, 1)
+        x = _preimage(transform, y, missed=math.nan)
+        if not _bisects(transform):
+            return x, -rows(transform.log_abs_det_jacobian(x, y), x, transform.domain.event_dim)
+        missed = x.isnan() & ~y.isnan()
+        inside = x.masked_fill(missed, 0.0)
+        return nowhere(missed, inside, -rows(transform.log_abs_det_jacobian(inside, y), x, 0), scoring)
+
+    return within(bounds(transform.codomain), y, scoring, values)
 
 
-def _chain(function: Callable, transforms: Iterable, value: Tensor) -> tuple[Tensor, Tensor]:
+def _preimage(transform, y: Tensor, missed: float) -> Tensor:
+    """f⁻¹(y) alone; ``missed`` where f does not reach y."""
+    transforms, kind = import_zuko().transforms, type(transform)
+    if kind is transforms.ComposedTransform:
+        for part in reversed(transform.transforms):
+            y = _preimage(part, y, missed)
+        return y
+    if kind is transforms.DependentTransform:
+        return _preimage(transform.base, y, missed)
+    return _bisect(transform, y, missed) if _bisects(transform) else transform.inv(y)
+
+
+def _bisects(transform) -> bool:
+    return getattr(type(transform), "_inverse", None) is import_zuko().transforms.MonotonicTransform._inverse
+
+
+def _bisect(transform, y: Tensor, missed: float) -> Tensor:
+    """f⁻¹(y) of a ``MonotonicTransform``; ``missed`` where f does not reach y.
+
+    zuko looks in [−bound, bound] only, and gives the nearer end of that for all y beyond; here it is widened to ``FAR``
+    where it has to be.
+    """
+    bound = transform.bound
+    with torch.no_grad():
+        while True:
+            end = torch.full_like(y, bound)
+            beyond = (y < transform.f(-end)) | (y > transform.f(end))
+            if bound >= FAR or not beyond.any():
+                break
+            bound *= 10
+    steps = math.ceil(math.log2(2 * bound / transform.eps))
+    x = import_zuko().utils.bisection(transform.f, y, -end, end, steps, transform.phi)
+    return x.masked_fill(beyond, missed).masked_fill(y.isnan(), math.nan)
+
+
+FAR = 1e6
+
+
+def _chain(function: Callable, transforms: Iterable, value: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
     total = 0.0
     for transform in transforms:
-        value, log_det = function(transform, value)
+        value, log_det = function(transform, value, scoring)
         total = total + log_det
     return value, total
 
@@ -204,12 +292,17 @@ def flow_in(thing) -> Flow | None:
         shape = distribution.batch_shape + distribution.event_shape
     else:
         shape = distribution.expand((1,)).event_shape
-    event_shape = shape if transform is None or width is ... else transform(context).inverse_shape(shape)
+    event_shape = shape if transform is None else _data_shape(transform, shape, context, width)
     return (ForeignFlow if width is ... else Flow)(inner, TorchBase(base, shape), event_shape, width)
 
 
-def transform_out(transform: Transform, library: str, event_dim: int, conditional: bool) -> nn.Module:
-    """A ``zuko.lazy.LazyTransform``, for ``zuko.lazy.Flow``; any leading dimensions, broadcast with the context's."""
+def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool) -> nn.Module:
+    """A ``zuko.lazy.LazyTransform``, for ``zuko.lazy.Flow``; any leading dimensions, broadcast with the context's.
+
+    Raises:
+        ValueError: for a transform that changes the shape, if nothing says the shapes.
+    """
+    check_shapes_known(transform, event_dim)
     return _exported()(transform, event_dim)
 
 
@@ -229,7 +322,9 @@ def _exported() -> type:
     class NflowsTransform(import_zuko().lazy.LazyTransform):
         """An nflows transform, data → noise, as a lazy one."""
 
-        def __init__(self, transform: Transform, event_dim: int):
+        __qualname__ = "NflowsTransform"
+
+        def __init__(self, transform: Transform, event_dim: EventDim):
             super().__init__()
             self.transform = transform
             self.event_dim = event_dim
@@ -238,6 +333,25 @@ def _exported() -> type:
             return ExportedTransform(self.transform, self.event_dim, c, data_to_noise=True)
 
     return NflowsTransform
+
+
+def __getattr__(name: str) -> type:
+    """The class of exports by its name, where ``pickle`` looks for it."""
+    if name == "NflowsTransform":
+        return _exported()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _data_shape(lazy: nn.Module, shape: torch.Size, context: Tensor | None, width: Width) -> torch.Size:
+    """The shape of a datum whose noise is of this shape; that very shape where the transform cannot be asked."""
+    lazies = import_zuko().lazy
+    if width is not ... or isinstance(lazy, _exported()):
+        return lazy(context).inverse_shape(shape)
+    if isinstance(lazy, lazies.LazyInverse) and isinstance(lazy.transform, _exported()):
+        return lazy.transform(context).forward_shape(shape)
+    for transform in reversed(lazy.transforms) if isinstance(lazy, lazies.LazyComposedTransform) else []:
+        shape = _data_shape(transform, shape, context, width)
+    return shape
 
 
 def _parts(lazy: nn.Module) -> Iterator[nn.Module]:
@@ -310,6 +424,19 @@ def _check_bijective(transform) -> None:
         raise InverseNotAvailable(f"{type(transform).__name__} is no bijection, so no flow can use it")
     elif isinstance(transform, transforms.FreeFormJacobianTransform) and not transform.exact:
         raise ValueError("the log-determinant of this transform is a random estimate; build it with exact=True")
+
+
+def _solves(transform) -> bool:
+    """Whether it, or a part of it, works by bisection, by an integral or by a derivative of its own."""
+    transforms = import_zuko().transforms
+    match transform:
+        case transforms.ComposedTransform():
+            return any(map(_solves, transform.transforms))
+        case transforms.DependentTransform():
+            return _solves(transform.base)
+        case torch.distributions.transforms._InverseTransform():
+            return _solves(transform.inv)
+    return isinstance(transform, transforms.MonotonicTransform | transforms.FreeFormJacobianTransform)
 
 
 class Bracket(nn.Module):

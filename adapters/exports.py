@@ -1,0 +1,97 @@
+"""What ``to_library`` has to know of what it exports: the shape of its data, and what of a whole flow goes out."""
+
+from collections.abc import Iterator, Sequence
+
+from nflows import transforms
+from nflows.flows import Flow
+from nflows.transforms import Transform
+from torch import Tensor, nn
+
+# The number of a datum's dimensions or, for a transform that changes the shape, the shapes of a datum and of its noise.
+EventDim = int | tuple[Sequence[int], Sequence[int]]
+
+
+def check_event_dim(event_dim: EventDim) -> None:
+    """Raise a TypeError or ValueError unless it is a number of dimensions, or the shapes of a datum and its noise."""
+    if isinstance(event_dim, int) and not isinstance(event_dim, bool):
+        if event_dim < 0:
+            raise ValueError(f"event_dim must be at least 0, not {event_dim}")
+    elif not (_is_shape(event_dim) and len(event_dim) == 2 and all(map(_is_shape, event_dim))):
+        raise TypeError(
+            "event_dim is the number of a datum's dimensions, such as 3, or the shapes of a datum and of its noise, "
+            f"such as ((1, 28, 28), (784,)), not {event_dim!r}"
+        )
+
+
+def check_shapes_known(transform: Transform, event_dim: EventDim) -> None:
+    """Raise a ValueError for a transform that surely changes the shape of a datum, if ``event_dim`` is one number."""
+    changes = list(_changes(transform))
+    if len(changes) == 1 and isinstance(event_dim, int):
+        raise ValueError(
+            f"{changes[0]} changes the shape of a datum: export the whole flow, which knows the shapes of its data and "
+            "of its noise, or say them to to_library, as event_dim=((1, 28, 28), (784,))"
+        )
+
+
+def _changes(transform: Transform) -> Iterator[str]:
+    """The names of the parts that are known to change the shape; two of them may undo each other."""
+    if isinstance(transform, transforms.CompositeTransform):
+        for part in transform._transforms:
+            yield from _changes(part)
+    elif isinstance(transform, transforms.InverseTransform):
+        yield from _changes(transform._transform)
+    elif isinstance(transform, transforms.SqueezeTransform | transforms.MultiscaleCompositeTransform):
+        yield type(transform).__name__
+    elif not getattr(transform, "keeps_shape", True):  # a bridge's
+        yield transform.name
+
+
+def event_dim_of(flow: Flow) -> EventDim:
+    """The dimensions of one datum of the flow or, if its noise has another shape, both shapes.
+
+    Raises:
+        ValueError: for a flow of nflows' own whose base does not say the shape of one sample.
+    """
+    base = flow._distribution
+    noise = next(
+        (shape for shape in (getattr(base, name, None) for name in ("_shape", "shape")) if _is_shape(shape)), None
+    )
+    datum = getattr(flow, "event_shape", noise)
+    if datum is None:
+        raise ValueError(
+            f"neither the flow nor its base, {type(base).__name__}, says the shape of one datum: give an event_dim"
+        )
+    return len(datum) if noise is None or tuple(noise) == tuple(datum) else (tuple(datum), tuple(noise))
+
+
+def reads_context(flow: Flow) -> bool:
+    """Whether something in the flow says that it takes a context."""
+    widths = (getattr(module, "context_features", None) for module in flow.modules())
+    return not isinstance(flow._embedding_net, nn.Identity) or any(isinstance(width, int) for width in widths)
+
+
+def whole_transform(flow: Flow) -> Transform:
+    """The flow's transform, of the context as the flow takes it: behind its embedding network, if it has one."""
+    if isinstance(flow._embedding_net, nn.Identity):
+        return flow._transform
+    return EmbeddedContext(flow._transform, flow._embedding_net)
+
+
+class EmbeddedContext(Transform):
+    """A conditional transform that sees its context through a network, as in an nflows ``Flow`` with one."""
+
+    context_features = ...  # the network need not say what it takes
+
+    def __init__(self, transform: Transform, embedding_net: nn.Module):
+        super().__init__()
+        self.transform, self.embedding_net = transform, embedding_net
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform(inputs, self.embedding_net(context))
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse(inputs, self.embedding_net(context))
+
+
+def _is_shape(value) -> bool:
+    return isinstance(value, tuple | list)
