@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from adapters import build_flow, flow_names
-from tests.laws import EXAMPLES, autograd_log_det, batch, context_for, randomise
+from tests.laws import EXAMPLES, assert_inputs_unchanged, autograd_log_det, batch, context_for, randomise
 
 ROWS = 4
 
@@ -49,6 +49,12 @@ def test_law_1_log_det_is_autograds(case, direction):
     _, log_det = function(x, context)
     assert log_det.abs().min() > 1e-6
     assert_close(log_det, autograd_log_det(function, x, context), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_law_1_no_call_changes_its_inputs(case, direction):
+    transform, x, context = case
+    assert_inputs_unchanged(getattr(transform, direction), x, context)
 
 
 def test_law_1_gradients_reach_every_parameter(case):
@@ -123,6 +129,18 @@ def test_law_5_contexts_differ_and_batch_alike(name):
 def _base_noise(flow, contexts):
     torch.manual_seed(3)
     return flow._distribution.sample(7, contexts)
+
+
+@pytest.mark.parametrize("context_features", [None, 3])
+@pytest.mark.parametrize("name", flow_names())
+def test_law_1_no_call_of_a_flow_changes_its_inputs(name, context_features):
+    torch.manual_seed(0)
+    flow = randomise(build_flow(name, 4, context_features, layers=2, hidden_features=(8, 8)), scale=0.1).eval()
+    x, context = batch(ROWS, 4), context_for(context_features, ROWS)
+    for call in (flow.log_prob, flow._transform.inverse):
+        assert_inputs_unchanged(call, x, context)
+    for call in (flow.sample, flow.sample_and_log_prob):
+        assert_inputs_unchanged(lambda rows, call=call: call(3, rows), context)
 
 
 @pytest.mark.parametrize("name", flow_names())

@@ -6,12 +6,15 @@ trained with the loss z²/2 − log|det J|, so a whole network means the flow fr
 A context row of ours holds all conditions of a network, each flattened, side by side.
 """
 
+import copy
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from nflows.transforms import CompositeTransform, Permutation, Transform
 from torch import Tensor, nn
+from torch.nn import functional
 
 from adapters.checks import check_context, check_event
 from adapters.flow import Flow, StandardNormal
@@ -26,6 +29,8 @@ EXTRA = "freia"
 class FreiaTransform(Transform):
     """A ``SequenceINN``, ``GraphINN`` or single block of FrEIA: ``(batch, *event_shape)`` ↦ ``(batch, *noise_shape)``.
 
+    The blocks of a network run one by one, since some of FrEIA's are wrong by themselves: see ``_way_to_run``.
+
     An ``ActNorm`` not yet initialised takes its scale and shift from the first data it meets in training, and from
     nothing else (its own rule: from the first call, whatever it is).
 
@@ -35,50 +40,163 @@ class FreiaTransform(Transform):
     """
 
     def __init__(self, module: nn.Module):
-        from FrEIA.framework import SequenceINN
         from FrEIA.modules import ActNorm
 
         super().__init__()
         _check_exact(module)
         self.module = module
-        self.is_sequence = isinstance(module, SequenceINN)
         self.event_shape, self.noise_shape = _shapes(module)
         self.conditions = _conditions(module)  # key → shape
         self.context_features = sum(map(math.prod, self.conditions.values())) or None
         self.actnorms = [part for part in module.modules() if isinstance(part, ActNorm)]
-        self.householders = [part for part in module.modules() if getattr(part, "householder", 0)]
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_event(inputs, self.event_shape, f"FrEIA's {type(self.module).__name__}")
-        return self._run(inputs, context, rev=False)
+        return self._run(inputs, context, self.noise_shape, rev=False)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_event(inputs, self.noise_shape, f"the inverse of FrEIA's {type(self.module).__name__}")
-        return self._run(inputs, context, rev=True)
+        return self._run(inputs, context, self.event_shape, rev=True)
 
-    def _run(self, inputs: Tensor, context: Tensor | None, rev: bool) -> tuple[Tensor, Tensor]:
+    def _run(self, inputs: Tensor, context: Tensor | None, shape: tuple, rev: bool) -> tuple[Tensor, Tensor]:
         check_context(context, self.context_features, inputs, f"FrEIA's {type(self.module).__name__}")
-        held = [norm for norm in self.actnorms if norm.init_on_next_batch and (rev or not norm.training)]
-        for norm in held:
-            norm.init_on_next_batch = False
-        try:
-            outputs, log_det = self.module((inputs,), rev=rev, **self._split(context))
-        finally:
-            for norm in held:
-                norm.init_on_next_batch = True
-            for block in self.householders:  # a matrix kept with its graph: it could not be copied
-                block.w_perm = block.w_perm_inv = None
-        log_det = torch.as_tensor(log_det, dtype=inputs.dtype, device=inputs.device)  # a number, from some blocks
-        return outputs if isinstance(outputs, Tensor) else outputs[0], log_det.expand(len(inputs))
+        if len(inputs) == 0:  # several blocks count the coordinates of their first row
+            return inputs.new_zeros(0, *shape), inputs.new_zeros(0)
+        (outputs,), log_det = _run(self.module, (inputs,), self._split(context), rev)
+        return outputs, log_det.expand(len(inputs))
 
-    def _split(self, context: Tensor | None) -> dict:
+    def _split(self, context: Tensor | None) -> dict[int, Tensor]:
         if context is None:
             return {}
         parts = context.split([math.prod(shape) for shape in self.conditions.values()], dim=1)
-        conditions = {
-            key: part.unflatten(1, shape) for (key, shape), part in zip(self.conditions.items(), parts, strict=True)
-        }
-        return {"c": conditions if self.is_sequence else list(conditions.values())}
+        keyed = zip(self.conditions.items(), parts, strict=True)
+        return {key: part.unflatten(1, shape) for (key, shape), part in keyed}
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        for actnorm in self.actnorms:  # FrEIA's own hook for this sets, in a copy of a network, the original's flag
+            actnorm.init_on_next_batch = False
+
+
+Values = tuple[Tensor, ...]
+
+
+def _run(module: nn.Module, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+    """The outputs of a network or block, and its log-determinant as ``(batch,)`` or ``(1,)``."""
+    return _way_to_run(type(module))(module, values, conditions, rev)
+
+
+@cache
+def _way_to_run(kind: type) -> Callable[[nn.Module, Values, dict[int, Tensor], bool], tuple[Values, Tensor]]:
+    """How modules of a class are run: networks block by block, most blocks by their own call, some corrected."""
+    from FrEIA import modules
+    from FrEIA.framework import SequenceINN
+
+    if _is_network(kind):
+        return _run_sequence if issubclass(kind, SequenceINN) else _run_graph
+    for wrong, corrected in _corrections().items():
+        if issubclass(kind, wrong):
+            return corrected
+    if issubclass(kind, modules.AllInOneBlock):
+        return _run_all_in_one
+    # these overwrite their input, and so may a block that nobody has checked
+    overwrites = issubclass(kind, modules.HaarDownsampling) or not kind.forward.__module__.startswith("FrEIA.")
+    return _run_copying if overwrites else _run_block
+
+
+def _is_network(kind: type) -> bool:
+    """Whether it does nothing but run its blocks: a network of FrEIA's, or of a class that inherits its ``forward``."""
+    return kind.forward.__module__.startswith("FrEIA.framework.")
+
+
+def _run_sequence(network, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+    total = values[0].new_zeros(1)
+    blocks = list(zip(network.module_list, network.conditions, strict=True))
+    for block, key in reversed(blocks) if rev else blocks:
+        values, log_det = _run(block, values, {} if key is None else {0: conditions[key]}, rev)
+        total = total + log_det
+    return values, total
+
+
+def _run_graph(network, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+    total = values[0].new_zeros(1)
+    starts, ends = (network.out_nodes, network.in_nodes) if rev else (network.in_nodes, network.out_nodes)
+    known = dict(zip(((node, 0) for node in starts), values, strict=True))  # (node, which of its outputs) → value
+    known.update(zip(((node, 0) for node in network.condition_nodes), conditions.values(), strict=True))
+    for node in reversed(network.node_list) if rev else network.node_list:
+        if node.module is None:  # a start, an end or a condition
+            continue
+        given = tuple(known[place] for place in (node.outputs if rev else node.inputs))
+        outputs, log_det = _run(node.module, given, {i: known[c, 0] for i, c in enumerate(node.conditions)}, rev)
+        known.update(((node, i), output) for i, output in enumerate(outputs))
+        total = total + log_det
+    return tuple(known[(end.outputs if rev else end.inputs)[0]] for end in ends), total
+
+
+def _run_block(block, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+    if conditions:
+        outputs, log_det = block(values, c=list(conditions.values()), rev=rev)
+    else:
+        outputs, log_det = block(values, rev=rev)
+    if not isinstance(log_det, Tensor):  # a number, from some blocks
+        log_det = torch.as_tensor(log_det, dtype=values[0].dtype, device=values[0].device)
+    return outputs, log_det.reshape(-1)
+
+
+def _run_copying(block, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+    return _run_block(block, tuple(value.clone() for value in values), conditions, rev)
+
+
+def _run_all_in_one(block, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+    if block.householder:  # it keeps its matrix, with a graph, in itself, where other threads and copies would meet it
+        block = copy.copy(block)
+    return _run_block(block, values, conditions, rev)
+
+
+@cache
+def _corrections() -> dict[type, Callable[[nn.Module, Values, dict, bool], tuple[Values, Tensor]]]:
+    """What runs each kind of block that is wrong by itself.
+
+    - ``ActNorm`` initialises itself from noise, and in eval mode, too.
+    - ``InvertibleSigmoid`` sums an image's log-determinant over the channels alone, and overflows far from 0.
+    - ``LearnedElementwiseScaling`` gives the inverse the log-determinant of the other direction.
+    - ``OrthogonalTransform`` takes its matrix for orthogonal, which training makes it only every 256 steps.
+    """
+    from FrEIA import modules
+
+    def actnorm(block, values: Values, _, rev: bool) -> tuple[Values, Tensor]:
+        (x,) = values
+        if block.init_on_next_batch and block.training and not rev:
+            block._initialize_with_data(x)
+        y = (x - block.bias) / block.scale.exp() if rev else x * block.scale.exp() + block.bias
+        log_det = block.scale.sum().reshape(1) * math.prod(x.shape[2:])
+        return (y,), -log_det if rev else log_det
+
+    def sigmoid(block, values: Values, _, rev: bool) -> tuple[Values, Tensor]:
+        (x,) = values
+        y = x.logit() if rev else x.sigmoid()
+        logit = y if rev else x
+        log_det = (functional.logsigmoid(logit) + functional.logsigmoid(-logit)).flatten(1).sum(1)
+        return (y,), -log_det if rev else log_det
+
+    def scaling(block, values: Values, _, rev: bool) -> tuple[Values, Tensor]:
+        log_scale = -block.s if rev else block.s
+        return (values[0] * log_scale.exp(),), log_scale.sum().reshape(1)
+
+    def orthogonal(block, values: Values, _, rev: bool) -> tuple[Values, Tensor]:
+        log_scale = block._log_e(block.scaling)
+        log_det = log_scale.sum().reshape(1) + torch.linalg.slogdet(block.weights).logabsdet
+        if not rev:  # in training it is called, so that its hook projects the matrix after some backward passes
+            return (block if block.training else block.forward)(values)[0], log_det
+        shifted = values[0] * (-log_scale).exp() - block.bias
+        return (torch.linalg.solve(block.weights, shifted, left=False),), -log_det
+
+    return {
+        modules.ActNorm: actnorm,
+        modules.InvertibleSigmoid: sigmoid,
+        modules.LearnedElementwiseScaling: scaling,
+        modules.OrthogonalTransform: orthogonal,
+    }
 
 
 def transform_in(thing) -> Transform | None:
@@ -115,6 +233,8 @@ def _exported() -> type:
     class NflowsModule(InvertibleModule):
         """An nflows transform that keeps the shape of its input, as a FrEIA module."""
 
+        __qualname__ = "NflowsModule"  # where pickle looks for it: see __getattr__
+
         def __init__(self, transform: Transform):
             super().__init__([])
             self.transform = transform
@@ -133,6 +253,13 @@ def _exported() -> type:
             return input_dims
 
     return NflowsModule
+
+
+def __getattr__(name: str) -> type:
+    """The class of exported transforms by its name, so that pickles of them find it, in another process too."""
+    if name == "NflowsModule":
+        return _exported()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def native_log_prob(exported: nn.Module, inputs: Tensor, context: Tensor | None = None) -> Tensor:
@@ -166,17 +293,30 @@ def _check_exact(module: nn.Module) -> None:
         for kind, reason in reasons.items():
             if isinstance(part, kind):
                 raise ValueError(f"FrEIA's {kind.__name__} is no layer of a flow: {reason}")
+        if isinstance(part, modules.HouseholderPerm) and part.conditional:
+            raise ValueError("FrEIA's HouseholderPerm with a condition fails in FrEIA itself; without one it works")
+        if isinstance(part, modules.InvertibleModule) and not _is_network(type(part)):
+            for inner in part.modules():
+                if inner is not part and isinstance(inner, tuple(_corrections())):
+                    raise ValueError(
+                        f"{type(part).__name__} runs FrEIA's {type(inner).__name__} itself, which is wrong unless this "
+                        "package runs it; make it a block of a SequenceINN or a GraphINN"
+                    )
 
 
 def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
     """The shapes of its one input and of its one output."""
     from FrEIA.framework import GraphINN, SequenceINN
+    from FrEIA.modules import HaarDownsampling, HaarUpsampling, IRevNetDownsampling, IRevNetUpsampling
 
     if isinstance(module, SequenceINN):
         return [module.shapes[0], module.shapes[-1]]
     dims_in = module.dims_in
     if isinstance(dims_in[0], int):  # ActNorm overwrites the list of shapes by its one shape
         dims_in = [dims_in]
+    for up, down in ((HaarUpsampling, HaarDownsampling), (IRevNetUpsampling, IRevNetDownsampling)):
+        if isinstance(module, up):  # these keep the shape of their output there
+            dims_in = down.output_dims(module, dims_in)
     dims_out = module.global_out_shapes if isinstance(module, GraphINN) else module.output_dims(dims_in)
     if len(dims_in) != 1 or len(dims_out) != 1:
         raise ValueError(
