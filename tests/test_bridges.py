@@ -703,6 +703,16 @@ def test_freia_containers_that_run_wrong_blocks_themselves_are_refused():
         as_transform(Container())
 
 
+def test_normflows_layers_take_an_empty_batch():
+    flows = normflows()
+    checkerboard = flows.AffineCouplingBlock(nn.Conv2d(1, 2, 3, padding=1), split_mode="checkerboard")
+    for layer, shape in ((flows.CoupledRationalQuadraticSpline(2, 1, 8), (2,)), (checkerboard, (1, 4, 4))):
+        transform = as_transform(layer)
+        for direction in (transform, transform.inverse):
+            outputs, log_det = direction(torch.ones(0, *shape))
+            assert outputs.shape == (0, *shape) and log_det.shape == (0,)
+
+
 def test_freia_blocks_take_an_empty_batch():
     modules, framework = pytest.importorskip("FrEIA.modules"), pytest.importorskip("FrEIA.framework")
     network = framework.SequenceINN(1, 4, 4)

@@ -243,18 +243,25 @@ def test_a_sample_is_scored_by_its_noise_though_a_transform_overwrites_it():
     assert_close(p.log_prob(x), p.log_prob(x.clone()))
 
 
-def householder():
-    """A library's block that keeps what it computes in itself."""
-    modules = pytest.importorskip("FrEIA.modules")
-    block = modules.AllInOneBlock([(4,)], subnet_constructor=MLP, learned_householder_permutation=4)
-    base = nflows.distributions.StandardNormal([4])
-    return randomise(nflows.flows.Flow(as_transform(block), base)).eval()
+def freia_block(name, **options):
+    return getattr(pytest.importorskip("FrEIA.modules"), name)([(4,)], **options)
+
+
+STATEFUL = {  # blocks of libraries that keep what they compute in themselves, or initialise themselves in a call
+    "householder": lambda: freia_block("AllInOneBlock", subnet_constructor=MLP, learned_householder_permutation=4),
+    "freia-actnorm": lambda: freia_block("ActNorm"),
+    "normflows-actnorm": lambda: pytest.importorskip("normflows").flows.ActNorm(4),
+}
 
 
 # flows made of Pyro's own transforms are held to the same in test_bridge_pyro.py
-@pytest.mark.parametrize("name", ["householder", *(name for name in flow_names() if not name.startswith("pyro-"))])
+@pytest.mark.parametrize("name", [*STATEFUL, *(name for name in flow_names() if not name.startswith("pyro-"))])
 def test_threads_get_their_own_answers(name):
-    p = FlowDistribution(householder() if name == "householder" else a_flow(name, 4))
+    if name in STATEFUL:
+        base = nflows.distributions.StandardNormal([4])
+        p = FlowDistribution(randomise(nflows.flows.Flow(as_transform(STATEFUL[name]()), base)).eval())
+    else:
+        p = FlowDistribution(a_flow(name, 4))
     batches = [batch(8, 4, seed=i) for i in range(24)]
     expected = [p.log_prob(x) for x in batches]
 

@@ -22,7 +22,7 @@ from nflows.transforms import nonlinearities, standard
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from adapters import FlowDistribution, as_transform
+from adapters import FlowDistribution, as_flow, as_transform
 from adapters.networks import MLP
 from tests.laws import assert_inputs_unchanged, autograd_log_det, batch, context_for, randomise
 
@@ -582,3 +582,47 @@ def test_what_no_flow_can_use_is_refused(name):
         layer = case.make()
     with pytest.raises(case.error, match=re.escape(case.message)):
         as_transform(layer)
+
+
+# what each base of normflows is made of: arguments of its class, and the width of its context
+BASES = {
+    "BaseDistribution": "the parent of all bases",
+    "DiagGaussian": ((2,), None),
+    "ConditionalDiagGaussian": ((2, nn.Linear(3, 4)), 3),
+    "Uniform": ((2, -1.0, 2.0), None),
+    "UniformGaussian": ((2, [0], torch.tensor([2.0, 1.5])), None),
+    "ClassCondDiagGaussian": ((2, 3), 3),
+    "GlowBase": (((2, 1, 1), 3), 3),
+    "AffineGaussian": (((2,), (2,), 3), 3),
+    "GaussianMixture": ((3, 2), None),
+    "GaussianPCA": "refused: see flow_in",
+}
+
+
+def test_every_base_of_normflows_is_tried():
+    base = pytest.importorskip("normflows").distributions.base
+    kinds = {n for n, k in vars(base).items() if isinstance(k, type) and issubclass(k, base.BaseDistribution)}
+    assert kinds == set(BASES)
+
+
+@pytest.mark.parametrize("name", [name for name, case in BASES.items() if not isinstance(case, str)])
+def test_bases_of_normflows_are_normalised_and_sampled_as_they_score(name):
+    library = pytest.importorskip("normflows")
+    arguments, classes = BASES[name]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = getattr(library.distributions.base, name)(*arguments)
+    kind = library.NormalizingFlow if classes is None else library.ClassCondFlow
+    kind = library.ConditionalNormalizingFlow if name.startswith("Conditional") else kind
+    flow = randomise(as_flow(kind(base, [])))
+    p = FlowDistribution(flow, None if classes is None else torch.eye(3, dtype=torch.float64)[1], validate_args=False)
+    edge = torch.linspace(-11.975, 11.975, 480, dtype=torch.float64)  # a uniform density ends between two of these
+    with torch.no_grad():
+        log_prob = p.log_prob(torch.cartesian_prod(edge, edge).view(-1, *p.event_shape))
+        area = (edge[1] - edge[0]) ** 2
+        assert_close((log_prob.exp().sum() * area).item(), 1.0, atol=0.01, rtol=0)
+        entropy = -(log_prob.exp() * log_prob.clamp(min=-1e9)).sum() * area
+        x = p.sample((20_000,))
+        assert_close(-p.log_prob(x).mean(), entropy, atol=0.05, rtol=0)
+        assert torch.equal(p.log_prob(x), p.log_prob(x.clone()))

@@ -8,6 +8,7 @@ layers are wrong by themselves (see ``_way_to_run``).
 A context has the shape ``(batch, width)``. A class-conditional base takes the one-hot class as its context.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -67,7 +68,9 @@ class NormflowsTransform(Transform):
         self.context_features = _one_width([context_features, *widths])
         self.keeps_shape = not any(isinstance(layer, Squeeze) for layer in self.layers)
         self.channels = _channels(steps)
-        self.actnorms = [module for module in self.layers.modules() if isinstance(module, ActNorm)]
+        self.actnorms = {
+            i: [m for m in layer.modules() if isinstance(m, ActNorm)] for i, layer in enumerate(self.layers)
+        }
         self.name = "normflows' " + ", ".join(dict.fromkeys(_name(layer) for layer in self.layers))
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -82,27 +85,32 @@ class NormflowsTransform(Transform):
 
     def _run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
         check_context(context, self.context_features, inputs, self.name)
-        held = self._hold_actnorms(to_noise)
-        steps = list(zip(self.layers, self.backwards, self.reads_context, self.ways, strict=True))
+        if self.keeps_shape and len(inputs) == 0:  # which some layers cannot reshape
+            return inputs.new_zeros(inputs.shape), inputs.new_zeros(0)
+        layers = [self._held(i, to_noise) for i in range(len(self.layers))]
+        steps = list(zip(layers, self.backwards, self.reads_context, self.ways, strict=True))
         outputs, log_det = inputs, 0.0
-        try:
-            with naming_shape(inputs, self.name):
-                for layer, backwards, reads_context, run in reversed(steps) if to_noise else steps:
-                    outputs, step = run(layer, outputs, (context,) if reads_context else (), backwards != to_noise)
-                    log_det = log_det + step
-        finally:
-            for actnorm in held:
-                actnorm.data_dep_init_done = torch.zeros_like(actnorm.data_dep_init_done)
+        with naming_shape(inputs, self.name):
+            for layer, backwards, reads_context, run in reversed(steps) if to_noise else steps:
+                outputs, step = run(layer, outputs, (context,) if reads_context else (), backwards != to_noise)
+                log_det = log_det + step
         if self.keeps_shape and outputs.shape != inputs.shape:
             raise ValueError(f"{self.name} takes no inputs of shape {tuple(inputs.shape)}")
         return outputs, _per_row(log_det, inputs)
 
-    def _hold_actnorms(self, to_noise: bool) -> list[nn.Module]:
-        """Keep every ActNorm from initialising itself in this call that should not; the caller lets them go."""
-        held = [a for a in self.actnorms if not a.data_dep_init_done and not (to_noise and a.training)]
-        for actnorm in held:
-            actnorm.data_dep_init_done = torch.ones_like(actnorm.data_dep_init_done)
-        return held
+    def _held(self, i: int, to_noise: bool) -> nn.Module:
+        """A layer; where an ActNorm in it would initialise itself in this call and should not, a copy that won't.
+
+        The copy has the same parameters. The layer itself is left alone, since other threads may be running it.
+        """
+        layer = self.layers[i]
+        if all(a.data_dep_init_done or (to_noise and a.training) for a in self.actnorms[i]):
+            return layer
+        layer = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+        for name, buffer in layer.named_buffers():
+            if name.rpartition(".")[2] == "data_dep_init_done":
+                buffer.fill_(1)
+        return layer
 
 
 class MultiscaleTransform(Transform):
@@ -155,14 +163,24 @@ class NormflowsBase(nflows.distributions.Distribution):
     """
 
     def __init__(self, q0: nn.Module, like: Tensor):
+        from normflows.distributions import UniformGaussian
+
         super().__init__()
         self.q0 = q0
+        self.is_partly_uniform = isinstance(q0, UniformGaussian)
         self.reads_context = _context_of_base(q0) is not None
         self.register_buffer("_like", like.new_empty(0), persistent=False)
 
     def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
         log_prob = self.q0.log_prob(inputs, context) if self.reads_context else self.q0.log_prob(inputs)
-        return log_prob.to(inputs.dtype)
+        return self._within(inputs, log_prob.to(inputs.dtype))
+
+    def _within(self, inputs: Tensor, log_prob: Tensor) -> Tensor:
+        """−∞ where a coordinate lies outside its uniform distribution, which ``UniformGaussian`` itself overlooks."""
+        if not self.is_partly_uniform:
+            return log_prob
+        half = self.q0.scale[self.q0.ind] / 2 * (1 + 16 * torch.finfo(inputs.dtype).eps)  # its own samples are rounded
+        return log_prob.masked_fill((inputs[:, self.q0.ind].abs() > half).any(1), -torch.inf)
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
         return self.sample_and_log_prob(num_samples, context)[0]
