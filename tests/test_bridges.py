@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from nflows.nn.nets import ResidualNet
-from nflows.transforms import InverseNotAvailable, LULinear
+from nflows.transforms import InverseNotAvailable, LULinear, SqueezeTransform
 from nflows.transforms.base import InputOutsideDomain
 from torch import nn
 from torch.testing import assert_close
@@ -595,6 +595,30 @@ def test_normflows_circular_splines_are_the_identity_beyond_their_bound(kind):
     assert mass.item() == pytest.approx(1, abs=2e-3)
 
 
+def test_normflows_splines_take_sharp_knots_in_float32_and_rows_that_are_not_finite():
+    """Where normflows itself raises an empty AssertionError: rounding, or a NaN, makes its discriminant negative."""
+    flows = normflows()
+    for seed in range(4):
+        spline = flows.neural_spline.coupling.PiecewiseRationalQuadraticCDF([8], 8, tails="linear", tail_bound=4.0)
+        transform = as_transform(randomise(spline, seed, scale=5.0).float())
+        z = 2 * torch.randn(5000, 8, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            x, log_det = transform.inverse(transform(z)[0])
+            assert x.dtype == log_det.dtype == torch.float32 and x.isfinite().all() and log_det.isfinite().all()
+    coupling = randomise(flows.CoupledRationalQuadraticSpline(2, 1, 8, num_context_channels=2)).float()
+    transform, z, context = as_transform(coupling), torch.randn(4, 2), torch.randn(4, 2)
+    for direction in (transform, transform.inverse):
+        right = direction(z, context)
+        for lost in (math.nan, math.inf):
+            given = z.clone()
+            given[1, 0] = lost
+            for value, expected in zip(direction(given, context), right, strict=True):
+                assert value[1].isnan().any() or lost == math.inf
+                assert_close(value[[0, 2, 3]], expected[[0, 2, 3]], atol=1e-5, rtol=1e-4)
+    transform.inverse(given, context)[0].nansum().backward()
+    assert coupling.prqct.transform_net.final_layer.weight.grad.abs().sum() > 0
+
+
 def test_normflows_layers_say_where_they_are_defined():
     flows = normflows()
     transform = as_transform(flows.CoupledRationalQuadraticSpline(2, 1, 8, tails=None))
@@ -683,6 +707,15 @@ def test_freia_refuses_what_is_no_exact_bijection():
         as_transform(modules.Split([(4,)]))
     with pytest.raises(ValueError, match=r"takes inputs of shape \(batch, 4\), not \(5, 3\)"):
         as_transform(modules.NICECouplingBlock([(4,)], subnet_constructor=MLP))(torch.randn(5, 3))
+
+
+def test_freia_takes_an_export_that_changes_the_shape():
+    framework = pytest.importorskip("FrEIA.framework")
+    network = framework.SequenceINN(1, 4, 4)
+    network.append(to_library("freia", SqueezeTransform()).placed)
+    flow, x = as_flow(network), torch.randn(ROWS, 1, 4, 4)
+    assert_close(flow.log_prob(x), StandardNormal([1, 4, 4]).log_prob(x))
+    assert flow.sample(3).shape == (3, 1, 4, 4)
 
 
 def test_freia_containers_that_run_wrong_blocks_themselves_are_refused():

@@ -231,7 +231,7 @@ def _exported() -> type:
     from FrEIA.modules import InvertibleModule
 
     class NflowsModule(InvertibleModule):
-        """An nflows transform that keeps the shape of its input, as a FrEIA module."""
+        """An nflows transform as a FrEIA module."""
 
         __qualname__ = "NflowsModule"  # where pickle looks for it: see __getattr__
 
@@ -249,8 +249,13 @@ def _exported() -> type:
             outputs, log_det = (self.transform.inverse if rev else self.transform)(x_or_z[0], context)
             return (outputs,), log_det
 
-        def output_dims(self, input_dims):
-            return input_dims
+        def output_dims(self, input_dims) -> list[tuple[int, ...]]:
+            """Found by running a copy of the transform on zeros, since nflows' transforms don't say it."""
+            transform = copy.deepcopy(self.transform).eval()
+            like = next((p for p in transform.parameters() if p.is_floating_point()), torch.empty(0))
+            context = like.new_zeros(1, sum(map(math.prod, self.dims_c))) if self.dims_c else None
+            with torch.no_grad():
+                return [tuple(transform(like.new_zeros(1, *input_dims[0]), context)[0].shape[1:])]
 
     return NflowsModule
 

@@ -92,7 +92,11 @@ class NormflowsTransform(Transform):
         outputs, log_det = inputs, 0.0
         with naming_shape(inputs, self.name):
             for layer, backwards, reads_context, run in reversed(steps) if to_noise else steps:
-                outputs, step = run(layer, outputs, (context,) if reads_context else (), backwards != to_noise)
+                given = layer, outputs, (context,) if reads_context else (), backwards != to_noise
+                try:
+                    outputs, step = run(*given)
+                except AssertionError:  # of a spline, whose discriminant rounding or a NaN has made negative
+                    outputs, step = _run_in_float64(run, *given)
                 log_det = log_det + step
         if self.keeps_shape and outputs.shape != inputs.shape:
             raise ValueError(f"{self.name} takes no inputs of shape {tuple(inputs.shape)}")
@@ -455,6 +459,27 @@ def _run_circular(layer: nn.Module, x: Tensor, context: tuple, inverse: bool) ->
     outputs[:, layer.identity_features] = through
     outputs[:, layer.transform_features] = _inside(layer, moved, y)
     return outputs, log_det + step
+
+
+def _run_in_float64(run: Callable, layer: nn.Module, x: Tensor, context: tuple, inverse: bool):
+    """What runs a layer, in float64 on the CPU; rows that are not finite give NaN and leave the others alone."""
+
+    def widened(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype)
+
+    tensors = (*layer.parameters(), *layer.buffers())
+    layer = copy.deepcopy(layer, {id(tensor): widened(tensor) for tensor in tensors})  # with a graph to the parameters
+    lost = ~x.flatten(1).isfinite().all(1)
+    given = x.masked_fill(_like_rows(lost, x), 0)
+    y, log_det = run(layer, widened(given), tuple(map(widened, context)), inverse)
+    y, log_det = y.to(x), log_det.to(x)
+    return y.masked_fill(_like_rows(lost, y), torch.nan), log_det.masked_fill(lost, torch.nan)
+
+
+def _like_rows(mask: Tensor, x: Tensor) -> Tensor:
+    return mask.view(-1, *(1,) * (x.dim() - 1))
 
 
 def _inside(spline: nn.Module, x: Tensor, y: Tensor) -> Tensor:
