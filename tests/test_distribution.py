@@ -262,7 +262,7 @@ def test_threads_get_their_own_answers(name):
         p = FlowDistribution(randomise(nflows.flows.Flow(as_transform(STATEFUL[name]()), base)).eval())
     else:
         p = FlowDistribution(a_flow(name, 4))
-    batches = [batch(8, 4, seed=i) for i in range(24)]
+    batches = [batch(8, 4, seed=i) for i in range(12)]
     expected = [p.log_prob(x) for x in batches]
 
     def ask(x):
