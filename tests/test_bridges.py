@@ -441,6 +441,24 @@ def test_one_network_evaluation_for_a_log_prob(name, context_features):
     assert networks and all(calls[network] == 1 for network in networks)
 
 
+@pytest.mark.parametrize("name", [name for name in flow_names() if name.startswith(("freia-", "normflows-"))])
+def test_a_compiled_flow_and_an_exported_one_compute_the_same(name):
+    class LogProb(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = build_flow(name, 4, layers=2, hidden_features=(8,)).eval()
+
+        def forward(self, x):
+            return self.flow.log_prob(x)
+
+    module, x = LogProb(), torch.randn(ROWS, 4)
+    expected = module(x)
+    torch._dynamo.reset()
+    assert_close(torch.compile(module, backend="eager", fullgraph=True)(x), expected)
+    program = torch.export.export(module, (x[:3],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert_close(program.module()(x), expected)
+
+
 # what is refused
 
 

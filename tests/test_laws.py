@@ -107,6 +107,24 @@ def test_law_4_samples_have_the_log_prob_they_come_with(name, context_features):
 
 
 @pytest.mark.parametrize("name", flow_names())
+def test_law_1_after_training_steps(name):
+    torch.manual_seed(0)
+    flow = build_flow(name, 4, 3, layers=3, hidden_features=(8, 8)).double()
+    optimiser = torch.optim.Adam(flow.parameters(), 0.02)
+    for _ in range(10):
+        optimiser.zero_grad()
+        flow.log_prob(batch(32, 4, seed=9), context_for(3, 32)).mean().neg().backward()
+        optimiser.step()
+    transform, x, context = flow._transform, 1.5 * batch(ROWS, 4), context_for(3, ROWS)
+    for function, back in ((transform, transform.inverse), (transform.inverse, transform)):
+        y, log_det = function(x, context)
+        assert_close(log_det, autograd_log_det(function, x, context), atol=1e-7, rtol=1e-6)
+        again, back_log_det = back(y, context)
+        assert_close(again, x, atol=1e-6, rtol=1e-6)
+        assert_close(back_log_det, -log_det, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", flow_names())
 def test_law_5_contexts_differ_and_batch_alike(name):
     torch.manual_seed(0)
     flow = randomise(build_flow(name, 4, 3, layers=3, hidden_features=(8, 8)), scale=0.1).eval()

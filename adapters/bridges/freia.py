@@ -29,7 +29,7 @@ EXTRA = "freia"
 class FreiaTransform(Transform):
     """A ``SequenceINN``, ``GraphINN`` or single block of FrEIA: ``(batch, *event_shape)`` ↦ ``(batch, *noise_shape)``.
 
-    The blocks of a network run one by one, since some of FrEIA's are wrong by themselves: see ``_way_to_run``.
+    The blocks of a network run one by one, since some of FrEIA's are wrong by themselves: see ``_ways_to_run``.
 
     An ``ActNorm`` not yet initialised takes its scale and shift from the first data it meets in training, and from
     nothing else (its own rule: from the first call, whatever it is).
@@ -45,6 +45,7 @@ class FreiaTransform(Transform):
         super().__init__()
         _check_exact(module)
         self.module = module
+        self.ways = _ways_to_run(module)
         self.event_shape, self.noise_shape = _shapes(module)
         self.conditions = _conditions(module)  # key → shape
         self.context_features = sum(map(math.prod, self.conditions.values())) or None
@@ -60,10 +61,10 @@ class FreiaTransform(Transform):
 
     def _run(self, inputs: Tensor, context: Tensor | None, shape: tuple, rev: bool) -> tuple[Tensor, Tensor]:
         check_context(context, self.context_features, inputs, f"FrEIA's {type(self.module).__name__}")
-        if len(inputs) == 0:  # several blocks count the coordinates of their first row
+        if inputs.shape[0] == 0:  # several blocks count the coordinates of their first row
             return inputs.new_zeros(0, *shape), inputs.new_zeros(0)
-        (outputs,), log_det = _run(self.module, (inputs,), self._split(context), rev)
-        return outputs, log_det.expand(len(inputs))
+        (outputs,), log_det = _run(self.ways, self.module, (inputs,), self._split(context), rev)
+        return outputs, log_det.expand(inputs.shape[0])
 
     def _split(self, context: Tensor | None) -> dict[int, Tensor]:
         if context is None:
@@ -81,27 +82,28 @@ class FreiaTransform(Transform):
 Values = tuple[Tensor, ...]
 
 
-def _run(module: nn.Module, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
-    """The outputs of a network or block, and its log-determinant as ``(batch,)`` or ``(1,)``."""
-    return _way_to_run(type(module))(module, values, conditions, rev)
+Way = Callable[[nn.Module, Values, dict[int, Tensor], bool], tuple[Values, Tensor]]
 
 
-@cache
-def _way_to_run(kind: type) -> Callable[[nn.Module, Values, dict[int, Tensor], bool], tuple[Values, Tensor]]:
-    """How modules of a class are run: networks block by block, most blocks by their own call, some corrected."""
+def _ways_to_run(module: nn.Module) -> dict[type, Way]:
+    """How the blocks of each class in a network are run: by their own call, or by something that is right."""
     from FrEIA import modules
-    from FrEIA.framework import SequenceINN
 
-    if _is_network(kind):
-        return _run_sequence if issubclass(kind, SequenceINN) else _run_graph
-    for wrong, corrected in _corrections().items():
-        if issubclass(kind, wrong):
-            return corrected
-    if issubclass(kind, modules.AllInOneBlock):
-        return _run_all_in_one
-    # these overwrite their input, and so may a block that nobody has checked
-    overwrites = issubclass(kind, modules.HaarDownsampling) or not kind.forward.__module__.startswith("FrEIA.")
-    return _run_copying if overwrites else _run_block
+    special = {
+        modules.ActNorm: _run_actnorm,
+        modules.AllInOneBlock: _run_all_in_one,
+        modules.HaarDownsampling: _run_copying,
+        modules.InvertibleSigmoid: _run_sigmoid,
+        modules.LearnedElementwiseScaling: _run_scaling,
+        modules.OrthogonalTransform: _run_orthogonal,
+    }
+    ways = {}
+    for kind in {type(part) for part in module.modules() if isinstance(part, modules.InvertibleModule)}:
+        if not _is_network(kind):
+            unchecked = not kind.forward.__module__.startswith("FrEIA.")  # it may overwrite its input
+            own = _run_copying if unchecked else _run_block
+            ways[kind] = next((way for wrong, way in special.items() if issubclass(kind, wrong)), own)
+    return ways
 
 
 def _is_network(kind: type) -> bool:
@@ -109,16 +111,24 @@ def _is_network(kind: type) -> bool:
     return kind.forward.__module__.startswith("FrEIA.framework.")
 
 
-def _run_sequence(network, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+def _run(ways: dict[type, Way], module, values: Values, conditions: dict[int, Tensor], rev: bool):
+    """The outputs of a network or block, and its log-determinant as ``(batch,)`` or ``(1,)``."""
+    way = ways.get(type(module))
+    if way is not None:
+        return way(module, values, conditions, rev)
+    return (_run_graph if hasattr(module, "node_list") else _run_sequence)(ways, module, values, conditions, rev)
+
+
+def _run_sequence(ways: dict[type, Way], network, values: Values, conditions: dict[int, Tensor], rev: bool):
     total = values[0].new_zeros(1)
     blocks = list(zip(network.module_list, network.conditions, strict=True))
     for block, key in reversed(blocks) if rev else blocks:
-        values, log_det = _run(block, values, {} if key is None else {0: conditions[key]}, rev)
+        values, log_det = _run(ways, block, values, {} if key is None else {0: conditions[key]}, rev)
         total = total + log_det
     return values, total
 
 
-def _run_graph(network, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+def _run_graph(ways: dict[type, Way], network, values: Values, conditions: dict[int, Tensor], rev: bool):
     total = values[0].new_zeros(1)
     starts, ends = (network.out_nodes, network.in_nodes) if rev else (network.in_nodes, network.out_nodes)
     known = dict(zip(((node, 0) for node in starts), values, strict=True))  # (node, which of its outputs) → value
@@ -127,7 +137,7 @@ def _run_graph(network, values: Values, conditions: dict[int, Tensor], rev: bool
         if node.module is None:  # a start, an end or a condition
             continue
         given = tuple(known[place] for place in (node.outputs if rev else node.inputs))
-        outputs, log_det = _run(node.module, given, {i: known[c, 0] for i, c in enumerate(node.conditions)}, rev)
+        outputs, log_det = _run(ways, node.module, given, {i: known[c, 0] for i, c in enumerate(node.conditions)}, rev)
         known.update(((node, i), output) for i, output in enumerate(outputs))
         total = total + log_det
     return tuple(known[(end.outputs if rev else end.inputs)[0]] for end in ends), total
@@ -144,6 +154,7 @@ def _run_block(block, values: Values, conditions: dict[int, Tensor], rev: bool) 
 
 
 def _run_copying(block, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+    """On copies, for what overwrites its input."""
     return _run_block(block, tuple(value.clone() for value in values), conditions, rev)
 
 
@@ -153,50 +164,42 @@ def _run_all_in_one(block, values: Values, conditions: dict[int, Tensor], rev: b
     return _run_block(block, values, conditions, rev)
 
 
-@cache
-def _corrections() -> dict[type, Callable[[nn.Module, Values, dict, bool], tuple[Values, Tensor]]]:
-    """What runs each kind of block that is wrong by itself.
+def _run_actnorm(block, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+    """FrEIA's initialises itself from noise, and in eval mode, too."""
+    (x,) = values
+    if block.init_on_next_batch and block.training and not rev:
+        block._initialize_with_data(x)
+    y = (x - block.bias) / block.scale.exp() if rev else x * block.scale.exp() + block.bias
+    log_det = block.scale.sum().reshape(1) * math.prod(x.shape[2:])
+    return (y,), -log_det if rev else log_det
 
-    - ``ActNorm`` initialises itself from noise, and in eval mode, too.
-    - ``InvertibleSigmoid`` sums an image's log-determinant over the channels alone, and overflows far from 0.
-    - ``LearnedElementwiseScaling`` gives the inverse the log-determinant of the other direction.
-    - ``OrthogonalTransform`` takes its matrix for orthogonal, which training makes it only every 256 steps.
-    """
-    from FrEIA import modules
 
-    def actnorm(block, values: Values, _, rev: bool) -> tuple[Values, Tensor]:
-        (x,) = values
-        if block.init_on_next_batch and block.training and not rev:
-            block._initialize_with_data(x)
-        y = (x - block.bias) / block.scale.exp() if rev else x * block.scale.exp() + block.bias
-        log_det = block.scale.sum().reshape(1) * math.prod(x.shape[2:])
-        return (y,), -log_det if rev else log_det
+def _run_sigmoid(block, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+    """FrEIA's sums an image's log-determinant over the channels alone, and overflows far from 0."""
+    (x,) = values
+    y = x.logit() if rev else x.sigmoid()
+    logit = y if rev else x
+    log_det = (functional.logsigmoid(logit) + functional.logsigmoid(-logit)).flatten(1).sum(1)
+    return (y,), -log_det if rev else log_det
 
-    def sigmoid(block, values: Values, _, rev: bool) -> tuple[Values, Tensor]:
-        (x,) = values
-        y = x.logit() if rev else x.sigmoid()
-        logit = y if rev else x
-        log_det = (functional.logsigmoid(logit) + functional.logsigmoid(-logit)).flatten(1).sum(1)
-        return (y,), -log_det if rev else log_det
 
-    def scaling(block, values: Values, _, rev: bool) -> tuple[Values, Tensor]:
-        log_scale = -block.s if rev else block.s
-        return (values[0] * log_scale.exp(),), log_scale.sum().reshape(1)
+def _run_scaling(block, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+    """FrEIA's gives the inverse the log-determinant of the other direction."""
+    log_scale = -block.s if rev else block.s
+    return (values[0] * log_scale.exp(),), log_scale.sum().reshape(1)
 
-    def orthogonal(block, values: Values, _, rev: bool) -> tuple[Values, Tensor]:
-        log_scale = block._log_e(block.scaling)
-        log_det = log_scale.sum().reshape(1) + torch.linalg.slogdet(block.weights).logabsdet
-        if not rev:  # in training it is called, so that its hook projects the matrix after some backward passes
-            return (block if block.training else block.forward)(values)[0], log_det
-        shifted = values[0] * (-log_scale).exp() - block.bias
-        return (torch.linalg.solve(block.weights, shifted, left=False),), -log_det
 
-    return {
-        modules.ActNorm: actnorm,
-        modules.InvertibleSigmoid: sigmoid,
-        modules.LearnedElementwiseScaling: scaling,
-        modules.OrthogonalTransform: orthogonal,
-    }
+def _run_orthogonal(block, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+    """FrEIA's takes its matrix for orthogonal, which training makes it only every 256 steps."""
+    log_scale = block._log_e(block.scaling)
+    log_det = log_scale.sum().reshape(1) + torch.linalg.slogdet(block.weights).logabsdet
+    if not rev:  # in training it is called, so that its hook projects the matrix after some backward passes
+        return (block if block.training else block.forward)(values)[0], log_det
+    shifted = values[0] * (-log_scale).exp() - block.bias
+    return (torch.linalg.solve(block.weights, shifted, left=False),), -log_det
+
+
+_CORRECTIONS = _run_actnorm, _run_sigmoid, _run_scaling, _run_orthogonal
 
 
 def transform_in(thing) -> Transform | None:
@@ -301,8 +304,8 @@ def _check_exact(module: nn.Module) -> None:
         if isinstance(part, modules.HouseholderPerm) and part.conditional:
             raise ValueError("FrEIA's HouseholderPerm with a condition fails in FrEIA itself; without one it works")
         if isinstance(part, modules.InvertibleModule) and not _is_network(type(part)):
-            for inner in part.modules():
-                if inner is not part and isinstance(inner, tuple(_corrections())):
+            for inner in list(part.modules())[1:]:
+                if isinstance(inner, modules.InvertibleModule) and _ways_to_run(inner).get(type(inner)) in _CORRECTIONS:
                     raise ValueError(
                         f"{type(part).__name__} runs FrEIA's {type(inner).__name__} itself, which is wrong unless this "
                         "package runs it; make it a block of a SequenceINN or a GraphINN"

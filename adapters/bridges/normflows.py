@@ -85,7 +85,7 @@ class NormflowsTransform(Transform):
 
     def _run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
         check_context(context, self.context_features, inputs, self.name)
-        if self.keeps_shape and len(inputs) == 0:  # which some layers cannot reshape
+        if self.keeps_shape and inputs.shape[0] == 0:  # which some layers cannot reshape
             return inputs.new_zeros(inputs.shape), inputs.new_zeros(0)
         layers = [self._held(i, to_noise) for i in range(len(self.layers))]
         steps = list(zip(layers, self.backwards, self.reads_context, self.ways, strict=True))
@@ -606,7 +606,7 @@ def _split(noise: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
 
 def _per_row(log_det: Tensor | float, inputs: Tensor) -> Tensor:
     """A log-determinant, whatever its shape, as one number for each input."""
-    return torch.as_tensor(log_det, dtype=inputs.dtype, device=inputs.device).expand(len(inputs))
+    return torch.as_tensor(log_det, dtype=inputs.dtype, device=inputs.device).expand(inputs.shape[0])
 
 
 def _like(model: nn.Module) -> Tensor:
