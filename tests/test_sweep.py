@@ -27,7 +27,7 @@ from adapters.networks import MLP
 from tests.laws import assert_inputs_unchanged, autograd_log_det, batch, context_for, randomise
 
 ROWS = 6
-IMAGE = (2, 4, 4)
+IMAGE = (2, 2, 2)
 MASK = torch.tensor([1.0, 0.0, 1.0, 0.0])
 
 
@@ -171,16 +171,16 @@ FREIA = {
     "Fixed1x1Conv": [freia("Fixed1x1Conv", IMAGE, M=MATRIX, laws=IN_FLOAT32)],
     "InvertibleSigmoid": [freia("InvertibleSigmoid", shape, laws={"noise": torch.sigmoid}) for shape in ((4,), IMAGE)],
     "Flatten": [freia("Flatten", IMAGE)],
-    "Reshape": [freia("Reshape", IMAGE, output_dims=(8, 4))],
+    "Reshape": [freia("Reshape", IMAGE, output_dims=(4, 2))],
     "IRevNetDownsampling": [freia("IRevNetDownsampling", IMAGE, legacy_backend=legacy) for legacy in (False, True)],
-    "IRevNetUpsampling": [freia("IRevNetUpsampling", (8, 2, 2), legacy_backend=legacy) for legacy in (False, True)],
+    "IRevNetUpsampling": [freia("IRevNetUpsampling", (8, 1, 1), legacy_backend=legacy) for legacy in (False, True)],
     "HaarDownsampling": [
         freia("HaarDownsampling", IMAGE),
         freia("HaarDownsampling", IMAGE, order_by_wavelet=True, rebalance=0.5),
     ],
     "HaarUpsampling": [
-        freia("HaarUpsampling", (8, 2, 2)),
-        freia("HaarUpsampling", (8, 2, 2), order_by_wavelet=True, rebalance=0.5),
+        freia("HaarUpsampling", (8, 1, 1)),
+        freia("HaarUpsampling", (8, 1, 1), order_by_wavelet=True, rebalance=0.5),
     ],
     "SequenceINN": [Layer(freia_network(sequence), (4,), 3)],
     "ReversibleSequential": [Layer(freia_network(partial(sequence, kind="ReversibleSequential")), (4,), 3)],
@@ -298,7 +298,7 @@ NORMFLOWS = {
         normflows("Planar", 4, **SCORES),
     ],
     "Radial": [normflows("Radial", 4, **SCORES), normflows("Radial", IMAGE, event_shape=IMAGE, **SCORES)],
-    "Squeeze": [normflows("Squeeze", event_shape=IMAGE), normflows("Squeeze", reverse=True, event_shape=(8, 2, 2))],
+    "Squeeze": [normflows("Squeeze", event_shape=IMAGE), normflows("Squeeze", reverse=True, event_shape=(8, 1, 1))],
     "PiecewiseRationalQuadraticCDF": [
         *(
             normflows("PiecewiseRationalQuadraticCDF", [4], tails=tails, tail_bound=bound)
@@ -363,7 +363,7 @@ def nflows(kind: type, *arguments, event_shape=(4,), context_features=None, laws
 
 def multiscale() -> nn.Module:
     transform = transforms.MultiscaleCompositeTransform(2)
-    rest = transform.add_transform(transforms.SqueezeTransform(), (8, 2, 2))
+    rest = transform.add_transform(transforms.SqueezeTransform(), (8, 1, 1))
     transform.add_transform(transforms.OneByOneConvolution(4, identity_init=False), rest)
     return transform
 
