@@ -736,22 +736,42 @@ def test_freia_takes_an_export_that_changes_the_shape():
     assert flow.sample(3).shape == (3, 1, 4, 4)
 
 
-def test_freia_containers_that_run_wrong_blocks_themselves_are_refused():
-    modules = pytest.importorskip("FrEIA.modules")
+def test_freia_blocks_and_networks_that_users_write():
+    modules, framework = pytest.importorskip("FrEIA.modules"), pytest.importorskip("FrEIA.framework")
 
     class Container(modules.InvertibleModule):
-        def __init__(self):
+        def __init__(self, kind):
             super().__init__([(4,)])
-            self.block = modules.LearnedElementwiseScaling([(4,)])
+            self.block = kind([(4,)])
 
         def forward(self, x, c=None, rev=False, jac=True):
-            return self.block(x, rev=rev)
+            x[0].mul_(0.5 if rev else 2)
+            x, log_det = self.block(x, rev=rev)
+            return x, log_det + (-4 if rev else 4) * math.log(2)
 
         def output_dims(self, dims):
             return dims
 
     with pytest.raises(ValueError, match="Container runs FrEIA's LearnedElementwiseScaling itself"):
-        as_transform(Container())
+        as_transform(Container(modules.LearnedElementwiseScaling))
+    container, x = as_transform(Container(modules.ActNorm)).double(), batch(50, 4)
+    assert_inputs_unchanged(container.inverse, x)
+    assert_inputs_unchanged(container.eval(), x)
+    assert_close(container(x)[0], 2 * x)  # still as it was
+    assert_close(container.train()(x)[0].std(0), torch.ones(4, dtype=x.dtype))
+
+    class Own(framework.SequenceINN):
+        def forward(self, x, c=None, rev=False, jac=True):
+            return super().forward(x, c, rev, jac)
+
+    torch.manual_seed(0)
+    network = Own(4)
+    for key in (1, 0):
+        network.append(modules.GLOWCouplingBlock, cond=key, cond_shape=(key + 1,), subnet_constructor=MLP)
+    flow = randomise(as_flow(network))
+    x, context = batch(ROWS, 4), batch(ROWS, 3)
+    noise, log_det = network(x, [context[:, :1], context[:, 1:]])
+    assert_close(flow.log_prob(x, context), StandardNormal([4]).log_prob(noise) + log_det)
 
 
 def test_normflows_layers_take_an_empty_batch():

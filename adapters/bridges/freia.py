@@ -100,8 +100,7 @@ def _ways_to_run(module: nn.Module) -> dict[type, Way]:
     ways = {}
     for kind in {type(part) for part in module.modules() if isinstance(part, modules.InvertibleModule)}:
         if not _is_network(kind):
-            unchecked = not kind.forward.__module__.startswith("FrEIA.")  # it may overwrite its input
-            own = _run_copying if unchecked else _run_block
+            own = _run_block if kind.forward.__module__.startswith("FrEIA.") else _run_unchecked
             ways[kind] = next((way for wrong, way in special.items() if issubclass(kind, wrong)), own)
     return ways
 
@@ -145,17 +144,27 @@ def _run_graph(ways: dict[type, Way], network, values: Values, conditions: dict[
 
 def _run_block(block, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
     if conditions:
-        outputs, log_det = block(values, c=list(conditions.values()), rev=rev)
+        keyed = hasattr(block, "conditions")  # a sequence that has a forward of its own
+        outputs, log_det = block(values, c=conditions if keyed else list(conditions.values()), rev=rev)
     else:
         outputs, log_det = block(values, rev=rev)
     if not isinstance(log_det, Tensor):  # a number, from some blocks
         log_det = torch.as_tensor(log_det, dtype=values[0].dtype, device=values[0].device)
-    return outputs, log_det.reshape(-1)
+    return (outputs,) if isinstance(outputs, Tensor) else outputs, log_det.reshape(-1)
 
 
 def _run_copying(block, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
     """On copies, for what overwrites its input."""
     return _run_block(block, tuple(value.clone() for value in values), conditions, rev)
+
+
+def _run_unchecked(block, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+    """A block of somebody else's: it may overwrite its input, or hold an ``ActNorm`` that would initialise itself."""
+    if any(getattr(part, "init_on_next_batch", False) and (rev or not part.training) for part in block.modules()):
+        block = copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
+        for part in block.modules():
+            part.init_on_next_batch = False
+    return _run_copying(block, values, conditions, rev)
 
 
 def _run_all_in_one(block, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
@@ -199,7 +208,7 @@ def _run_orthogonal(block, values: Values, conditions: dict[int, Tensor], rev: b
     return (torch.linalg.solve(block.weights, shifted, left=False),), -log_det
 
 
-_CORRECTIONS = _run_actnorm, _run_sigmoid, _run_scaling, _run_orthogonal
+_CORRECTIONS = _run_sigmoid, _run_scaling, _run_orthogonal
 
 
 def transform_in(thing) -> Transform | None:
