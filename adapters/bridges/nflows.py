@@ -6,8 +6,8 @@ our masks over, here and nowhere else.
 
 import weakref
 
+import torch
 from nflows import transforms
-from nflows.distributions import Distribution
 from nflows.flows import Flow
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import CompositeTransform, Transform
@@ -126,16 +126,16 @@ def flow_in(thing) -> Flow | None:
     """nflows' own, as it is.
 
     Raises:
-        TypeError: for one whose base is none of nflows': nflows' ``Flow`` takes it, and then fails in every call.
+        TypeError: for one with a base of torch's: nflows' ``Flow`` takes it, and then fails in every call.
         ValueError: for one whose log-determinant is wrong.
     """
     if not isinstance(thing, Flow):
         return None
     base = thing._distribution
-    if not isinstance(base, Distribution):
+    if isinstance(base, torch.distributions.Distribution):
         raise TypeError(
-            f"the base of this flow, {type(base).__name__}, is no nflows Distribution and takes no context; for one of "
-            "torch's use as_flow(TransformedDistribution(base, [to_library('torch', transform)]))"
+            f"the base of this flow, {type(base).__name__}, is a torch distribution, not one of nflows'; use "
+            "as_flow(TransformedDistribution(base, [to_library('torch', transform)]))"
         )
     _check_exact(thing)
     return thing
