@@ -3,8 +3,11 @@
 import math
 import weakref
 
+import nflows.distributions
 import torch
+from nflows.distributions.mixture import MADEMoG
 from nflows.flows import Flow
+from nflows.transforms.base import InputOutsideDomain
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
@@ -40,6 +43,8 @@ class FlowDistribution(TorchDistribution):
         ValueError: for a context that is missing, superfluous or of another width; for an event shape that nothing
             says; in a call, for values of another event shape and, when validating, outside the support.
         nflows.transforms.InverseNotAvailable: when a flow is sampled that can only score.
+        NotImplementedError: when its base cannot draw samples.
+        nflows.transforms.base.InputOutsideDomain: for values or noise outside the domain of a layer.
 
     >>> from adapters import build_flow
     >>> flow = build_flow("masked-affine", features=3, context_features=2)
@@ -108,7 +113,10 @@ class FlowDistribution(TorchDistribution):
         if math.prod(rows) == 0:
             return value.new_empty(batch)
         flat = value.expand(*rows, *self.event_shape).reshape(math.prod(rows), *self.event_shape)
-        return self.flow.log_prob(flat, self._rows(rows)).reshape(rows).expand(batch)
+        try:
+            return self.flow.log_prob(flat, self._rows(rows)).reshape(rows).expand(batch)
+        except InputOutsideDomain as error:
+            raise _outside(error) from error
 
     def rsample(self, sample_shape=()) -> Tensor:
         """``(*sample, *batch, *event)``, differentiable in the flow's parameters and the context."""
@@ -135,9 +143,12 @@ class FlowDistribution(TorchDistribution):
             return dtype.new_empty(shape)
         context = self.flow._embedding_net(self._rows(rows))
         base = self.flow._distribution
-        noise = base.sample(count) if context is None else base.sample(1, context).squeeze(1)
-        noise = noise.to(dtype)  # nflows' own normal draws float32 always
-        x, log_det = self.flow._transform.inverse(noise, context)
+        noise = _sample(base, count, context).to(dtype)  # nflows' own normal draws float32 always
+        log_prob = base.log_prob(noise, context)  # now: a transform may overwrite its input
+        try:
+            x, log_det = self.flow._transform.inverse(noise, context)
+        except InputOutsideDomain as error:
+            raise _outside(error) from error
         if x.shape[1:] != self.event_shape:
             raise ValueError(
                 f"this flow's samples have the shape {tuple(x.shape[1:])}, not {tuple(self.event_shape)}: "
@@ -146,7 +157,7 @@ class FlowDistribution(TorchDistribution):
         x = x.reshape(shape)
         state = self._state(x)
         if state is not None:
-            self._memo = weakref.ref(x), state, (base.log_prob(noise, context) - log_det).reshape(rows)
+            self._memo = weakref.ref(x), state, (log_prob - log_det).reshape(rows)
         return x
 
     def _rows(self, batch: torch.Size) -> Tensor | None:
@@ -174,8 +185,31 @@ class FlowDistribution(TorchDistribution):
         )
 
 
+def _sample(base: nflows.distributions.Distribution, count: int, context: Tensor | None) -> Tensor:
+    """One draw for each row of the context; ``count`` without one."""
+    name = type(base).__name__
+    if isinstance(base, MADEMoG) and context is None:
+        raise NotImplementedError(f"nflows' {name} draws samples only with a context, so this flow can only score")
+    try:
+        return base.sample(count) if context is None else base.sample(1, context).squeeze(1)
+    except NotImplementedError as error:
+        raise NotImplementedError(str(error) or f"{name}, the base of this flow, cannot draw samples") from error
+
+
+def _outside(error: InputOutsideDomain) -> InputOutsideDomain:
+    """nflows' own error, which says nothing, in words."""
+    return InputOutsideDomain(
+        str(error)
+        or "a value lies outside the domain of a layer of this flow, such as [0, 1] of a spline with tails=None; if it "
+        "comes from the base, give the flow a base on that domain"
+    )
+
+
 def _check_context(flow: Flow, context: Tensor | None) -> None:
     width = getattr(flow, "context_features", ...)  # only our own Flow knows
+    if isinstance(flow._distribution, MADEMoG) and isinstance(flow._embedding_net, torch.nn.Identity):
+        layer = getattr(flow._distribution._made, "context_layer", None)
+        width = None if layer is None else layer.in_features  # given none, it would silently do without
     if width is None and context is not None:
         raise ValueError(f"this flow is unconditional, but a context of shape {tuple(context.shape)} was given")
     if isinstance(width, int) and context is None:

@@ -7,23 +7,38 @@ A new file in adapters/bridges is held to all of it without a line changed here,
 import copy
 import importlib.util
 import itertools
+import math
+import pickle
+import subprocess
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from nflows.transforms import InverseNotAvailable, LULinear
+from nflows.nn.nets import ResidualNet
+from nflows.transforms import InverseNotAvailable, LULinear, SqueezeTransform
+from nflows.transforms.base import InputOutsideDomain
 from torch import nn
 from torch.testing import assert_close
 
-from adapters import MaskedCouplingLayer, as_flow, as_transform, build_flow, checkerboard_mask, flow_names, to_library
+from adapters import (
+    FlowDistribution,
+    MaskedCouplingLayer,
+    as_flow,
+    as_transform,
+    build_flow,
+    checkerboard_mask,
+    flow_names,
+    to_library,
+)
 from adapters.bridges import bridges, libraries
 from adapters.flow import Flow, StandardNormal
 from adapters.networks import MLP
 from adapters.registry import Example, Model
 from tests.conftest import MISSING
-from tests.laws import batch, context_for, randomise
+from tests.laws import assert_inputs_unchanged, batch, context_for, randomise
 
 ROWS = 5
 BRIDGES = {bridge.__name__.rpartition(".")[2]: bridge for bridge in bridges()}
@@ -191,6 +206,32 @@ def test_an_export_can_be_copied_after_a_call(export):
     assert (density(clone, x, context) - before).abs().min() > 1e-6
 
 
+@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("library", ["nflows", "normflows", "freia"])
+def test_an_export_can_be_pickled_after_a_call(library, name):
+    transform, x, context = made(HUB[name])
+    native = exported(library, transform, HUB[name])
+    density = bridge_of(library).native_log_prob
+    before = density(native, x, context)
+    assert_close(density(pickle.loads(pickle.dumps(native)), x, context), before, rtol=0, atol=0)
+
+
+def test_another_process_unpickles_an_export(tmp_path):
+    """One that has imported neither this package nor the libraries."""
+    for library in ("normflows", "freia"):
+        torch.save(exported(library, made(HUB["packed"])[0], HUB["packed"]), tmp_path / library)
+    program = """
+import sys, torch
+for library in ("normflows", "freia"):
+    print(torch.load(f"{sys.argv[1]}/{library}", weights_only=False).transform(torch.ones(1, 4).double())[1].item())
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    expected = made(HUB["packed"])[0](torch.ones(1, 4).double())[1].item()
+    assert [float(line) for line in result.stdout.split()] == [pytest.approx(expected)] * 2
+
+
 @pytest.mark.parametrize("library", [library for library in ("zuko", "pyro", "torch") if library in libraries()])
 def test_leading_batch_dimensions(library):
     """The libraries whose transforms take any batch shape take it from us; the context broadcasts with it."""
@@ -307,6 +348,24 @@ def test_law_4_a_models_samples_have_the_log_prob_they_come_with(model):
     assert flow.sample(3, context).shape == samples.shape
 
 
+def test_law_1_no_call_of_a_model_changes_its_inputs(model):
+    _, flow, entry, x, context = model
+    assert_inputs_unchanged(flow.log_prob, x, context)
+    if entry.samples:
+        assert_inputs_unchanged(flow._transform.inverse, flow._transform(x, context)[0].detach(), context)
+        assert_inputs_unchanged(lambda rows: flow.sample_and_log_prob(3, rows), context)
+
+
+def test_law_4_a_models_sample_is_scored_as_any_other_value(model):
+    """What a distribution remembers of its own sample is what it computes for a copy of it."""
+    _, flow, entry, _, context = model
+    if not entry.samples:
+        return
+    p = FlowDistribution(flow, context, validate_args=False)
+    for x in (p.sample((3,)), p.rsample((3,)) if p.has_rsample else p.sample((2,))):
+        assert_close(p.log_prob(x), p.log_prob(x.clone()), atol=1e-5, rtol=1e-5)
+
+
 def test_law_5_contexts_of_a_model(model):
     _, flow, _, x, context = model
     if context is None:
@@ -381,6 +440,27 @@ def test_one_network_evaluation_for_a_log_prob(name, context_features):
         flow.log_prob(torch.randn(ROWS, 4), None if context_features is None else torch.randn(ROWS, 3))
     networks = [module for module in flow.modules() if is_weighted(module)]
     assert networks and all(calls[network] == 1 for network in networks)
+
+
+@pytest.mark.parametrize("name", [name for name in flow_names() if name.startswith(("freia-", "normflows-"))])
+def test_a_compiled_flow_and_an_exported_one_compute_the_same(name, monkeypatch):
+    distribution = torch.distributions.Distribution
+    monkeypatch.setattr(distribution, "_validate_args", distribution._validate_args)  # torch.compile switches it off
+
+    class LogProb(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = build_flow(name, 4, layers=2, hidden_features=(8,)).eval()
+
+        def forward(self, x):
+            return self.flow.log_prob(x)
+
+    module, x = LogProb(), torch.randn(ROWS, 4)
+    expected = module(x)
+    torch._dynamo.reset()
+    assert_close(torch.compile(module, backend="eager", fullgraph=True)(x), expected)
+    program = torch.export.export(module, (x[:3],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert_close(program.module()(x), expected)
 
 
 # what is refused
@@ -511,6 +591,114 @@ def test_normflows_refuses_what_is_no_exact_bijection():
         as_transform(flows.Composite(layers))
 
 
+def normflows_model(event, *layers):
+    import normflows
+
+    return as_flow(normflows.NormalizingFlow(normflows.distributions.DiagGaussian(event, trainable=False), layers))
+
+
+@pytest.mark.parametrize(
+    "kind", ["CircularCoupledRationalQuadraticSpline", "CircularAutoregressiveRationalQuadraticSpline"]
+)
+def test_normflows_circular_splines_are_the_identity_beyond_their_bound(kind):
+    layer = getattr(normflows(), kind)
+    flow = normflows_model(3, layer(3, 1, 8, [0]))
+    normal = StandardNormal([3])
+    for x in (5.1, 1e6):
+        x = torch.tensor([[x, 0.0, 0.0]])
+        assert_close(flow.log_prob(x), normal.log_prob(x))
+    assert flow.log_prob(torch.tensor([[math.nan, 0.0, 0.0], [0.0, 0.0, 0.0]])).isnan().tolist() == [True, False]
+    torch.manual_seed(0)
+    layers = layer(2, 1, 8, [0, 1], tail_bound=2.0), layer(2, 1, 8, [1], tail_bound=1.0)
+    flow = randomise(normflows_model(2, *layers), scale=0.1)
+    edge = torch.linspace(-7.98, 7.98, 400, dtype=torch.float64)  # the density jumps between two of these
+    with torch.no_grad():
+        mass = flow.log_prob(torch.cartesian_prod(edge, edge)).exp().sum() * (edge[1] - edge[0]) ** 2
+    assert mass.item() == pytest.approx(1, abs=2e-3)
+
+
+def test_normflows_splines_take_sharp_knots_in_float32_and_rows_that_are_not_finite():
+    """Where normflows itself raises an empty AssertionError: rounding, or a NaN, makes its discriminant negative."""
+    flows = normflows()
+    for seed in range(4):
+        spline = flows.neural_spline.coupling.PiecewiseRationalQuadraticCDF([8], 8, tails="linear", tail_bound=4.0)
+        transform = as_transform(randomise(spline, seed, scale=5.0).float())
+        z = 2 * torch.randn(5000, 8, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            x, log_det = transform.inverse(transform(z)[0])
+            assert x.dtype == log_det.dtype == torch.float32 and x.isfinite().all() and log_det.isfinite().all()
+    coupling = randomise(flows.CoupledRationalQuadraticSpline(2, 1, 8, num_context_channels=2)).float()
+    transform, z, context = as_transform(coupling), torch.randn(4, 2), torch.randn(4, 2)
+    for direction in (transform, transform.inverse):
+        right = direction(z, context)
+        for lost in (math.nan, math.inf):
+            given = z.clone()
+            given[1, 0] = lost
+            for value, expected in zip(direction(given, context), right, strict=True):
+                assert value[1].isnan().any() or lost == math.inf
+                assert_close(value[[0, 2, 3]], expected[[0, 2, 3]], atol=1e-5, rtol=1e-4)
+    transform.inverse(given, context)[0].nansum().backward()
+    assert coupling.prqct.transform_net.final_layer.weight.grad.abs().sum() > 0
+
+
+def test_normflows_layers_say_where_they_are_defined():
+    flows = normflows()
+    transform = as_transform(flows.CoupledRationalQuadraticSpline(2, 1, 8, tails=None))
+    for direction in (transform, transform.inverse):
+        with pytest.raises(
+            InputOutsideDomain, match=r"tails=None maps \[0, 1\] to itself, but got values from 0.5 to 1.5"
+        ):
+            direction(torch.tensor([[0.5, 1.5]]))
+    # the coordinates that condition the others go through no spline here
+    coupling = flows.neural_spline.coupling.PiecewiseRationalQuadraticCoupling
+    one_sided = as_transform(coupling(torch.tensor([1, 0]), lambda i, o: ResidualNet(i, o, 8)))
+    assert one_sided(torch.tensor([[0.5, 1.5]]))[0].isfinite().all()
+    with pytest.raises(InputOutsideDomain, match="from 1.5 to 1.5"):
+        one_sided(torch.tensor([[1.5, 0.5]]))
+    for layer in (flows.PeriodicWrap([0], 3.0), flows.PeriodicShift([0], 3.0, 0.5)):
+        flow = normflows_model(2, layer)
+        x = torch.tensor([[1.0, 0.0]])
+        assert_close(flow.log_prob(x + torch.tensor([6.0, 0.0])), flow.log_prob(x))
+        with pytest.raises(InputOutsideDomain, match="takes noise within ±3.0, not 4: give its coordinates a base"):
+            flow._transform.inverse(torch.tensor([[4.0, 0.0]]))
+
+
+def test_normflows_composites_are_taken_apart_and_other_containers_are_not_trusted():
+    flows = normflows()
+    from normflows.transforms import Shift
+
+    class Own(flows.Composite):
+        pass
+
+    class Container(flows.Flow):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, z):
+            return self.layer(z)
+
+        def inverse(self, z):
+            return self.layer.inverse(z)
+
+    x = batch(ROWS, 2)
+    assert_inputs_unchanged(as_transform(Own([Shift(), Shift()])), x)
+    with pytest.raises(ValueError, match="Container runs normflows' CircularCoupledRationalQuadraticSpline itself"):
+        as_transform(Container(flows.CircularCoupledRationalQuadraticSpline(2, 1, 8, [0])))
+
+    class InPlace(flows.Flow):
+        def forward(self, z):
+            return z.mul_(2), z.new_zeros(len(z)) + z[0].numel() * math.log(2)
+
+        def inverse(self, z):
+            return z.div_(2), z.new_zeros(len(z)) - z[0].numel() * math.log(2)
+
+    for inner in (InPlace(), Shift()):
+        transform = as_transform(Container(inner))
+        assert_inputs_unchanged(transform, x)
+        assert_inputs_unchanged(transform.inverse, x)
+
+
 def normflows_actnorm():
     return normflows().ActNorm(3)
 
@@ -541,6 +729,81 @@ def test_freia_refuses_what_is_no_exact_bijection():
         as_transform(modules.Split([(4,)]))
     with pytest.raises(ValueError, match=r"takes inputs of shape \(batch, 4\), not \(5, 3\)"):
         as_transform(modules.NICECouplingBlock([(4,)], subnet_constructor=MLP))(torch.randn(5, 3))
+
+
+def test_freia_takes_an_export_that_changes_the_shape():
+    framework = pytest.importorskip("FrEIA.framework")
+    network = framework.SequenceINN(1, 4, 4)
+    network.append(to_library("freia", SqueezeTransform()).placed)
+    flow, x = as_flow(network), torch.randn(ROWS, 1, 4, 4)
+    assert_close(flow.log_prob(x), StandardNormal([1, 4, 4]).log_prob(x))
+    assert flow.sample(3).shape == (3, 1, 4, 4)
+
+
+def test_freia_blocks_and_networks_that_users_write():
+    modules, framework = pytest.importorskip("FrEIA.modules"), pytest.importorskip("FrEIA.framework")
+
+    class Container(modules.InvertibleModule):
+        def __init__(self, kind):
+            super().__init__([(4,)])
+            self.block = kind([(4,)])
+
+        def forward(self, x, c=None, rev=False, jac=True):
+            x[0].mul_(0.5 if rev else 2)
+            x, log_det = self.block(x, rev=rev)
+            return x, log_det + (-4 if rev else 4) * math.log(2)
+
+        def output_dims(self, dims):
+            return dims
+
+    with pytest.raises(ValueError, match="Container runs FrEIA's LearnedElementwiseScaling itself"):
+        as_transform(Container(modules.LearnedElementwiseScaling))
+    container, x = as_transform(Container(modules.ActNorm)).double(), batch(50, 4)
+    assert_inputs_unchanged(container.inverse, x)
+    assert_inputs_unchanged(container.eval(), x)
+    assert_close(container(x)[0], 2 * x)  # still as it was
+    assert_close(container.train()(x)[0].std(0), torch.ones(4, dtype=x.dtype))
+
+    class Own(framework.SequenceINN):
+        def forward(self, x, c=None, rev=False, jac=True):
+            return super().forward(x, c, rev, jac)
+
+    torch.manual_seed(0)
+    network = Own(4)
+    for key in (1, 0):
+        network.append(modules.GLOWCouplingBlock, cond=key, cond_shape=(key + 1,), subnet_constructor=MLP)
+    flow = randomise(as_flow(network))
+    x, context = batch(ROWS, 4), batch(ROWS, 3)
+    noise, log_det = network(x, [context[:, :1], context[:, 1:]])
+    assert_close(flow.log_prob(x, context), StandardNormal([4]).log_prob(noise) + log_det)
+
+
+def test_normflows_layers_take_an_empty_batch():
+    flows = normflows()
+    checkerboard = flows.AffineCouplingBlock(nn.Conv2d(1, 2, 3, padding=1), split_mode="checkerboard")
+    for layer, shape in ((flows.CoupledRationalQuadraticSpline(2, 1, 8), (2,)), (checkerboard, (1, 4, 4))):
+        transform = as_transform(layer)
+        for direction in (transform, transform.inverse):
+            outputs, log_det = direction(torch.ones(0, *shape))
+            assert outputs.shape == (0, *shape) and log_det.shape == (0,)
+
+
+def test_freia_blocks_take_an_empty_batch():
+    modules, framework = pytest.importorskip("FrEIA.modules"), pytest.importorskip("FrEIA.framework")
+    network = framework.SequenceINN(1, 4, 4)
+    network.append(modules.HaarDownsampling)
+    network.append(modules.AllInOneBlock, subnet_constructor=lambda i, o: nn.Conv2d(i, o, 3, padding=1))
+    noise, log_det = as_transform(network)(torch.ones(0, 1, 4, 4))
+    assert noise.shape == (0, 4, 2, 2) and log_det.shape == (0,)
+
+
+def test_freia_a_copy_of_an_actnorm_keeps_what_it_has_loaded():
+    transform = as_transform(freia_actnorm()).double()
+    transform(5 + 3 * batch(200, 3))
+    clone = copy.deepcopy(as_transform(freia_actnorm()).double())
+    clone.load_state_dict(transform.state_dict())
+    x = batch(ROWS, 3)
+    assert_close(clone(x), transform(x))
 
 
 def test_freia_learned_householder_block_can_be_copied_after_a_call():

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import nflows.distributions
 import nflows.flows
@@ -14,6 +15,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from nflows.distributions.mixture import MADEMoG
+from nflows.distributions.uniform import BoxUniform
+from nflows.nn.nets import ResidualNet
+from nflows.transforms.base import InputOutsideDomain
 from pyro import poutine
 from pyro.infer import (
     MCMC,
@@ -34,9 +39,10 @@ from torch import nn
 from torch.distributions import TransformedDistribution, constraints
 from torch.testing import assert_close
 
-from adapters import FlowDistribution, as_flow, build_flow, to_library
+from adapters import FlowDistribution, as_flow, as_transform, build_flow, flow_names, to_library
 from adapters.bridges.zuko import import_zuko
 from adapters.distribution import Flow
+from adapters.networks import MLP
 from adapters.preprocess import Logit
 from tests.laws import batch, randomise
 
@@ -224,7 +230,93 @@ def test_a_base_without_differentiable_samples_says_so():
         p.rsample()
 
 
+def test_a_sample_is_scored_by_its_noise_though_a_transform_overwrites_it():
+    class Doubled(nflows.transforms.Transform):
+        def forward(self, inputs, context=None):
+            return inputs / 2, inputs.new_full((len(inputs),), -2 * math.log(2))
+
+        def inverse(self, inputs, context=None):
+            return inputs.mul_(2), inputs.new_full((len(inputs),), 2 * math.log(2))
+
+    p = FlowDistribution(nflows.flows.Flow(Doubled(), nflows.distributions.StandardNormal([2])))
+    x = p.rsample((3,))
+    assert_close(p.log_prob(x), p.log_prob(x.clone()))
+
+
+def freia_block(name, **options):
+    return getattr(pytest.importorskip("FrEIA.modules"), name)([(4,)], **options)
+
+
+STATEFUL = {  # blocks of libraries that keep what they compute in themselves, or initialise themselves in a call
+    "householder": lambda: freia_block("AllInOneBlock", subnet_constructor=MLP, learned_householder_permutation=4),
+    "freia-actnorm": lambda: freia_block("ActNorm"),
+    "normflows-actnorm": lambda: pytest.importorskip("normflows").flows.ActNorm(4),
+}
+
+
+# flows made of Pyro's own transforms are held to the same in test_bridge_pyro.py
+@pytest.mark.parametrize("name", [*STATEFUL, *(name for name in flow_names() if not name.startswith("pyro-"))])
+def test_threads_get_their_own_answers(name):
+    if name in STATEFUL:
+        base = nflows.distributions.StandardNormal([4])
+        p = FlowDistribution(randomise(nflows.flows.Flow(as_transform(STATEFUL[name]()), base)).eval())
+    else:
+        p = FlowDistribution(a_flow(name, 4))
+    batches = [batch(8, 4, seed=i) for i in range(12)]
+    expected = [p.log_prob(x) for x in batches]
+
+    def ask(x):
+        drawn = p.rsample((2,))
+        return drawn, p.log_prob(drawn), p.log_prob(x)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(ask, batches))
+    finally:
+        sys.setswitchinterval(interval)
+    for (drawn, log_prob, answer), right in zip(answers, expected, strict=True):
+        assert_close(answer, right)
+        assert_close(log_prob, p.log_prob(drawn.detach()), atol=1e-5, rtol=1e-5)
+
+
 # Bad input
+
+
+def plain(base, features=2):
+    """nflows' own flow with another base."""
+    return nflows.flows.Flow(nflows.transforms.ReversePermutation(features), base)
+
+
+def test_bases_of_nflows_that_cannot_do_all_say_so():
+    box = BoxUniform(torch.zeros(2), torch.ones(2))
+    for take in (as_flow, FlowDistribution):
+        with pytest.raises(TypeError, match="BoxUniform, is a torch distribution, not one of nflows'; use as_flow"):
+            take(plain(box))
+    reversal = to_library("torch", nflows.transforms.ReversePermutation(2))  # as the message says
+    p = FlowDistribution(as_flow(TransformedDistribution(box, [reversal])))
+    assert_close(p.log_prob(p.sample((3,))), torch.zeros(3))
+    with pytest.raises(NotImplementedError, match="DiagonalNormal, the base of this flow, cannot draw samples"):
+        FlowDistribution(plain(nflows.distributions.DiagonalNormal([2]))).sample()
+    unconditional, conditional = (plain(MADEMoG(2, 8, width)) for width in (None, 3))
+    p = FlowDistribution(unconditional, event_shape=(2,))
+    assert p.log_prob(torch.ones(4, 2)).shape == (4,)
+    with pytest.raises(NotImplementedError, match="MADEMoG draws samples only with a context"):
+        p.sample()
+    with pytest.raises(ValueError, match="unconditional, but a context of shape"):
+        FlowDistribution(unconditional, torch.ones(4, 3), event_shape=(2,))
+    with pytest.raises(ValueError, match=r"conditional: give a context of shape \(\*batch, 3\)"):
+        FlowDistribution(conditional, event_shape=(2,))
+    assert FlowDistribution(conditional, torch.ones(4, 3), event_shape=(2,)).sample().shape == (4, 2)
+
+
+def test_what_lies_outside_a_layers_domain_is_refused_in_words():
+    spline = nflows.transforms.PiecewiseQuadraticCouplingTransform([1, 0], lambda i, o: ResidualNet(i, o, 8))
+    p = FlowDistribution(nflows.flows.Flow(spline, nflows.distributions.StandardNormal([2])))
+    for call in (lambda: p.log_prob(torch.full((1, 2), 1.5)), lambda: p.sample((50,))):
+        with pytest.raises(InputOutsideDomain, match=r"outside the domain of a layer of this flow, such as \[0, 1\]"):
+            call()
 
 
 def test_contexts_that_do_not_fit_are_refused():

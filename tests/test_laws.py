@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from adapters import build_flow, flow_names
-from tests.laws import EXAMPLES, autograd_log_det, batch, context_for, randomise
+from tests.laws import EXAMPLES, assert_inputs_unchanged, autograd_log_det, batch, context_for, randomise
 
 ROWS = 4
 
@@ -49,6 +49,12 @@ def test_law_1_log_det_is_autograds(case, direction):
     _, log_det = function(x, context)
     assert log_det.abs().min() > 1e-6
     assert_close(log_det, autograd_log_det(function, x, context), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_law_1_no_call_changes_its_inputs(case, direction):
+    transform, x, context = case
+    assert_inputs_unchanged(getattr(transform, direction), x, context)
 
 
 def test_law_1_gradients_reach_every_parameter(case):
@@ -101,6 +107,24 @@ def test_law_4_samples_have_the_log_prob_they_come_with(name, context_features):
 
 
 @pytest.mark.parametrize("name", flow_names())
+def test_law_1_after_training_steps(name):
+    torch.manual_seed(0)
+    flow = build_flow(name, 4, 3, layers=3, hidden_features=(8, 8)).double()
+    optimiser = torch.optim.Adam(flow.parameters(), 0.02)
+    for _ in range(10):
+        optimiser.zero_grad()
+        flow.log_prob(batch(32, 4, seed=9), context_for(3, 32)).mean().neg().backward()
+        optimiser.step()
+    transform, x, context = flow._transform, 1.5 * batch(ROWS, 4), context_for(3, ROWS)
+    for function, back in ((transform, transform.inverse), (transform.inverse, transform)):
+        y, log_det = function(x, context)
+        assert_close(log_det, autograd_log_det(function, x, context), atol=1e-7, rtol=1e-6)
+        again, back_log_det = back(y, context)
+        assert_close(again, x, atol=1e-6, rtol=1e-6)
+        assert_close(back_log_det, -log_det, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", flow_names())
 def test_law_5_contexts_differ_and_batch_alike(name):
     torch.manual_seed(0)
     flow = randomise(build_flow(name, 4, 3, layers=3, hidden_features=(8, 8)), scale=0.1).eval()
@@ -123,6 +147,18 @@ def test_law_5_contexts_differ_and_batch_alike(name):
 def _base_noise(flow, contexts):
     torch.manual_seed(3)
     return flow._distribution.sample(7, contexts)
+
+
+@pytest.mark.parametrize("context_features", [None, 3])
+@pytest.mark.parametrize("name", flow_names())
+def test_law_1_no_call_of_a_flow_changes_its_inputs(name, context_features):
+    torch.manual_seed(0)
+    flow = randomise(build_flow(name, 4, context_features, layers=2, hidden_features=(8, 8)), scale=0.1).eval()
+    x, context = batch(ROWS, 4), context_for(context_features, ROWS)
+    for call in (flow.log_prob, flow._transform.inverse):
+        assert_inputs_unchanged(call, x, context)
+    for call in (flow.sample, flow.sample_and_log_prob):
+        assert_inputs_unchanged(lambda rows, call=call: call(3, rows), context)
 
 
 @pytest.mark.parametrize("name", flow_names())

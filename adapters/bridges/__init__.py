@@ -19,6 +19,7 @@ from types import ModuleType
 from nflows.flows import Flow
 from nflows.transforms import Transform
 
+from adapters.bridges import nflows as hub
 from adapters.exports import EventDim, check_event_dim, event_dim_of, reads_context, whole_transform
 from adapters.registry import modules
 
@@ -32,13 +33,12 @@ def as_transform(thing) -> Transform:
         TypeError: if ``thing`` is of no known library, or no transform.
         nflows.transforms.InverseNotAvailable, ValueError: from the bridge, for a transform that no flow can use.
     """
-    if isinstance(thing, Transform):
-        return thing
     if isinstance(thing, Flow):
         raise TypeError(
             f"{_name(thing)} is no transform but a whole flow, as as_flow takes; its transform is flow._transform"
         )
-    transform = _bridge_of(thing).transform_in(thing)
+    bridge = hub if isinstance(thing, Transform) else _bridge_of(thing)
+    transform = bridge.transform_in(thing)
     if transform is None:
         raise TypeError(f"{_name(thing)} is no transform; as_flow takes whole flows")
     return transform
@@ -49,10 +49,10 @@ def as_flow(thing) -> Flow:
 
     Raises:
         TypeError: if ``thing`` is of no known library, or no flow.
+        ValueError: from the bridge, for a flow that cannot be right.
     """
-    if isinstance(thing, Flow):
-        return thing
-    flow = None if isinstance(thing, Transform) else _bridge_of(thing).flow_in(thing)
+    bridge = hub if isinstance(thing, Flow | Transform) else _bridge_of(thing)
+    flow = bridge.flow_in(thing)
     if flow is None:
         raise TypeError(f"{_name(thing)} is no flow; as_transform takes transforms, which a Flow joins to a base")
     return flow

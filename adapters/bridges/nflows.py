@@ -4,11 +4,15 @@ nflows applies a layer's ``forward`` data → noise and marks the *transformed* 
 our masks over, here and nowhere else.
 """
 
+import weakref
+
+import torch
 from nflows import transforms
 from nflows.flows import Flow
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import CompositeTransform, Transform
-from torch import Tensor
+from nflows.transforms.nonlinearities import GatedLinearUnit
+from torch import Tensor, nn
 
 from adapters.flow import StandardNormal
 from adapters.networks import ACTIVATIONS, MLP
@@ -103,12 +107,47 @@ PACKAGES = LIBRARIES = ("nflows",)
 EXTRA = None
 
 
-def transform_in(thing) -> None:
-    """Nothing of nflows' needs converting but what ``as_transform`` has handed back already."""
+_checked = weakref.WeakSet()  # so that each flow is searched once
 
 
-def flow_in(thing) -> None:
-    """Likewise."""
+def transform_in(thing) -> Transform | None:
+    """nflows' own, as it is.
+
+    Raises:
+        ValueError: for one whose log-determinant is wrong.
+    """
+    if not isinstance(thing, Transform):
+        return None
+    _check_exact(thing)
+    return thing
+
+
+def flow_in(thing) -> Flow | None:
+    """nflows' own, as it is.
+
+    Raises:
+        TypeError: for one with a base of torch's: nflows' ``Flow`` takes it, and then fails in every call.
+        ValueError: for one whose log-determinant is wrong.
+    """
+    if not isinstance(thing, Flow):
+        return None
+    base = thing._distribution
+    if isinstance(base, torch.distributions.Distribution):
+        raise TypeError(
+            f"the base of this flow, {type(base).__name__}, is a torch distribution, not one of nflows'; use "
+            "as_flow(TransformedDistribution(base, [to_library('torch', transform)]))"
+        )
+    _check_exact(thing)
+    return thing
+
+
+def _check_exact(thing: nn.Module) -> None:
+    if thing not in _checked and any(isinstance(part, GatedLinearUnit) for part in thing.modules()):
+        raise ValueError(
+            "nflows' GatedLinearUnit is no layer of a flow: its log-determinant counts the gate once, not once for "
+            "each coordinate"
+        )
+    _checked.add(thing)
 
 
 def transform_out(transform: Transform, library: str, event_dim: int, conditional: bool) -> Transform:

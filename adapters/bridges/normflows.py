@@ -1,20 +1,23 @@
 """normflows: its flow layers and its whole models in, any transform out, and its layers for the catalogue.
 
 normflows runs noise → data and lists the noise side first; ``NormflowsTransform`` turns that round. It runs the layers
-itself, one by one, for three reasons: normflows' own loops add up log-determinants in float32; some of its layers give
-a log-determinant of no dimension, or a number; and its unconditional models drop a context that their layers take.
+itself, one by one, for four reasons: normflows' own loops add up log-determinants in float32; some of its layers give
+a log-determinant of no dimension, or a number; its unconditional models drop a context that their layers take; and some
+layers are wrong by themselves (see ``_way_to_run``).
 
 A context has the shape ``(batch, width)``. A class-conditional base takes the one-hot class as its context.
 """
 
+import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from types import EllipsisType
 
 import nflows.distributions
 import torch
 from nflows.transforms import CompositeTransform, InverseNotAvailable, ReversePermutation, Transform
+from nflows.transforms.base import InputOutsideDomain
 from torch import Tensor, nn
 
 from adapters.checks import check_context, naming_shape
@@ -36,6 +39,9 @@ class NormflowsTransform(Transform):
         flows: the layers; ``Composite`` and ``Reverse`` are taken apart, since they drop the context.
         context_features: width of the context, where something beside the layers, such as a base, reads one.
 
+    Periodic coordinates lie on a circle: ``PeriodicWrap`` and ``PeriodicShift`` score any representative of a point,
+    and take noise within their bound only, where they are one to one.
+
     An ``ActNorm`` that is not yet initialised follows nflows' rule, not its own: it takes its scale and shift from the
     first data it meets in training; until then, and for noise, it uses the parameters it has.
 
@@ -43,6 +49,8 @@ class NormflowsTransform(Transform):
         InverseNotAvailable: for a layer without the direction data → noise; in ``inverse``, without the other one.
         ValueError: for a layer that is no bijection or whose log-determinant is random; in a call, for a context that
             is missing, superfluous or of another shape, or an input of another width.
+        nflows.transforms.base.InputOutsideDomain: in a call, for inputs outside [0, 1] of a spline with ``tails=None``,
+            and for noise beyond the bound of a periodic layer.
     """
 
     def __init__(self, flows: Iterable[nn.Module], context_features: Width = None):
@@ -56,10 +64,13 @@ class NormflowsTransform(Transform):
         self.one_way = [_name(layer) for layer, backwards in steps if backwards and not _has_inverse(layer)]
         widths = [_context_of(layer) for layer in self.layers]
         self.reads_context = [width is not None for width in widths]
+        self.ways = [_way_to_run(layer) for layer in self.layers]
         self.context_features = _one_width([context_features, *widths])
         self.keeps_shape = not any(isinstance(layer, Squeeze) for layer in self.layers)
         self.channels = _channels(steps)
-        self.actnorms = [module for module in self.layers.modules() if isinstance(module, ActNorm)]
+        self.actnorms = {
+            i: [m for m in layer.modules() if isinstance(m, ActNorm)] for i, layer in enumerate(self.layers)
+        }
         self.name = "normflows' " + ", ".join(dict.fromkeys(_name(layer) for layer in self.layers))
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -74,28 +85,36 @@ class NormflowsTransform(Transform):
 
     def _run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
         check_context(context, self.context_features, inputs, self.name)
-        held = self._hold_actnorms(to_noise)
-        steps = list(zip(self.layers, self.backwards, self.reads_context, strict=True))
+        if self.keeps_shape and inputs.shape[0] == 0:  # which some layers cannot reshape
+            return inputs.new_zeros(inputs.shape), inputs.new_zeros(0)
+        layers = [self._held(i, to_noise) for i in range(len(self.layers))]
+        steps = list(zip(layers, self.backwards, self.reads_context, self.ways, strict=True))
         outputs, log_det = inputs, 0.0
-        try:
-            with naming_shape(inputs, self.name):
-                for layer, backwards, reads_context in reversed(steps) if to_noise else steps:
-                    function = layer if backwards == to_noise else layer.inverse
-                    outputs, step = function(outputs, context) if reads_context else function(outputs)
-                    log_det = log_det + step
-        finally:
-            for actnorm in held:
-                actnorm.data_dep_init_done = torch.zeros_like(actnorm.data_dep_init_done)
+        with naming_shape(inputs, self.name):
+            for layer, backwards, reads_context, run in reversed(steps) if to_noise else steps:
+                given = layer, outputs, (context,) if reads_context else (), backwards != to_noise
+                try:
+                    outputs, step = run(*given)
+                except AssertionError:  # of a spline, whose discriminant rounding or a NaN has made negative
+                    outputs, step = _run_in_float64(run, *given)
+                log_det = log_det + step
         if self.keeps_shape and outputs.shape != inputs.shape:
             raise ValueError(f"{self.name} takes no inputs of shape {tuple(inputs.shape)}")
         return outputs, _per_row(log_det, inputs)
 
-    def _hold_actnorms(self, to_noise: bool) -> list[nn.Module]:
-        """Keep every ActNorm from initialising itself in this call that should not; the caller lets them go."""
-        held = [a for a in self.actnorms if not a.data_dep_init_done and not (to_noise and a.training)]
-        for actnorm in held:
-            actnorm.data_dep_init_done = torch.ones_like(actnorm.data_dep_init_done)
-        return held
+    def _held(self, i: int, to_noise: bool) -> nn.Module:
+        """A layer; where an ActNorm in it would initialise itself in this call and should not, a copy that won't.
+
+        The copy has the same parameters. The layer itself is left alone, since other threads may be running it.
+        """
+        layer = self.layers[i]
+        if all(a.data_dep_init_done or (to_noise and a.training) for a in self.actnorms[i]):
+            return layer
+        layer = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+        for name, buffer in layer.named_buffers():
+            if name.rpartition(".")[2] == "data_dep_init_done":
+                buffer.fill_(1)
+        return layer
 
 
 class MultiscaleTransform(Transform):
@@ -148,14 +167,24 @@ class NormflowsBase(nflows.distributions.Distribution):
     """
 
     def __init__(self, q0: nn.Module, like: Tensor):
+        from normflows.distributions import UniformGaussian
+
         super().__init__()
         self.q0 = q0
+        self.is_partly_uniform = isinstance(q0, UniformGaussian)
         self.reads_context = _context_of_base(q0) is not None
         self.register_buffer("_like", like.new_empty(0), persistent=False)
 
     def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
         log_prob = self.q0.log_prob(inputs, context) if self.reads_context else self.q0.log_prob(inputs)
-        return log_prob.to(inputs.dtype)
+        return self._within(inputs, log_prob.to(inputs.dtype))
+
+    def _within(self, inputs: Tensor, log_prob: Tensor) -> Tensor:
+        """−∞ where a coordinate lies outside its uniform distribution, which ``UniformGaussian`` itself overlooks."""
+        if not self.is_partly_uniform:
+            return log_prob
+        half = self.q0.scale[self.q0.ind] / 2 * (1 + 16 * torch.finfo(inputs.dtype).eps)  # its own samples are rounded
+        return log_prob.masked_fill((inputs[:, self.q0.ind].abs() > half).any(1), -torch.inf)
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
         return self.sample_and_log_prob(num_samples, context)[0]
@@ -250,6 +279,8 @@ def _exported() -> type:
     class NflowsLayer(Layer):
         """An nflows transform, data → noise, as a normflows layer, noise → data."""
 
+        __qualname__ = "NflowsLayer"  # where pickle looks for it: see __getattr__
+
         def __init__(self, transform: Transform):
             super().__init__()
             self.transform = transform
@@ -261,6 +292,13 @@ def _exported() -> type:
             return self.transform(z, context)
 
     return NflowsLayer
+
+
+def __getattr__(name: str) -> type:
+    """The class of exported transforms by its name, so that pickles of them find it, in another process too."""
+    if name == "NflowsLayer":
+        return _exported()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _multiscale_flow(model) -> Flow:
@@ -291,10 +329,11 @@ def _steps(flow: nn.Module, backwards: bool = False) -> Iterator[tuple[nn.Module
     """The single layers, noise side first, each with whether it runs backwards (noise → data by its ``inverse``)."""
     from normflows.flows import Composite, Reverse
 
-    if type(flow) is Composite:
+    kind = type(flow)
+    if kind.forward is Composite.forward and kind.inverse is Composite.inverse:
         for inner in reversed(flow._flows) if backwards else flow._flows:
             yield from _steps(inner, backwards)
-    elif type(flow) is Reverse:
+    elif kind.forward is Reverse.forward and kind.inverse is Reverse.inverse:
         yield from _steps(flow.flow, not backwards)
     else:
         yield flow, backwards
@@ -314,6 +353,13 @@ def _check_bijective(steps: list[tuple[nn.Module, bool]]) -> None:
                 raise ValueError("BatchNorm normalises by the batch at hand, in eval mode too: no datum has a density")
             if isinstance(module, flows.MetropolisHastings | flows.HamiltonianMonteCarlo):
                 raise ValueError(f"{_name(module)} is a random walk, not a bijection: it has no density of its own")
+        if _way_to_run(layer) in (_run, _run_copying):
+            for module in layer.modules():
+                if isinstance(module, flows.Flow) and _way_to_run(module) not in (_run, _run_copying):
+                    raise ValueError(
+                        f"{_name(layer)} runs normflows' {_name(module)} itself, which is wrong unless this package "
+                        "runs it; give the two as layers of a Composite"
+                    )
         if not backwards and not _has_inverse(layer):
             raise InverseNotAvailable(
                 f"{_name(layer)} runs noise → data only, so it cannot score data; "
@@ -322,6 +368,123 @@ def _check_bijective(steps: list[tuple[nn.Module, bool]]) -> None:
     for (layer, backwards), end in zip(steps[:1] + steps[-1:], (0, 1), strict=False):
         if _two_tensors(layer)[end != backwards]:
             raise ValueError(f"{_name(layer)} takes or gives two tensors at an end of the flow, where there is one")
+
+
+def _way_to_run(layer: nn.Module) -> Callable[[nn.Module, Tensor, tuple, bool], tuple[Tensor, Tensor]]:
+    """What runs a layer on an input, by its ``forward`` or its ``inverse``: (layer, input, context, inverse)."""
+    from normflows import flows, transforms
+    from normflows.flows import neural_spline
+
+    if isinstance(layer, transforms.Shift) or not type(layer).forward.__module__.startswith("normflows."):
+        return _run_copying
+    if isinstance(layer, flows.PeriodicWrap | flows.PeriodicShift):
+        return _run_periodic
+    for part in layer.modules():
+        if type(part).__module__.startswith(f"{neural_spline.__name__}."):
+            tails = getattr(part, "tails", "linear")
+            if tails is None:
+                return _run_on_unit_interval
+            if not isinstance(tails, str):
+                return _run_circular
+    return _run
+
+
+def _run(layer: nn.Module, x: Tensor, context: tuple, inverse: bool) -> tuple[Tensor, Tensor]:
+    return (layer.inverse if inverse else layer)(x, *context)
+
+
+def _run_copying(layer: nn.Module, x: Tensor, context: tuple, inverse: bool) -> tuple[Tensor, Tensor]:
+    """On a copy, for what overwrites its input: ``Shift``, and maybe a layer that nobody has checked."""
+    return _run(layer, x.clone(), context, inverse)
+
+
+def _run_periodic(layer: nn.Module, x: Tensor, context: tuple, inverse: bool) -> tuple[Tensor, Tensor]:
+    if not inverse and (x[..., layer.ind].abs() > layer.bound * (1 + 1e-4)).any():  # the rest may be rounding
+        raise InputOutsideDomain(
+            f"{_name(layer)} takes noise within ±{layer.bound}, not {x[..., layer.ind].abs().max():g}: give its "
+            "coordinates a base on that interval, such as normflows' UniformGaussian"
+        )
+    return _run(layer, x, context, inverse)
+
+
+def _run_on_unit_interval(layer: nn.Module, x: Tensor, context: tuple, inverse: bool) -> tuple[Tensor, Tensor]:
+    """A spline with ``tails=None``, which reads beyond its knots outside [0, 1]."""
+    from normflows.flows.neural_spline.coupling import Coupling
+
+    bounded = x
+    for part in layer.modules():
+        if isinstance(part, Coupling) and part.unconditional_transform is None:
+            bounded = x[:, part.transform_features]
+    if not ((bounded >= 0) & (bounded <= 1)).all():
+        raise InputOutsideDomain(
+            f"{_name(layer)} with tails=None maps [0, 1] to itself, but got values from {bounded.min():g} to "
+            f"{bounded.max():g}; tails='linear' takes any"
+        )
+    return _run(layer, x, context, inverse)
+
+
+def _run_circular(layer: nn.Module, x: Tensor, context: tuple, inverse: bool) -> tuple[Tensor, Tensor]:
+    """A spline whose tails are a list: the identity beyond its bound, as with any other tails.
+
+    normflows itself maps what lies there to 0, with a log-determinant of 0. Since networks read the outputs of earlier
+    coordinates, these have to be put right within the layer.
+    """
+    from normflows.flows.neural_spline.autoregressive import Autoregressive
+    from normflows.flows.neural_spline.coupling import Coupling, PiecewiseRationalQuadraticCDF
+
+    if hasattr(layer, "prqct") or hasattr(layer, "mprqat"):  # the public classes run these backwards
+        layer, inverse = getattr(layer, "prqct", None) or layer.mprqat, not inverse
+    if isinstance(layer, PiecewiseRationalQuadraticCDF):
+        y, log_det = _run(layer, x, (), inverse)
+        return _inside(layer, x, y), log_det
+    (context,) = context or (None,)
+    if isinstance(layer, Autoregressive):
+        if not inverse:
+            y, log_det = layer(x, context)
+            return _inside(layer, x, y), log_det
+        y = torch.zeros_like(x)
+        for _ in range(x.shape[1]):
+            given = y
+            y, log_det = layer._elementwise_inverse(x, layer.autoregressive_net(given, context))
+            y = _inside(layer, x, y)
+        return y, log_det
+    assert isinstance(layer, Coupling)
+    own, moved, log_det = x[:, layer.identity_features], x[:, layer.transform_features], 0.0
+    through = own
+    if layer.unconditional_transform is not None:
+        through, log_det = _run_circular(layer.unconditional_transform, own, (), inverse)
+    parameters = layer.transform_net(through if inverse else own, context)
+    y, step = layer._coupling_transform(moved, parameters, inverse)
+    outputs = torch.empty_like(x)
+    outputs[:, layer.identity_features] = through
+    outputs[:, layer.transform_features] = _inside(layer, moved, y)
+    return outputs, log_det + step
+
+
+def _run_in_float64(run: Callable, layer: nn.Module, x: Tensor, context: tuple, inverse: bool):
+    """What runs a layer, in float64 on the CPU; rows that are not finite give NaN and leave the others alone."""
+
+    def widened(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype)
+
+    tensors = (*layer.parameters(), *layer.buffers())
+    layer = copy.deepcopy(layer, {id(tensor): widened(tensor) for tensor in tensors})  # with a graph to the parameters
+    lost = ~x.flatten(1).isfinite().all(1)
+    given = x.masked_fill(_like_rows(lost, x), 0)
+    y, log_det = run(layer, widened(given), tuple(map(widened, context)), inverse)
+    y, log_det = y.to(x), log_det.to(x)
+    return y.masked_fill(_like_rows(lost, y), torch.nan), log_det.masked_fill(lost, torch.nan)
+
+
+def _like_rows(mask: Tensor, x: Tensor) -> Tensor:
+    return mask.view(-1, *(1,) * (x.dim() - 1))
+
+
+def _inside(spline: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """y where x lies within the spline's bound, and x elsewhere."""
+    return torch.where(x.abs() <= spline.tail_bound, y, x)
 
 
 def _two_tensors(layer: nn.Module) -> tuple[bool, bool]:
@@ -443,7 +606,7 @@ def _split(noise: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
 
 def _per_row(log_det: Tensor | float, inputs: Tensor) -> Tensor:
     """A log-determinant, whatever its shape, as one number for each input."""
-    return torch.as_tensor(log_det, dtype=inputs.dtype, device=inputs.device).expand(len(inputs))
+    return torch.as_tensor(log_det, dtype=inputs.dtype, device=inputs.device).expand(inputs.shape[0])
 
 
 def _like(model: nn.Module) -> Tensor:
