@@ -13,7 +13,6 @@ A bridge is a module with
 - ``EXAMPLES``, ``MODELS`` and ``FLOWS``: see ``adapters.registry``.
 """
 
-import importlib.util
 from types import ModuleType
 
 from nflows.flows import Flow
@@ -21,7 +20,7 @@ from nflows.transforms import Transform
 
 from adapters.bridges import nflows as hub
 from adapters.exports import EventDim, check_event_dim, event_dim_of, reads_context, whole_transform
-from adapters.registry import modules
+from adapters.registry import check_installed, installed, modules
 
 
 def as_transform(thing) -> Transform:
@@ -85,7 +84,7 @@ def to_library(library: str, thing: Transform | Flow, *, event_dim: EventDim | N
             f"to_library exports an nflows Transform, not {_name(thing)}; as_transform makes one of another library's "
             "transform, and as_flow makes an nflows Flow, whose transform to_library exports, of another library's flow"
         )
-    _check_installed(bridge)
+    check_installed(bridge)
     if isinstance(thing, Flow):
         event_dim = event_dim_of(thing) if event_dim is None else event_dim
         conditional = conditional or reads_context(thing)
@@ -115,21 +114,11 @@ def _bridge_of(thing) -> ModuleType:
     missing = ", ".join(
         f"{bridge.__name__.rpartition('.')[2]} (pip install 'flow-adapters[{bridge.EXTRA}]')"
         for bridge in bridges()
-        if not _installed(bridge)
+        if not installed(bridge)
     )
     raise TypeError(
         f"{_name(thing)} is of no known library; known: {known}" + (f"; not installed: {missing}" if missing else "")
     )
-
-
-def _check_installed(bridge: ModuleType) -> None:
-    if not _installed(bridge):
-        name = bridge.__name__.rpartition(".")[2]
-        raise ImportError(f"{name} is not installed: pip install 'flow-adapters[{bridge.EXTRA}]'")
-
-
-def _installed(bridge: ModuleType) -> bool:
-    return importlib.util.find_spec(bridge.PACKAGES[0]) is not None
 
 
 def _name(thing) -> str:
