@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from adapters.bridges import as_flow
-from adapters.torch_distributions import optimizer_steps
+from adapters.torch_distributions import Watched
 
 _found = Distribution._validate_args
 from pyro.distributions import TorchDistribution  # noqa: E402
@@ -169,20 +169,7 @@ class FlowDistribution(TorchDistribution):
 
     def _state(self, x: Tensor) -> tuple | None:
         """What the log_prob of x depends on, to tell whether it has changed; ``None`` if nothing can tell."""
-        tensors = [x, *self.flow.parameters(), *self.flow.buffers()]
-        tensors += [] if self.context is None else [self.context]
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
-            return None
-        try:
-            versions = tuple((id(t), t.data_ptr(), t._version, t.requires_grad) for t in tensors)
-        except RuntimeError:  # within torch.func a tensor has no address
-            return None
-        return (
-            torch.is_grad_enabled(),
-            optimizer_steps(),
-            versions,
-            tuple(module.training for module in self.flow.modules()),
-        )
+        return Watched(self.flow).state(x, self.context)
 
 
 def _sample(base: nflows.distributions.Distribution, count: int, context: Tensor | None) -> Tensor:

@@ -99,12 +99,14 @@ class Flow(nflows.flows.Flow):
             return answer[:0] if isinstance(answer, Tensor) else tuple(part[:0] for part in answer)
         try:
             return function(**tensors)
-        except (RuntimeError, TypeError) as error:
-            explain_mismatch(error, self, "flow", **tensors)
+        except (RuntimeError, TypeError, ValueError) as error:
+            explain_mismatch(error.__context__ or error, self, "flow", **tensors)  # a network has spoken for itself
             raise
 
     def _check_inputs(self, inputs: Tensor, context: Tensor | None) -> None:
         check_tensor(inputs, "the inputs of this flow")
+        if not inputs.is_floating_point():
+            explain_mismatch(TypeError(), self, "flow", inputs=inputs)
         check_event(inputs, self.event_shape, "this flow")
         self._check_context_of_samples(context)
         if context is not None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from adapters.checks import explain_mismatch
+
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh, "elu": nn.ELU}
 
 
@@ -50,7 +52,7 @@ class MLP(nn.Sequential):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         inputs = inputs if context is None else torch.cat((inputs, context), dim=1)
         if inputs.shape[1] == 0:  # nothing to go by: the network is its bias
-            inputs = inputs.new_zeros(len(inputs), 1)
+            inputs = inputs.new_zeros(inputs.shape[0], 1)
         return super().forward(inputs)
 
 
@@ -119,9 +121,9 @@ class ConvNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        image = inputs.new_zeros(len(inputs), self.side**2).index_copy(1, self.reads, inputs)
+        image = inputs.new_zeros(inputs.shape[0], self.side**2).index_copy(1, self.reads, inputs)
         image = pixel_unshuffle(image.view(-1, 1, self.side, self.side), 2)
-        image = torch.cat((image, self.plane.expand(len(image), -1, -1, -1)), dim=1)
+        image = torch.cat((image, self.plane.expand(image.shape[0], -1, -1, -1)), dim=1)
         hidden = self.first(image.contiguous(memory_format=torch.channels_last))
         if context is not None:
             hidden = hidden + self.context(context)[:, :, None, None]
@@ -164,11 +166,16 @@ def condition(network: nn.Module, inputs: Tensor, context: Tensor | None) -> Ten
     Raises:
         TypeError: if there is a context and the network has no second argument to take it.
     """
-    if context is None:
-        return network(inputs)
+    given = (inputs,) if context is None else (inputs, context)
+    if context is not None:
+        try:
+            inspect.signature(network.forward if isinstance(network, nn.Module) else network).bind(*given)
+        except TypeError:
+            name, shape = type(network).__name__, tuple(context.shape)
+            raise TypeError(f"a context of shape {shape} was given, but {name} takes no context") from None
     try:
-        inspect.signature(network.forward if isinstance(network, nn.Module) else network).bind(inputs, context)
-    except TypeError:
-        name = type(network).__name__
-        raise TypeError(f"a context of shape {tuple(context.shape)} was given, but {name} takes no context") from None
-    return network(inputs, context)
+        return network(*given)
+    except RuntimeError as error:
+        if isinstance(network, nn.Module):
+            explain_mismatch(error, network, "network", inputs=inputs, context=context)
+        raise

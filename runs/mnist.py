@@ -43,8 +43,11 @@ from runs.common.images import (
     load_images,
 )
 from runs.common.results import (
+    check_at_most,
     check_flow,
     check_known,
+    check_seed,
+    check_widths,
     cli,
     open_directory,
     parameter_count,
@@ -184,6 +187,7 @@ def main(
     """
     arguments = dict(locals())
     check_positive(samples=samples, temperature=temperature)
+    check_at_most(10_000, samples=samples, importance=importance)
     if load is not None:
         return draw_again(load, out, samples, temperature, seed, device)
     check_known(MASKS, mask=mask)
@@ -194,15 +198,16 @@ def main(
     choose_device(device)
     if net != "mlp" and "net" not in flow_options(flow):
         raise ValueError(f"net {net} is for hand-written flows; {flow} has its own networks")
+    check_widths(hidden=hidden)
     hidden = hidden or HIDDEN[net]
     known = ("activation", *flow_options(flow))
     options = {name: value for name, value in OPTIONS.items() if name in known} | (options or {})
     check_positive(epochs=epochs, batch_size=batch_size)
-    check_positive(**{f"hidden[{i}]": width for i, width in enumerate(hidden)})
     given = {"layers": layers, "limit": limit}
     check_positive(**{name: value for name, value in given.items() if value is not None})
-    if seed < 0 or importance < 0:
-        raise ValueError(f"seed and importance must not be negative, but are {seed} and {importance}")
+    check_seed(seed)
+    if importance < 0:
+        raise ValueError(f"importance must not be negative, but is {importance}")
     recipe = Recipe(
         steps=1,  # and validate_every: known when the images are
         lr=lr,
@@ -243,6 +248,10 @@ def main(
     context = class_context if conditional else lambda labels: None
     share = (accelerator.process_index, accelerator.num_processes)
     batches = Batches(images.train, context(images.train_labels), batch_size, seed, accelerator.device, share)
+    if accumulate > epochs * batches.per_epoch:
+        raise ValueError(
+            f"accumulate {accumulate} is more than the {epochs * batches.per_epoch} batches of the training"
+        )
     recipe = replace(
         recipe,
         steps=max(1, epochs * batches.per_epoch // accumulate),

@@ -18,7 +18,7 @@ from adapters.flow import StandardNormal
 from adapters.masks import checkerboard_mask
 from runs.common.devices import can_fuse, device_of, make_accelerator
 from runs.common.native import NATIVE
-from runs.common.results import cli, open_directory, where, write_metrics
+from runs.common.results import check_widths, cli, open_directory, where, write_metrics
 from runs.common.timing import interleaved, ratio
 
 
@@ -47,6 +47,9 @@ def main(
     """
     arguments = dict(locals())
     check_positive(features=features, layers=layers, batch_size=batch_size, rounds=rounds)
+    check_widths(hidden=hidden)
+    if features == 1:
+        raise ValueError("features must be at least 2, not 1: a coupling layer needs a coordinate to read")
     place = make_accelerator(device).device
     open_directory(out)
     torch.manual_seed(0)

@@ -34,7 +34,18 @@ from runs.common import figures
 from runs.common.devices import can_fuse, device_of, make_accelerator, seeded
 from runs.common.fit import STATE, Fitted, NotFinite, Recipe, check_resumable, fit
 from runs.common.images import DATASETS, Batches, Images, binarize, load_images, threshold, warped
-from runs.common.results import check_flow, check_known, cli, open_directory, parameter_count, to_plain, write_metrics
+from runs.common.results import (
+    check_at_most,
+    check_flow,
+    check_known,
+    check_seed,
+    check_widths,
+    cli,
+    open_directory,
+    parameter_count,
+    to_plain,
+    write_metrics,
+)
 from runs.common.timing import interleaved, ratio
 
 SHAPE = (28, 28)
@@ -190,8 +201,9 @@ def main(
     check_known(DATASETS, dataset=dataset)
     check_positive(latent=latent, layers=layers, components=components, epochs=epochs, batch_size=batch_size)
     check_positive(importance_samples=importance_samples, importance_images=importance_images, seeds=seeds)
-    check_positive(**{f"hidden[{i}]": size for i, size in enumerate(hidden)})
-    check_positive(**{f"width[{i}]": size for i, size in enumerate(width)})
+    check_at_most(100_000, importance_samples=importance_samples)
+    check_at_most(1_000, seeds=seeds)
+    check_widths(hidden=hidden, width=width)
     if limit is not None:
         check_positive(limit=limit)
     recipe = Recipe(
@@ -210,8 +222,7 @@ def main(
     )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie between 0 and 1, not {dropout}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, but is {seed}")
+    check_seed(seed)
     if not 0 <= augment < math.inf:
         raise ValueError(f"augment must be 0 (none) or positive, not {augment}")
     if not 0 <= kl_warmup < math.inf:

@@ -18,7 +18,16 @@ from runs.common import figures
 from runs.common.densities import DENSITIES, Density, divergence
 from runs.common.devices import device_of, make_accelerator
 from runs.common.fit import Fitted, NotFinite, Recipe, check_resumable, fit
-from runs.common.results import check_flow, cli, open_directory, parameter_count, to_plain, write_metrics
+from runs.common.results import (
+    check_flow,
+    check_seed,
+    check_widths,
+    cli,
+    open_directory,
+    parameter_count,
+    to_plain,
+    write_metrics,
+)
 
 TEST_POINTS = 100_000
 # Arguments that a resumed training may change: they don't touch the weights, or their rounding alone.
@@ -94,6 +103,8 @@ def main(
     if data not in DENSITIES:
         raise ValueError(f"unknown data {data!r}; known: {', '.join(DENSITIES)}")
     check_flow(flow, options)
+    check_widths(hidden=hidden)
+    check_seed(seed)
     arguments |= {key: value for key, value in defaults(data, flow).items() if arguments[key] is None}
     layers, hidden, steps, options = (arguments[key] for key in ("layers", "hidden", "steps", "options"))
     check_positive(batch_size=batch_size)

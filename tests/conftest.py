@@ -10,6 +10,10 @@ import inspect
 import pytest
 
 from adapters.bridges import bridges
+from tests import pretend
+
+if pretend.AVAILABLE:
+    pretend.register()  # before the first backward pass of the process, in which autograd counts the devices
 
 MISSING = {
     bridge.__name__.rpartition(".")[2]: f"pip install 'flow-adapters[{bridge.EXTRA}]'"

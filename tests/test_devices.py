@@ -31,7 +31,6 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
-    pretend.register()
     monkeypatch.setattr(torch, "Generator", pretend.OnPretendGenerator)
     pretend.waits.clear()
     yield torch.device("pretend")

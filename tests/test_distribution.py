@@ -255,7 +255,7 @@ STATEFUL = {  # blocks of libraries that keep what they compute in themselves, o
 
 
 # flows made of Pyro's own transforms are held to the same in test_bridge_pyro.py
-@pytest.mark.parametrize("name", [*STATEFUL, *(name for name in flow_names() if not name.startswith("pyro-"))])
+@pytest.mark.parametrize("name", [*STATEFUL, *flow_names()])
 def test_threads_get_their_own_answers(name):
     if name in STATEFUL:
         base = nflows.distributions.StandardNormal([4])

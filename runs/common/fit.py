@@ -108,8 +108,8 @@ class Recipe:
         check_positive(save_every=self.save_every)
         optional = {"clip": self.clip, "patience": self.patience, "seconds": self.seconds}
         check_positive(**{name: value for name, value in optional.items() if value is not None})
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must not be negative, but is {self.weight_decay}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must not be negative, and finite, but is {self.weight_decay}")
         for name, share in (("warmup", self.warmup), ("decay", self.decay)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {share}")

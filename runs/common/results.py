@@ -17,6 +17,7 @@ from torch import nn
 
 from adapters.catalogue import check_options
 from adapters.checkpoint import write_atomically
+from adapters.checks import check_positive
 from runs.common.devices import module_of
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
@@ -71,8 +72,31 @@ def check_known(known: Collection[str], **values: str) -> None:
             raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
+def check_widths(**widths: Collection[int] | None) -> None:
+    """Raise a ValueError unless each is ``None``, or at least one width, all positive."""
+    for name, given in widths.items():
+        if given is not None and not given:
+            raise ValueError(f"{name} needs at least one width, e.g. --{name} 64 64")
+        check_positive(**{f"{name}[{i}]": width for i, width in enumerate(given or ())})
+
+
+def check_at_most(most: int, **values: int) -> None:
+    """Raise a ValueError for a number beyond what could ever end."""
+    for name, value in values.items():
+        if value > most:
+            raise ValueError(f"{name} must be at most {most:,}, not {value:,}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise a ValueError unless PyTorch takes it for a seed of its own."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie between 0 and 2**63 - 1, not {seed}")
+
+
 def check_flow(flow: str, options: dict[str, Any] | None) -> None:
     """Raise unless the catalogue has that flow, and the flow these options or ``activation``, which all have."""
+    if "net" in (options or {}):
+        raise ValueError(f"net is no option, but an argument of its own, where there is one: --net {options['net']}")
     check_options(flow, {name: value for name, value in (options or {}).items() if name != "activation"})
 
 
