@@ -1,10 +1,15 @@
 """Wrong uses of the public names: each is refused at once, by a sentence that says what came and what is wanted.
 
+Below them the same for the scripts, as command lines.
+
 To add a row: the wrong use as it would be typed, the error, and a part of its message. ``flow``, ``layer`` and the rest
 are made anew for each row; ``here`` is an empty directory, in which nothing may be left.
 """
 
+import importlib
 import re
+import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from torch import nn
 import adapters
 from adapters.catalogue import check_options
 from adapters.preprocess import Logit, Marginals, Standardize
+from runs.common.results import cli
 
 MASKS = [
     ("checkerboard_mask()", ValueError, "a mask needs sizes of at least 1, not ()"),
@@ -363,3 +369,131 @@ def test_a_wrong_use_says_what_came_and_what_is_wanted(use, error, message, tmp_
     assert re.search(".*".join(map(re.escape, message.split(".*"))), said), said
     assert type(caught.value) is error and len(said) < 500
     assert not list(tmp_path.iterdir())
+
+
+# The scripts: a wrong command line gives one line, before any long work, and leaves nothing behind.
+
+COMMANDS = [
+    ("toy --data moons", "unknown data 'moons'; known: two-gaussians, chequerboard"),
+    ("toy --flow masked-afine", "unknown flow 'masked-afine'; known: masked-affine,"),
+    ("toy --layers 0", "layers must be a positive integer, not 0"),
+    ("toy --hidden", "hidden needs at least one width, e.g. --hidden 64 64"),
+    ("toy --hidden 8 0", "hidden[1] must be positive, not 0"),
+    ("toy --steps 0", "steps must be positive, not 0"),
+    ("toy --batch-size 0", "batch_size must be positive, not 0"),
+    ("toy --lr 0", "lr must be positive, not 0.0"),
+    ("toy --lr inf", "lr must be positive and finite, not inf"),
+    ("toy --lr nan", "lr must be positive, not nan"),
+    ("toy --seconds 0", "seconds must be positive, not 0.0"),
+    ("toy --seconds inf", "seconds must be positive and finite, not inf"),
+    ("toy --seed -1", "seed must lie between 0 and 2**63 - 1, not -1"),
+    ("toy --seed 100000000000000000000000000", "seed must lie between 0 and 2**63 - 1, not 1000"),
+    ("toy --options layers 5", "layers is no option, but an argument of its own"),
+    ("toy --options bins 3", "masked-affine has no option 'bins'; it has: scale_bound, net, dropout"),
+    ("toy --options scale_bound inf", "scale_bound must be finite, not inf"),
+    ("toy --options dropout nan", "dropout must be finite, not nan"),
+    ("toy --options dropout 1", "dropout must be in [0, 1), not 1"),
+    ("mnist --options net conv", "net is no option, but an argument of its own, where there is one: --net conv"),
+    ("toy --flow masked-spline --options bins 0", "bins must be at least 2, not 0"),
+    ("toy --flow masked-spline --options bins 2.5", "bins must be an integer, not 2.5"),
+    ("toy --flow masked-spline --options tail_bound inf", "tail_bound must be finite, not inf"),
+    ("toy --flow masked-spline --options minimum 1", "minimum must be in (0, 1), not 1"),
+    ("toy --flow pyro-spline --options tail_bound -1", "tail_bound must be positive, not -1"),
+    ("toy --flow nflows-rqs --options tail_bound -1", "tail_bound must be positive, not -1"),
+    ("toy --flow normflows-rqs --options tail_bound -1", "tail_bound must be positive, not -1"),
+    ("toy --resume", "nothing to resume: no training.pt in"),
+    ("toy --device gpu", "no device 'gpu' here; there are: auto, cpu"),
+    ("mnist --mask chequer", "unknown mask 'chequer'; known: checker, random, pyramid"),
+    ("mnist --net cnn", "unknown net 'cnn'; known: mlp, conv"),
+    ("mnist --flow resflow", "unknown flow 'resflow'"),
+    ("mnist --dataset CIFAR", "unknown dataset 'CIFAR'; known: MNIST, FashionMNIST, KMNIST, QMNIST"),
+    ("mnist --preprocess whiten", "unknown preprocess 'whiten'; known: logit, affine, marginals"),
+    ("mnist --hidden", "hidden needs at least one width"),
+    ("mnist --hidden 0", "hidden[0] must be positive, not 0"),
+    ("mnist --layers 0", "layers must be positive, not 0"),
+    ("mnist --epochs 0", "epochs must be positive, not 0"),
+    ("mnist --limit 0", "limit must be positive, not 0"),
+    ("mnist --limit 5", "batch_size 128 is more than the 5 training images"),
+    ("mnist --limit 200 --accumulate 1000", "accumulate 1000 is more than the 7 batches of the training"),
+    ("mnist --lr inf", "lr must be positive and finite, not inf"),
+    ("mnist --weight-decay -1", "weight_decay must not be negative, and finite, but is -1.0"),
+    ("mnist --weight-decay inf", "weight_decay must not be negative, and finite, but is inf"),
+    ("mnist --clip 0", "clip must be positive, not 0.0"),
+    ("mnist --clip nan", "clip must be positive, not nan"),
+    ("mnist --average 1", "average must lie between 0 and 1, not 1.0"),
+    ("mnist --accumulate 0", "accumulate must be positive, not 0"),
+    ("mnist --seconds 0", "seconds must be positive, not 0.0"),
+    ("mnist --patience 0", "patience must be positive, not 0"),
+    ("mnist --precision fp8", "unknown precision 'fp8'; known: no, bf16, fp16"),
+    ("mnist --seed -1", "seed must lie between 0 and 2**63 - 1, not -1"),
+    ("mnist --samples 0", "samples must be positive, not 0"),
+    ("mnist --samples 1000000000", "samples must be at most 10,000, not 1,000,000,000"),
+    ("mnist --temperature 0", "temperature must be positive, not 0.0"),
+    ("mnist --temperature inf", "temperature must be positive and finite, not inf"),
+    ("mnist --importance -1", "importance must not be negative, but is -1"),
+    ("mnist --importance 100000000", "importance must be at most 10,000, not 100,000,000"),
+    ("mnist --track nothing", "unknown track 'nothing'; known: "),
+    ("mnist --save-every 0", "save_every must be positive, not 0.0"),
+    ("mnist --resume", "nothing to resume: no training.pt in"),
+    ("mnist --load nowhere", "no flow.safetensors in nowhere: give the directory that a run wrote"),
+    ("mnist --net conv --flow zuko-nsf", "net conv is for hand-written flows; zuko-nsf has its own networks"),
+    ("mnist --options dropout 1.5", "dropout must be in [0, 1), not 1.5"),
+    ("mnist --options activation swish9", "unknown activation 'swish9'; known: relu, silu, gelu, tanh, elu"),
+    ("mnist --device cuda:99", "no device 'cuda:99' here"),
+    ("pyro_vae --prior cauchy", "unknown prior 'cauchy'; known: gaussian, mog, vamp, flow, all"),
+    ("pyro_vae --flow maf", "unknown flow 'maf'"),
+    ("pyro_vae --latent 0", "latent must be positive, not 0"),
+    ("pyro_vae --latent 1", "a coupling flow needs at least 2 features, not 1"),
+    ("pyro_vae --layers 0", "layers must be positive, not 0"),
+    ("pyro_vae --hidden", "hidden needs at least one width"),
+    ("pyro_vae --width", "width needs at least one width"),
+    ("pyro_vae --width 0", "width[0] must be positive, not 0"),
+    ("pyro_vae --components 0", "components must be positive, not 0"),
+    ("pyro_vae --posterior mean", "unknown posterior 'mean'; known: gaussian, flow"),
+    ("pyro_vae --binarize none", "unknown binarize 'none'; known: threshold, dynamic"),
+    ("pyro_vae --dropout 1", "dropout must lie between 0 and 1, not 1.0"),
+    ("pyro_vae --dropout nan", "dropout must lie between 0 and 1, not nan"),
+    ("pyro_vae --augment -1", "augment must be 0 (none) or positive, not -1.0"),
+    ("pyro_vae --augment inf", "augment must be 0 (none) or positive, not inf"),
+    ("pyro_vae --augment 1 --seconds 5", "augment follows the rate, which seconds leave open"),
+    ("pyro_vae --kl-warmup nan", "kl_warmup must be 0 (none) or positive, not nan"),
+    ("pyro_vae --importance-samples 0", "importance_samples must be positive, not 0"),
+    ("pyro_vae --importance-samples 100000000", "importance_samples must be at most 100,000, not 100,000,000"),
+    ("pyro_vae --importance-images 0", "importance_images must be positive, not 0"),
+    ("pyro_vae --seeds 0", "seeds must be positive, not 0"),
+    ("pyro_vae --seeds 1000000000000", "seeds must be at most 1,000, not 1,000,000,000,000"),
+    ("pyro_vae --seed -2", "seed must lie between 0 and 2**63 - 1, not -2"),
+    ("pyro_vae --warmup 2", "warmup must lie between 0 and 1, not 2.0"),
+    ("pyro_vae --decay -1", "decay must lie between 0 and 1, not -1.0"),
+    ("pyro_vae --lr 1e400", "lr must be positive and finite, not inf"),
+    ("pyro_vae --options layers 3", "layers is no option, but an argument of its own"),
+    ("pyro_vae --benchmark --batch-size 0", "batch_size must be positive, not 0"),
+    ("pyro_vae --resume", "nothing to resume: no training.pt in"),
+    ("overhead --hidden", "hidden needs at least one width"),
+    ("overhead --hidden 0", "hidden[0] must be positive, not 0"),
+    ("overhead --features 0", "features must be positive, not 0"),
+    ("overhead --features 1", "features must be at least 2, not 1"),
+    ("overhead --layers 0", "layers must be positive, not 0"),
+    ("overhead --rounds 0", "rounds must be positive, not 0"),
+    ("overhead --batch-size 0", "batch_size must be positive, not 0"),
+    ("overhead --device tpu", "no device 'tpu' here"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), COMMANDS)
+def test_a_wrong_command_gives_one_line(command, message, tmp_path, monkeypatch):
+    script, *arguments = shlex.split(command)
+    main = importlib.import_module(f"runs.{script}").main
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        cli(main)
+    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
+    assert message in str(stopped.value)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("script", ["toy", "mnist", "pyro_vae", "overhead"])
+def test_out_that_is_a_file_is_refused(script, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="--out .* can't be written to"):
+        importlib.import_module(f"runs.{script}").main(out=tmp_path / "file")
