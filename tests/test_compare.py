@@ -646,6 +646,14 @@ def test_mistakes_are_named_before_any_work(arguments, error, message, tmp_path,
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("task", ["chequerboard", "speed"])
+def test_an_out_that_is_a_file_is_named_before_any_work(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "prepare", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="--out .*file can't be written to .*; choose another directory"):
+        compare.main(task=task, out=tmp_path / "file")
+
+
 @pytest.mark.parametrize("name", speed.LIBRARIES)
 def test_a_librarys_samples_are_of_the_density_that_it_scores(name):
     torch.manual_seed(0)
