@@ -4,19 +4,21 @@ import inspect
 import json
 import math
 import re
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from nflows.transforms import CompositeTransform
+from nflows.transforms import CompositeTransform, Transform
 from PIL import Image
 
 from adapters import build_flow, flow_names
 from adapters.flow import Flow, StandardNormal
+from adapters.networks import MLP
 from adapters.preprocess import Standardize
 from runs import compare, pyro_vae
-from runs.common import contestants, gates, speed, tasks
-from runs.common.fit import Fitted
+from runs.common import contestants, figures, gates, speed, tasks
 from runs.common.results import parameter_count
 from tests.laws import randomise
 
@@ -46,6 +48,22 @@ def own_module(tmp_path, monkeypatch):
 def width_of(path):
     with Image.open(path) as image:
         return image.width
+
+
+@contextmanager
+def figures_kept():
+    """The limits of the vertical axes of what is drawn within."""
+    kept, figure = [], figures.figure
+
+    @contextmanager
+    def keeping(*arguments, **options):
+        with figure(*arguments, **options) as (drawing, axes):
+            yield drawing, axes
+            kept.append(axes.get_ylim())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "figure", keeping)
+        yield kept
 
 
 # Gates
@@ -83,41 +101,163 @@ def planted(features, wrong="", kind=Flow):
     ("features", "wrong", "kind", "caught"),
     [
         (2, "", Flow, []),
-        (2, "log_det", Flow, ["log-determinant off by 1.0e-01", "∫p off by"]),
-        (2, "inverse", Flow, ["round trip off by"]),
-        (2, "", Lossy, ["∫p off by"]),
+        (2, "log_det", Flow, ["log-determinant off by 1.0e-01", "sample/log_prob off by 1.0e-01", "∫p off by"]),
+        (2, "inverse", Flow, ["round trip off by", "∫p off by"]),
+        (2, "inverse_log_det", Flow, ["inverse log-determinant off by 1.0e-01", "sample/log_prob off by 1.0e-01"]),
+        (2, "", Lossy, ["sample/log_prob off by", "∫p off by"]),
         (80, "", Flow, []),
         (80, "log_det", Flow, ["log-determinant off by 1.0e-01", "sample/log_prob off by"]),
-        (80, "inverse_log_det", Flow, ["sample/log_prob off by 1.0e-01"]),
+        (80, "inverse_log_det", Flow, ["inverse log-determinant off by 1.0e-01", "sample/log_prob off by 1.0e-01"]),
     ],
 )
 def test_gates_catch_a_wrong_flow_and_no_other(features, wrong, kind, caught):
     torch.manual_seed(0)
     x = 0.3 + 0.5 * torch.randn(1000, features)
     found = gates.failures(gates.check(planted(features, wrong, kind), x, (-4.0, 5.0) if features == 2 else None))
-    assert len(found) == len(caught) and all(any(word in one for one in found) for word in caught), found
+    assert len(found) == len(caught) and all(any(one.startswith(word) for one in found) for word in caught), found
+
+
+class Coupling(Transform):
+    """An affine coupling layer that begins as the identity, wrong in one way that only shows away from there."""
+
+    wrong = ""
+
+    def __init__(self, features, mask, hidden_features=(8,)):
+        super().__init__()
+        self.net = MLP(features, 2 * features, hidden_features)
+        for parameter in self.net[-1].parameters():
+            torch.nn.init.zeros_(parameter)
+        self.register_buffer("mask", mask)
+
+    def scale_shift(self, z):
+        h = self.net.float()((self.mask * z).float()).to(z) if self.wrong == "float32" else self.net(self.mask * z)
+        s, t = h.chunk(2, dim=1)
+        s = torch.tanh(s)
+        log_det = (s if self.wrong == "unmasked" else (1 - self.mask) * s).sum(1)
+        if self.wrong == "mean":
+            log_det = log_det / s.shape[1]
+        if self.wrong == "summed":
+            log_det = log_det.sum().expand(len(z))
+        return (1 - self.mask) * s, (1 - self.mask) * t, log_det
+
+    def forward(self, inputs, context=None):
+        s, t, log_det = self.scale_shift(inputs)
+        return inputs * s.exp() + t, -log_det if self.wrong == "sign" else log_det
+
+    def inverse(self, inputs, context=None):
+        s, t, log_det = self.scale_shift(inputs)
+        return (inputs - t) * (-s).exp(), log_det if self.wrong in ("sign", "inverse") else -log_det
+
+
+class Squashed(Transform):
+    """Onto (−2, 2) only: the noise beyond is of no datum."""
+
+    def forward(self, inputs, context=None):
+        return 1.2 * torch.tanh(inputs), (1.2 / torch.cosh(inputs) ** 2).log().sum(1)
+
+    def inverse(self, inputs, context=None):
+        outputs = torch.atanh((inputs / 1.2).clamp(-1 + 1e-9, 1 - 1e-9))
+        return outputs, -self.forward(outputs)[1]
+
+
+class Base(StandardNormal):
+    wrong = ""
+
+    def _log_prob(self, inputs, context):
+        return super()._log_prob(inputs, context) + (math.log(0.95) if self.wrong == "mass" else 0)
+
+    def _sample(self, num_samples, context):
+        return super()._sample(num_samples, context) * (0.9 if self.wrong == "narrow" else 1)
+
+
+def moved(wrong="", base="", extra=()):
+    base_ = Base([2])
+    base_.wrong = base
+    layers = [Coupling(2, mask) for mask in (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))]
+    for layer in layers:
+        layer.wrong = wrong
+    return Flow(CompositeTransform([*layers, *extra]), base_, (2,))
+
+
+@pytest.mark.parametrize(
+    ("flow", "caught"),
+    [
+        ({}, ""),
+        ({"wrong": "sign"}, "log-determinant off by"),
+        ({"wrong": "inverse"}, "inverse log-determinant off by"),
+        ({"wrong": "summed"}, "log-determinant off by"),
+        ({"wrong": "mean"}, "log-determinant off by"),
+        ({"wrong": "unmasked"}, "log-determinant off by"),
+        ({"wrong": "float32"}, "float64 (float32 within?) off by"),
+        ({"base": "mass"}, "∫p of the base off by"),
+        ({"base": "narrow"}, "∫p of the base off by"),
+        ({"extra": (Squashed(),)}, "round trip off by"),
+    ],
+)
+def test_what_does_not_show_at_the_identity_is_caught_before_any_training(flow, caught):
+    torch.manual_seed(0)
+    flow = moved(**flow)
+    before, state = torch.get_rng_state(), [parameter.clone() for parameter in flow.parameters()]
+    found = gates.failures(gates.check_moved(flow, torch.randn(100, 2)[:50]))
+    assert any(one.startswith(caught) for one in found) if caught else not found, found
+    assert all(map(torch.equal, state, flow.parameters()))
+    torch.set_rng_state(before)
+    x = torch.randn(100, 2)
+    after = torch.get_rng_state()
+    gates.check_moved(flow, x)
+    gates.check(flow, x)
+    assert torch.equal(after, torch.get_rng_state())  # a training's random numbers are its own
+
+
+@pytest.mark.parametrize("name", flow_names())
+def test_no_right_flow_fails_a_gate(name):
+    torch.manual_seed(0)
+    mask = torch.tensor([1.0, 0.0])
+    flow = build_flow(name, 2, layers=2, hidden_features=(64, 64), masks=(mask, 1 - mask))
+    found = gates.check_moved(flow, torch.randn(100, 2))
+    assert not gates.failures(found), found
+    if not name.startswith("zuko-"):  # whose inverse is a search
+        assert max(value for key, value in found.items() if key not in ("base", "precision")) < 1e-5, found
 
 
 def test_nan_passes_no_gate():
     assert gates.failures({"round_trip": math.nan, "log_det": 0.0}) == ["round trip off by nan"]
 
 
-def test_a_flow_that_fails_a_gate_is_shown_and_not_ranked(tmp_path, own_module, monkeypatch, capsys, without_pictures):
-    own_module(
-        "wrong_one",
-        "from adapters.preprocess import Standardize\nimport torch\n"
-        "class Wrong(Standardize):\n"
-        "    def __init__(self, features):\n        super().__init__(torch.zeros(features), torch.ones(features))\n"
-        "    def forward(self, inputs, context=None):\n"
-        "        outputs, log_det = super().forward(inputs)\n        return outputs, log_det + 5.0\n",
-    )
-    monkeypatch.setattr(compare, "fit", lambda *_, **__: Fitted(steps=1, seconds=1.0))  # it has no parameters
-    monkeypatch.setattr(compare, "training_step", lambda *_: lambda: None)
-    monkeypatch.setattr(compare, "peak_of_step", lambda *_: 0.0)
-    compare.main(**TINY, flows=("wrong_one:Wrong", "masked-affine"), out=tmp_path / "out")
+WRONG = """
+import torch
+from adapters.networks import MLP
+from adapters.preprocess import Standardize
+class Wrong(Standardize):
+    def __init__(self, features, mask):
+        super().__init__(torch.zeros(features), torch.ones(features))
+        self.shift = torch.nn.Parameter(torch.zeros(features))
+    def forward(self, inputs, context=None):
+        outputs, log_det = super().forward(inputs)
+        return outputs + self.shift, log_det + self.shift.sum()
+    def inverse(self, inputs, context=None):
+        return super().inverse(inputs - self.shift)
+"""
+
+
+def test_a_flow_that_fails_a_gate_is_not_trained(tmp_path, own_module, capsys, without_pictures):
+    own_module("wrong_one", WRONG)
+    arguments = TINY | {"budget": "1steps", "flows": ("wrong_one:Wrong", "masked-affine"), "out": tmp_path / "out"}
+    row = compare.main(**arguments)["wrong_one:Wrong"]
     last = capsys.readouterr().out.splitlines()[-3]
-    assert last.startswith("wrong_one:Wrong ") and "not ranked: log-determinant off by 1.0e+01" in last
-    assert "not ranked" in (tmp_path / "out/compare.md").read_text()
+    assert last.startswith("wrong_one:Wrong ") and "not trained: log-determinant off by" in last
+    assert "not trained: log-det" in (tmp_path / "out/compare.md").read_text() and not row["scores"]
+
+
+def test_a_flow_that_fails_a_gate_after_training_is_not_ranked(tmp_path, monkeypatch, capsys, without_pictures):
+    monkeypatch.setattr(gates, "check", lambda *_: {"round_trip": 1.0, "log_det": math.nan})
+    rows = compare.main(**TINY, flows=("masked-affine",), out=tmp_path)
+    assert "not ranked: round trip off by 1.0e+00; log-determinant off by nan (" in capsys.readouterr().out
+    assert rows["masked-affine"]["gates"] == {"round_trip": 1.0}
+    monkeypatch.undo()
+    monkeypatch.setattr(compare, "draw", lambda *_: [])
+    rows = compare.main(**TINY, flows=("masked-affine",), out=tmp_path, resume=True)
+    assert "gate_failures" not in rows["masked-affine"]
 
 
 # Matching
@@ -206,14 +346,16 @@ def test_one_failing_flow_is_a_row_that_says_why(tmp_path, own_module, without_p
         "def at_once(features):\n    raise ZeroDivisionError('in my code')\n"
         "def later(features):\n    flow = build_flow('masked-affine', features)\n"
         "    flow._transform.forward = lambda *_: 1 / 0\n    return flow\n"
-        "def wants(features, width):\n    pass\n"
+        "def leaves(features):\n    raise SystemExit('no data')\n"
+        "def fixed(features):\n    return build_flow('masked-affine', features).requires_grad_(False)\n"
         "def text(features):\n    return 'a flow'\n",
     )
-    names = ("failing:at_once", "failing:later", "failing:wants", "failing:text", "masked-affine")
+    names = ("failing:at_once", "failing:later", "failing:leaves", "failing:fixed", "failing:text", "masked-affine")
     rows = compare.main(**TINY, flows=names, out=tmp_path / "out")
     assert rows["failing:at_once"]["failed"] == "ZeroDivisionError: in my code"
-    assert rows["failing:later"]["failed"] == "step: ZeroDivisionError: division by zero"
-    assert "wants width; it may only want features, " in rows["failing:wants"]["failed"]
+    assert rows["failing:later"]["failed"] == "ZeroDivisionError: division by zero"
+    assert rows["failing:leaves"]["failed"] == "SystemExit: no data"
+    assert rows["failing:fixed"]["failed"] == "it has no parameters to train"
     assert "builtins.str is of no known library" in rows["failing:text"]["failed"]
     assert math.isfinite(rows["masked-affine"]["scores"]["0"]["value"])
     assert "failed: ZeroDivisionError: in my code" in (tmp_path / "out/compare.md").read_text()
@@ -269,6 +411,159 @@ def test_better_scores_are_ranked_first():
     assert table.ranked(list("abc"), tasks.Toy("two-gaussians", CPU)) == ["c", "a", "b"]
 
 
+# Wrong flows, damaged files
+
+
+def test_a_passing_failure_is_tried_again_when_resumed(tmp_path, own_module, without_pictures, monkeypatch):
+    own_module(
+        "passing",
+        "import os\nfrom adapters import build_flow\n"
+        "def flow(features, layers):\n"
+        "    if 'OUT_OF_MEMORY' in os.environ:\n        raise MemoryError('for now')\n"
+        "    return build_flow('masked-affine', features, layers=layers)\n",
+    )
+    arguments = TINY | {"flows": ("passing:flow", "masked-affine"), "out": tmp_path / "out"}
+    monkeypatch.setenv("OUT_OF_MEMORY", "1")
+    assert compare.main(**arguments)["passing:flow"]["failed"] == "MemoryError: for now"
+    assert compare.main(**arguments, resume=True)["passing:flow"]["failed"] == "MemoryError: for now"
+    monkeypatch.delenv("OUT_OF_MEMORY")
+    rows = compare.main(**arguments, resume=True)
+    assert "failed" not in rows["passing:flow"] and rows["passing:flow"]["scores"]["0"]["steps"] == 3
+
+
+def test_that_every_flow_failed_is_the_last_word(tmp_path, own_module):
+    own_module("hopeless", "def flow(features):\n    raise OSError('gone')\n")
+    with pytest.raises(RuntimeError, match="no flow has a score: .*compare.md says why of each"):
+        compare.main(**TINY, flows=("hopeless:flow",), out=tmp_path / "out")
+    assert "failed: OSError: gone" in (tmp_path / "out/compare.md").read_text()
+
+
+def test_batch_normalisation_is_timed_as_it_is_used(tmp_path, own_module, without_pictures):
+    own_module(
+        "normed",
+        "from adapters import build_flow\nfrom adapters.flow import Flow, StandardNormal\n"
+        "from nflows.transforms import BatchNorm, CompositeTransform\n"
+        "def flow(features, layers):\n"
+        "    inner = build_flow('masked-affine', features, layers=layers)._transform\n"
+        "    layers = [inner, BatchNorm(features)]\n"
+        "    return Flow(CompositeTransform(layers), StandardNormal([features]), (features,))\n",
+    )
+    rows = compare.main(**TINY | {"budget": "300steps"}, flows=("normed:flow",), out=tmp_path / "out")
+    row = rows["normed:flow"]
+    assert "failed" not in row and "gate_failures" not in row and row["times"]["sample"]["ms"] > 0, row
+
+
+def test_what_could_not_be_had_is_a_footnote(tmp_path, monkeypatch, without_pictures):
+    fit = compare.fit
+
+    def noting(*arguments, **options):
+        fitted = fit(*arguments, **options)
+        fitted.notes.append("the step is not compiled: SomeError")
+        return fitted
+
+    monkeypatch.setattr(compare, "fit", noting)
+    compare.main(**TINY, flows=("masked-affine",), out=tmp_path, seeds=2)
+    (line,) = [line for line in (tmp_path / "compare.md").read_text().splitlines() if line.startswith("1. ")]
+    assert line.endswith("fast. The step is not compiled: SomeError.")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "SECONDS", 0.01)
+        patch.setattr(speed, "MIN_ROUNDS", 2)
+        compare.main(**TINY, flows=("masked-affine", "nflows-affine"), out=out)
+    return out
+
+
+def damaged(finished, out, change):
+    """A copy of that comparison whose compare.json is changed."""
+    shutil.copytree(finished, out)
+    record = json.loads((out / "compare.json").read_text())
+    text = change(record)
+    (out / "compare.json").write_text(text if isinstance(text, str) else json.dumps(record))
+
+
+def row_of(record):
+    return record["rows"]["masked-affine"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: "",
+        lambda record: "{",
+        lambda record: "3",
+        lambda record: "null",
+        lambda record: "[]",
+        lambda record: "[" * 100_000,
+        lambda record: '{"arguments": 3, "rows": {}}',
+        lambda record: record.pop("arguments") and None,
+        lambda record: record.pop("rows") and None,
+        lambda record: record.update(rows=[]),
+        lambda record: record["rows"].update({"masked-affine": 3}),
+        lambda record: record["rows"].update({"masked-affine": {}}),
+        lambda record: row_of(record).update(scores=3),
+        lambda record: row_of(record).update(scores={"0": 3}),
+        lambda record: row_of(record).update(scores={"0": {"value": "low"}}),
+        lambda record: row_of(record)["scores"]["0"].pop("stderr") and None,
+        lambda record: row_of(record).pop("times") and None,
+        lambda record: row_of(record)["times"].pop("sample") and None,
+        lambda record: row_of(record)["times"]["step"].update(ms="slow"),
+        lambda record: row_of(record).update(parameters="many"),
+        lambda record: row_of(record).update(parameters=None),
+        lambda record: row_of(record).pop("memory_mib") and None,
+        lambda record: row_of(record).update(hidden=3),
+        lambda record: row_of(record).update(hidden=["wide"]),
+        lambda record: row_of(record).pop("curves") and None,
+        lambda record: row_of(record).update(curves={"0": [[1]]}),
+        lambda record: row_of(record).update(curves={"0": [[1, "x"]]}),
+        lambda record: row_of(record).update(gate_failures="all"),
+        lambda record: row_of(record).update(notes=[3]),
+        lambda record: row_of(record).update(failed=3),
+        lambda record: row_of(record).update(footnote=None),
+    ],
+)
+def test_a_damaged_record_is_one_clear_error(change, finished, tmp_path):
+    damaged(finished, tmp_path / "out", change)
+    with pytest.raises(ValueError, match=r"compare\.json is damaged \(.*\); start again without --resume"):
+        compare.main(**TINY, flows=("masked-affine",), out=tmp_path / "out", resume=True)
+
+
+def test_a_gallery_is_drawn_without_the_pictures_that_are_lost(finished, tmp_path):
+    damaged(finished, tmp_path / "out", lambda record: None)
+    (tmp_path / "out/learned/masked-affine.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "out/learned/nflows-affine.npy").unlink()
+    (tmp_path / "out/gallery.png").unlink()
+    compare.main(**TINY, flows=("masked-affine", "nflows-affine"), out=tmp_path / "out", resume=True)
+    assert width_of(tmp_path / "out/gallery.png") > 300
+
+
+def test_a_picture_is_written_whole_or_not_at_all(finished, tmp_path, monkeypatch):
+    damaged(finished, tmp_path / "out", lambda record: None)
+    before = (tmp_path / "out/times.png").read_bytes()
+
+    def dies(table, names, path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "draw_times", dies)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(**TINY, flows=("masked-affine",), out=tmp_path / "out", resume=True)
+    assert (tmp_path / "out/times.png").read_bytes() == before and not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize("losses", [(-0.01, -0.02, -0.01), (1.0, 0.1, -0.02), (1.0, 1e-9, 0.1), (0.0, 0.0, 0.0), ()])
+def test_a_negative_estimate_breaks_no_picture(losses, tmp_path):
+    table = compare.Table(tmp_path, {}, False)
+    table.rows["a"] = {"curves": {"0": [[0.5 + i, loss] for i, loss in enumerate(losses)]}}
+    with figures_kept() as kept:
+        compare.draw_curves(table, ["a"], tasks.Toy("two-gaussians", CPU), tmp_path / "quality.png")
+    low, high = kept[0]
+    assert low < high and (low <= 0 or high / low < 2000)
+
+
 # Speed
 
 
@@ -306,17 +601,57 @@ def test_slow_calls_are_timed_once_and_failing_ones_named(monkeypatch):
         ({"flows": ("no_such_module:flow",)}, ImportError, "no_such_module can't be imported"),
         ({"flows": ("math:no_such_flow",)}, ValueError, "math has no no_such_flow"),
         ({"flows": ("math:pi",)}, ValueError, "math:pi is a float; a flow is made by"),
-        ({"budget": "soon"}, ValueError, "budget must be seconds or steps, such as 30s or 2000steps, not 'soon'"),
+        ({"budget": "soon"}, ValueError, "budget must be seconds or steps, .* such as 30s or 2000steps, not 'soon'"),
+        ({"flows": (":flow",)}, ValueError, "':flow' names no flow; write my_module:my_flow"),
+        ({"flows": ("math:",)}, ValueError, "'math:' names no flow"),
+        ({"flows": ("./mine.py:flow",)}, ValueError, "names no flow; write my_module:my_flow"),
+        ({"flows": ("",)}, ValueError, "unknown flow ''; known: "),
+        ({"flows": ("torch.nn:Linear",)}, TypeError, "torch.nn:Linear wants in_features, out_features; it may only"),
+        ({"flows": ("builtins:dict",)}, TypeError, "builtins:dict does not say what it takes; wrap it in a function"),
+        ({"flows": ("bad_syntax:flow",)}, ImportError, "bad_syntax can't be imported .SyntaxError: .* mend it first"),
+        ({"flows": ("bad_import:flow",)}, ImportError, "bad_import can't be imported .ZeroDivisionError: division by"),
+        ({"flows": ("bad_exit:flow",)}, ImportError, "bad_exit can't be imported .SystemExit: 3.; mend it first"),
         ({"budget": "0s"}, ValueError, "budget must be"),
+        ({"budget": "inf"}, ValueError, "budget must be seconds or steps, at most 10⁹, .* not 'inf'"),
+        ({"budget": "nan"}, ValueError, "budget must be"),
+        ({"budget": "-3s"}, ValueError, "budget must be"),
+        ({"budget": "1e400s"}, ValueError, "budget must be"),
+        ({"budget": "9" * 400 + "s"}, ValueError, "budget must be .* not '99999999999999999999'…"),
+        ({"budget": "2.5steps"}, ValueError, "budget must be"),
+        ({"budget": ""}, ValueError, "budget must be"),
+        ({"seeds": 10**11}, ValueError, "seeds must be at most 1,000, not 100,000,000,000"),
+        ({"seeds": -1}, ValueError, "seeds must be positive, not -1"),
+        ({"layers": 0}, ValueError, "layers must be positive, not 0"),
+        ({"layers": 10**9}, ValueError, "layers must be at most 1,000, not 1,000,000,000"),
+        ({"hidden": ()}, ValueError, "hidden needs at least one width, such as 64 64"),
+        ({"hidden": (10**9,)}, ValueError, r"hidden\[0\] must be at most 131,072, not 1,000,000,000"),
+        ({"task": "mnist", "limit": 5}, ValueError, "limit must be at least 128, the images of a batch, not 5"),
+        ({"task": "vae-prior", "limit": 127}, ValueError, "limit must be at least 128, the images of a batch, not 127"),
+        ({"limit": 200}, ValueError, "limit is of the images of mnist and vae-prior; chequerboard has none: leave it"),
+        ({"data_dir": Path("data")}, ValueError, "data_dir is of the images of mnist and vae-prior"),
+        ({"task": "speed", "limit": 200}, ValueError, "limit is of the images of mnist and vae-prior; speed has none"),
+        ({"task": "speed", "resume": True}, ValueError, "speed has no rows to keep"),
+        ({"device": "tpu"}, ValueError, "no device 'tpu' here; there are: auto, cpu"),
+        ({"resume": True}, FileNotFoundError, "nothing to resume: no compare.json in"),
         ({"match": "depth"}, ValueError, "unknown match 'depth'; known: width, parameters"),
         ({"seeds": 0}, ValueError, "seeds must be positive, not 0"),
         ({"hidden": (8, 0)}, ValueError, r"hidden\[1\] must be positive, not 0"),
     ],
 )  # fmt: skip
-def test_mistakes_are_named_before_any_work(arguments, error, message, tmp_path):
+def test_mistakes_are_named_before_any_work(arguments, error, message, tmp_path, own_module):
+    for name, code in {"bad_syntax": "def flow(:", "bad_import": "1 / 0", "bad_exit": "raise SystemExit(3)"}.items():
+        own_module(name, code)
     with pytest.raises(error, match=message):
         compare.main(**arguments, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("task", ["chequerboard", "speed"])
+def test_an_out_that_is_a_file_is_named_before_any_work(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "prepare", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="--out .*file can't be written to .*; choose another directory"):
+        compare.main(task=task, out=tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", speed.LIBRARIES)

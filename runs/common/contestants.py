@@ -11,7 +11,7 @@ A name with a colon, ``my_module:my_flow``, is a dotted path to
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from nflows.transforms import CompositeTransform, Transform
@@ -28,10 +28,11 @@ TOLERANCE = 0.02  # of matched numbers of parameters
 
 
 def check_contestants(names: Sequence[str]) -> None:
-    """Raise a ValueError or ImportError unless every name can be found."""
+    """Raise a ValueError, TypeError or ImportError unless every name can be found and called as ``build`` calls it."""
     for name in names:
         if ":" in name:
-            load(name)
+            make = load(name)
+            _arguments(name, make, ("features", "hidden_features", "mask" if _is_layer(make) else "masks", "layers"))
         elif name not in flow_names():
             raise ValueError(
                 f"unknown flow {name!r}; known: {', '.join(flow_names())}, and your own as my_module:my_flow"
@@ -41,12 +42,16 @@ def check_contestants(names: Sequence[str]) -> None:
 def load(name: str) -> Callable:
     """The object that ``module:object`` names; the working directory is searched first."""
     module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+        raise ValueError(f"{name!r} names no flow; write my_module:my_flow")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{name}: {module} can't be imported ({error}); run from the directory it is in") from error
+    except (Exception, SystemExit) as error:  # whatever the user's code does while it is read
+        remedy = "run from the directory it is in" if isinstance(error, ImportError) else "mend it first"
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ImportError(f"{name}: {module} can't be imported ({said}); {remedy}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{name}: {module} has no {attribute}")
@@ -78,7 +83,7 @@ def build(
     make = load(name)
     masks = [masks[i % len(masks)] for i in range(layers)]
     given = {"features": features, "hidden_features": tuple(hidden_features)}
-    if inspect.isclass(make) and issubclass(make, Transform):
+    if _is_layer(make):
         made = CompositeTransform([_call(name, make, given | {"mask": mask}) for mask in reversed(masks)])
     else:
         made = _call(name, make, given | {"layers": layers, "masks": masks})
@@ -92,12 +97,24 @@ def build(
     return Flow(transform, base, (features,))
 
 
+def _is_layer(make: Callable) -> bool:
+    return inspect.isclass(make) and issubclass(make, Transform)
+
+
 def _call(name: str, make: Callable, offered: dict):
-    parameters = inspect.signature(make).parameters
+    return make(**{key: offered[key] for key in _arguments(name, make, offered)})
+
+
+def _arguments(name: str, make: Callable, offered: Iterable[str]) -> list[str]:
+    """Those of the arguments that are offered which ``make`` takes; a TypeError if it needs others."""
+    try:
+        parameters = inspect.signature(make).parameters
+    except ValueError:
+        raise TypeError(f"{name} does not say what it takes; wrap it in a function of features") from None
     named = {key: one for key, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
     if unmet := [key for key, one in named.items() if one.default is one.empty and key not in offered]:
         raise TypeError(f"{name} wants {', '.join(unmet)}; it may only want {', '.join(offered)}")
-    return make(**{key: value for key, value in offered.items() if key in parameters})
+    return [key for key in offered if key in named]
 
 
 def match_parameters(

@@ -88,7 +88,7 @@ def measure(calls: dict[str, Callable], device: torch.device) -> tuple[dict[str,
             call()
             synchronize(device)
             first[name] = 1e3 * (time.perf_counter() - started)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             failed[name] = error
     quick = {name: calls[name] for name, ms in first.items() if ms < 1e3 * SLOW}
     rounds = round(1e3 * SECONDS / max(1e-3, sum(first[name] for name in quick)))
