@@ -277,7 +277,6 @@ BRIDGES = [
         "to_library exports an nflows Transform, not torch.nn.modules.linear.Linear",
     ),
     ("to_library('zuko', None)", TypeError, "to_library exports an nflows Transform, not builtins.NoneType"),
-    ("to_library('pyro', flow)", TypeError, "adapters.flow.Flow"),
     ("to_library('pyro', layer, event_dim=-1)", ValueError, "event_dim must be at least 0, not -1"),
 ]
 
