@@ -1,8 +1,15 @@
 """The training loop on a problem whose answer is known."""
 
+import hashlib
+import io
+import json
 import math
 import os
+import pickle
+import random
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -251,3 +258,155 @@ def test_a_compiled_step_trains_as_the_plain_one_and_is_resumed(tmp_path, capsys
         assert_close(one, other, rtol=1e-3, atol=1e-4)  # the buffers, too: compiling has not counted as a step
     again, _ = train(True, directory=tmp_path, resume=True)
     assert_close(again.state_dict(), compiled.state_dict())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("training")
+    torch.manual_seed(0)
+    fit(Quadratic(), noisy, Recipe(steps=5, lr=0.1, average=0.9), directory=directory, identity={"a": 1})
+    return (directory / STATE).read_bytes()
+
+
+def _with(content, **changes):
+    """The same checkpoint with other entries, and a right checksum."""
+    header, _, payload = content.partition(b"\n")
+    state = torch.load(io.BytesIO(payload), weights_only=True)
+    for name, value in changes.items():
+        if value is ...:
+            del state[name]
+        else:
+            state[name] = value
+    return _sealed(state, json.loads(header))
+
+
+def _sealed(state, header):
+    payload = io.BytesIO()
+    torch.save(state, payload)
+    header = header | {"sha256": hashlib.sha256(payload.getvalue()).hexdigest()}
+    return json.dumps(header).encode() + b"\n" + payload.getvalue()
+
+
+class Planted:
+    """A pickle that would run code."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("code has run from a file",))
+
+
+HEADER = {"format": 1, "steps": 5, "finished": True}
+DAMAGES = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "one byte short": lambda content: content[:-1],
+    "one byte more": lambda content: content + b"x",
+    "no header": lambda content: content.partition(b"\n")[2],
+    "header of another format": lambda content: content.replace(b'"format": 1', b'"format": 9'),
+    "header without steps": lambda content: content.replace(b'"steps"', b'"stops"'),
+    "header of a number": lambda content: b"3\n" + content,
+    "text": lambda content: b"a training",
+    "a pickle": lambda content: pickle.dumps({"module": 1}),
+    "a pickle that runs code": lambda content: _sealed({"identity": None, "module": Planted()}, HEADER),
+    "a list": lambda content: _sealed([1, 2], HEADER),
+    "nothing": lambda content: _sealed(None, HEADER),
+    **{f"no {name}": lambda content, name=name: _with(content, **{name: ...}) for name in (
+        "module", "optimizer", "average", "best", "best_validation", "since_best", "fitted", "identity", "random",
+        "random_of_device",
+    )},
+    **{f"{name} is a word": lambda content, name=name: _with(content, **{name: "word"}) for name in (
+        "module", "optimizer", "average", "fitted", "identity", "random",
+    )},
+    "other weights": lambda content: _with(content, module={"v": torch.zeros(3)}),
+    "wider weights": lambda content: _with(content, module={"w": torch.zeros(4)}),
+    "a wider average": lambda content: _with(content, average=[torch.zeros(4)]),
+    "steps of a word": lambda content: _with(content, fitted={"steps": "five"}),
+    "unknown field": lambda content: _with(content, fitted={"laps": 5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_one_sentence(damage, checkpoint, tmp_path):
+    (tmp_path / STATE).write_bytes(DAMAGES[damage](checkpoint))
+    with pytest.raises(ValueError, match=r"training\.pt (is damaged|belongs to another)") as refused:
+        fit(
+            Quadratic(), noisy, Recipe(steps=9, lr=0.1, average=0.9), directory=tmp_path, resume=True, identity={"a": 1}
+        )
+    assert "\n" not in str(refused.value) and "weights_only" not in str(refused.value)
+
+
+def test_no_flipped_bit_of_a_checkpoint_goes_unseen(checkpoint, tmp_path):
+    chance = random.Random(0)
+    for _ in range(60):
+        content = bytearray(checkpoint)
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        (tmp_path / STATE).write_bytes(content)
+        module, recipe = Quadratic(), Recipe(steps=9, lr=0.1, average=0.9)
+        try:
+            fit(module, noisy, recipe, directory=tmp_path, resume=True, identity={"a": 1})
+        except ValueError:
+            continue
+        assert json.loads(content.partition(b"\n")[0]) | {"steps": 5, "finished": True} == json.loads(
+            checkpoint.partition(b"\n")[0]
+        )  # of the header, what nothing is computed from
+
+
+def test_a_forgotten_resume_loses_nothing(tmp_path, capsys):
+    recipe = Recipe(steps=20, lr=0.1)
+
+    def stops(step):
+        if step == 7:
+            raise KeyboardInterrupt
+        return noisy(step)
+
+    fit(Quadratic(), stops, recipe, directory=tmp_path)
+    first = (tmp_path / STATE).read_bytes()
+    for i in (1, 2):
+        fit(Quadratic(), stops, recipe, directory=tmp_path)
+        said = f"an unfinished training (at step 7) was in {tmp_path}: it is kept as training-{i}.pt"
+        assert said in capsys.readouterr().out
+    assert (tmp_path / "training-1.pt").read_bytes() == first
+    fit(Quadratic(), noisy, recipe, directory=tmp_path)  # ends well: nothing of it need be kept
+    capsys.readouterr()
+    fit(Quadratic(), noisy, recipe, directory=tmp_path)
+    assert "unfinished" not in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_waits_until_the_step_counts(tmp_path):
+    class Twice(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            super().step(*args, **kwargs)
+            if fitting and len(seen) == 4:
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+
+    seen, fitting = [], True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Twice)
+        torch.manual_seed(0)
+        module = Quadratic()
+        fitted = fit(module, noisy, Recipe(steps=50, lr=0.1), directory=tmp_path, observe=seen.append)
+    assert fitted.interrupted and fitted.steps == 4
+    header, _, payload = (tmp_path / STATE).read_bytes().partition(b"\n")
+    state = torch.load(io.BytesIO(payload), weights_only=True)
+    assert json.loads(header)["steps"] == state["fitted"]["steps"] == state["optimizer"]["state"][0]["step"] == 4
+
+
+def test_ctrl_c_in_the_last_validation_is_not_swallowed():
+    def validate():
+        os.kill(os.getpid(), signal.SIGINT)
+        return 1.0
+
+    assert fit(Quadratic(), noisy, Recipe(steps=3, lr=0.1, validate_every=3), validate=validate).interrupted
+
+
+def test_a_validation_that_is_not_finite_stops_with_good_weights():
+    module = Quadratic()
+    with pytest.raises(NotFinite, match="the validation loss became nan at step 4; the weights of step 0 are kept"):
+        fit(module, noisy, Recipe(steps=9, lr=0.1, validate_every=4), validate=lambda: math.nan)
+    assert module.w.tolist() == [0, 0, 0]
+
+
+def test_kills_cost_no_bit():
+    """``python -m tests.kills 100`` does it a hundred times."""
+    done = subprocess.run([sys.executable, "-m", "tests.kills", "6"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "kills hit, and the weights are the same to the bit" in done.stdout, done.stderr

@@ -486,6 +486,8 @@ class _Training:
             self.optimizer.load_state_dict(state["optimizer"])
             for name in ("average", "best"):
                 kept = state[name]
+                if kept is not None and [tensor.shape for tensor in kept] != [one.shape for one in self.parameters]:
+                    raise ValueError(f"{name} has other shapes")
                 setattr(self, name, None if kept is None else [tensor.to(device) for tensor in kept])
             self.best_validation, self.since_best = state["best_validation"], state["since_best"]
             self.fitted = Fitted(**state["fitted"] | {"interrupted": False, "notes": []})
@@ -545,8 +547,13 @@ def _read(path: Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception:  # torch's own words advise to switch off what keeps a file's code from running
         state = None
-    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict | None):
-        raise ValueError(damaged) from None
+    kinds = {"identity": dict | None, "fitted": dict, "best_validation": float, "since_best": int}
+    if (
+        not isinstance(state, dict)
+        or not all(name in state and isinstance(state[name], kind) for name, kind in kinds.items())
+        or not isinstance(state["fitted"].get("steps"), int)
+    ):
+        raise ValueError(damaged)
     return state
 
 
