@@ -24,10 +24,11 @@ from torch.testing import assert_close
 from adapters import FlowDistribution, build_flow, load_flow
 from adapters.preprocess import Standardize
 from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPrior
-from adapters.vae import VAE, Decoder, Encoder
+from adapters.vae import VAE, Decoder, Encoder, ReparameterizedELBO
 from runs import pyro_vae
 from runs.common.fit import STATE, NotFinite, Recipe
 from runs.common.images import Batches, Images, binarize, threshold, warped
+from runs.common.results import cli, was_interrupted
 from runs.common.timing import ratio
 from tests.laws import batch, randomise
 
@@ -566,3 +567,66 @@ def pyro_is_left_as_it_was():
     yield
     assert torch.distributions.Distribution._validate_args == before
     assert not pyro.get_param_store()
+
+
+def test_ctrl_c_ends_the_run_after_the_prior_at_hand_and_is_not_compared(run, tmp_path, monkeypatch, capsys):
+    def score(vae, images, mean_elbo=pyro_vae.mean_elbo):
+        if isinstance(vae.prior, MixturePrior) and not stopped:
+            stopped.append(os.kill(os.getpid(), signal.SIGINT))
+        return mean_elbo(vae, images)
+
+    stopped = []
+    monkeypatch.setattr(pyro_vae, "mean_elbo", score)
+    metrics = run(pictures=True, prior="all", epochs=3, out=tmp_path)
+    assert list(metrics) == ["gaussian", "mog"] and metrics["mog"]["interrupted"] and was_interrupted(metrics)
+    assert "interrupted" not in metrics["gaussian"] and metrics["mog"]["steps"] < metrics["gaussian"]["steps"]
+    printed = capsys.readouterr().out
+    assert "mixture (interrupted)" in printed and "than the Gaussian prior" not in printed
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["metrics"]["mog"]["interrupted"] is True
+    whole = run(prior="all", epochs=3, out=tmp_path, resume=True)
+    assert list(whole) == list(pyro_vae.PRIORS) and not was_interrupted(whole)
+    assert {found["steps"] for found in whole.values()} == {metrics["gaussian"]["steps"]}
+
+
+def test_the_command_line_says_that_it_was_interrupted(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run"])
+
+    def main() -> dict:
+        """A run."""
+        return {"flow": {"elbo": 1.0, "interrupted": True}}
+
+    with pytest.raises(SystemExit) as stopped:
+        cli(main)
+    assert stopped.value.code == 130
+
+
+def test_the_elbo_that_stays_on_the_device_is_pyros():
+    vae = VAE(MixturePrior(2, 3), Encoder(2, 9, (8,)), Decoder(2, 9, (8,)))
+    x = torch.rand(5, 9)
+    for kwargs in ({}, {"num_particles": 3}, {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}):
+        found = []
+        for elbo in (Trace_ELBO, ReparameterizedELBO):
+            torch.manual_seed(0)
+            loss = elbo(**kwargs)(vae.model, vae.guide)(x, 0.5)
+            found.append((loss, *torch.autograd.grad(loss, list(vae.parameters()))))
+        assert_close(found[0], found[1])
+
+
+def test_a_guide_that_is_not_reparameterised_is_left_to_pyro():
+    weight = torch.tensor(0.3, requires_grad=True)
+
+    def model():
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Bernoulli(0.5)), 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("z", dist.Bernoulli(weight))
+
+    found = []
+    for elbo in (Trace_ELBO, ReparameterizedELBO):
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(elbo().differentiable_loss(model, guide), weight))
+    torch.manual_seed(0)
+    Trace_ELBO()._get_trace(model, guide, (), {})  # the look at the guide has drawn once
+    assert_close(found[1], torch.autograd.grad(Trace_ELBO().differentiable_loss(model, guide), weight))
+    assert found[0][0] != 0
