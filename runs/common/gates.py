@@ -216,22 +216,30 @@ def base_error(base: Distribution) -> float:
 def mass_error(density: Flow | Distribution, low: Tensor, high: Tensor, samples: int) -> float:
     """The largest |∫p − share of the samples| over rectangles that begin at ``low`` and end within the box.
 
-    ∫p is by the midpoint rule on a grid of ``GRID``² cells.
+    ∫p is by the midpoint rule on a grid of ``GRID``² cells, smaller towards the borders.
 
     Args:
         low, high: corners of the box, ``(2,)``.
         samples: how many to draw.
     """
     middles = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
-    grid = low + (high - low) * torch.cartesian_prod(middles, middles)
-    values = torch.cat([density.log_prob(chunk).exp() for chunk in grid.split(50_000)])
+    weights = 6 * middles * (1 - middles) / GRID
+    grid = low + (high - low) * _crowded(torch.cartesian_prod(middles, middles))
+    values = torch.cat([density.log_prob(chunk).exp() for chunk in grid.split(50_000)]).reshape(GRID, GRID)
+    values = values * weights * weights[:, None] * (high - low).prod()
     parts = GRID // CELLS
-    mass = values.reshape(CELLS, parts, CELLS, parts).sum((1, 3)) * (high - low).prod() / GRID**2
+    mass = values.reshape(CELLS, parts, CELLS, parts).sum((1, 3))
     drawn = density.sample(samples)
-    place = ((drawn - low) / (high - low) * CELLS).floor()
-    place = place[((place >= 0) & (place < CELLS)).all(1)].long()
+    edges = _crowded(torch.arange(CELLS + 1, dtype=torch.float64) / CELLS)
+    place = torch.bucketize(((drawn - low) / (high - low)).contiguous(), edges, right=True) - 1
+    place = place[((place >= 0) & (place < CELLS)).all(1)]
     share = torch.bincount(place @ torch.tensor([CELLS, 1]), minlength=CELLS**2).reshape(CELLS, CELLS) / len(drawn)
     return _worst((mass - share).cumsum(0).cumsum(1).abs())
+
+
+def _crowded(u: Tensor) -> Tensor:
+    """From [0, 1] onto itself, crowded at both ends, where a density may rise steeply: with Φ⁻¹ before it, say."""
+    return u**2 * (3 - 2 * u)
 
 
 def _distance(found: Tensor, wanted: Tensor) -> Tensor:
