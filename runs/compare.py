@@ -8,11 +8,8 @@ python runs/compare.py --task speed    no training: training steps against the c
 
 import json
 import math
-import os
 import re
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +18,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from adapters import flow_names
+from adapters.checkpoint import write_atomically
 from adapters.checks import check_positive
 from adapters.flow import Flow
 from runs.common import figures, gates
@@ -286,26 +284,15 @@ def run_one(
     if fitted.notes:
         row["notes"] = list(dict.fromkeys((*row.get("notes", ()), *fitted.notes)))
     if seed == 0:
-        (out / "learned").mkdir(exist_ok=True)
-        with torch.no_grad(), whole(learned(out, name)) as path:
-            np.save(path, trial.picture())
+        with torch.no_grad():
+            picture = trial.picture()
+        write_atomically(learned(out, name), lambda path: save_picture(path, picture))
     row["curves"][str(seed)] = [(round(step * pace, 3), round(sign * loss, 5)) for step, loss in fitted.losses]
     row["scores"][str(seed)] = {"value": value, "stderr": error, "steps": fitted.steps, "seconds": fitted.seconds}
 
 
 def learned(out: Path, name: str) -> Path:
     return out / "learned" / f"{name.replace(':', '.')}.npy"
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, which takes its place once all is written."""
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 class Table:
@@ -494,7 +481,7 @@ def fairness(table: Table, task: Task, seeds: int) -> list[str]:
 
 
 def draw(table: Table, names: list[str], task: Task, out: Path) -> list[Path]:
-    """The pictures, each written whole or not at all."""
+    """All pictures."""
     done = [name for name in table.ranked(names, task) if table.scored(name)]
     if not done:
         return []
@@ -504,9 +491,13 @@ def draw(table: Table, names: list[str], task: Task, out: Path) -> list[Path]:
         "times": lambda path: draw_times(table, done, path),
     }
     for picture, drawer in drawers.items():
-        with whole(out / f"{picture}.png") as path:
-            drawer(path)
+        drawer(out / f"{picture}.png")
     return [out / f"{picture}.png" for picture in drawers]
+
+
+def save_picture(path: Path, values: np.ndarray) -> None:
+    with open(path, "wb") as file:  # of a path without .npy NumPy makes another one
+        np.save(file, values)
 
 
 def read_picture(path: Path) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from nflows.transforms import CompositeTransform, Transform
 from PIL import Image
 
@@ -544,11 +545,11 @@ def test_a_picture_is_written_whole_or_not_at_all(finished, tmp_path, monkeypatc
     damaged(finished, tmp_path / "out", lambda record: None)
     before = (tmp_path / "out/times.png").read_bytes()
 
-    def dies(table, names, path):
+    def dies(figure, path, **options):
         path.write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "draw_times", dies)
+    monkeypatch.setattr(Figure, "savefig", dies)
     with pytest.raises(KeyboardInterrupt):
         compare.main(**TINY, flows=("masked-affine",), out=tmp_path / "out", resume=True)
     assert (tmp_path / "out/times.png").read_bytes() == before and not list((tmp_path / "out").glob(".*"))
