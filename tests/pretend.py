@@ -36,6 +36,7 @@ BY_NAME = (
 ASKS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default)
 waits: Counter = Counter()
 replays: list["Graph"] = []
+present = False  # only the tests of devices have one: what looks for the fastest device must not find it elsewhere
 _generators: WeakValueDictionary = WeakValueDictionary()  # by the address of what PyTorch hands on
 _recording: "Graph | None" = None
 _registered: list[torch.library.Library] = []  # what is registered lasts as long as these
@@ -110,7 +111,14 @@ class Graph:
 Generator = torch.Generator
 
 
-class OnPretendGenerator(Generator):
+class _AnyGenerator(type(Generator)):
+    """In ``torch.Generator``'s place the class must know every generator for one."""
+
+    def __instancecheck__(cls, thing: Any) -> bool:
+        return isinstance(thing, Generator)
+
+
+class OnPretendGenerator(Generator, metaclass=_AnyGenerator):
     """In ``torch.Generator``'s place: a source of random numbers on the pretend device, if it is made for that one."""
 
     @property
@@ -178,6 +186,12 @@ def _wrap(leaf: Any, known: dict[int, OnPretend]) -> Any:
 
 class Module(backend_registration._DummyBackendModule if AVAILABLE else object):
     """What ``torch.get_device_module`` gives: the CPU's source of random numbers serves the pretend device, too."""
+
+    def is_available(self) -> bool:
+        return present
+
+    def device_count(self) -> int:
+        return int(present)
 
     def synchronize(self, device: Any = None) -> None:
         waits["synchronize"] += 1

@@ -32,6 +32,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
     monkeypatch.setattr(torch, "Generator", pretend.OnPretendGenerator)
+    monkeypatch.setattr(pretend, "present", True)
     pretend.waits.clear()
     yield torch.device("pretend")
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -23,7 +23,7 @@ from adapters.masks import pyramid_masks
 from adapters.preprocess import Standardize
 from runs import mnist
 from runs.common import images as images_module
-from runs.common.fit import STATE, NotFinite
+from runs.common.fit import STATE, NotFinite, read_checkpoint
 from runs.common.images import HIGH, MD5, Batches, bits_per_dim, dequantize, load_images, unpack_mnist
 
 ROOT = Path(__file__).parent.parent
@@ -376,7 +376,7 @@ def test_neighbours_are_the_nearest():
         ({"limit": 0}, "limit must be positive, not 0"),
         ({"importance": -1}, "must not be negative"),
         ({"average": 1.5}, "average must lie between 0 and 1, not 1.5"),
-        ({"weight_decay": -1.0}, "weight_decay must not be negative, but is -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative, and finite, but is -1.0"),
     ],
 )
 def test_mistakes_are_named_before_any_work(arguments, message, tmp_path, monkeypatch):
@@ -481,7 +481,7 @@ def test_killed_training_resumes_to_the_same_weights(run, tmp_path, data_dir):
 
 def steps_of(out):
     path = out / STATE
-    return torch.load(path, weights_only=True)["fitted"]["steps"] if path.exists() else -1
+    return read_checkpoint(path)["fitted"]["steps"] if path.exists() else -1
 
 
 def test_two_processes_have_the_gradients_of_one(run, tmp_path, data_dir):
@@ -495,7 +495,7 @@ def test_two_processes_have_the_gradients_of_one(run, tmp_path, data_dir):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bits_per_dim") == 1
     run(out=tmp_path / "one", epochs=1, batch_size=64, options={"activation": "relu", "dropout": 0.0})
-    one, two = (torch.load(tmp_path / name / STATE, weights_only=True) for name in ("one", "two"))
+    one, two = (read_checkpoint(tmp_path / name / STATE) for name in ("one", "two"))
     assert one["fitted"]["steps"] == two["fitted"]["steps"] == 1
     for index, state in one["optimizer"]["state"].items():
         assert_close(two["optimizer"]["state"][index]["exp_avg"], state["exp_avg"], atol=1e-7, rtol=1e-4)

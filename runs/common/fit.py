@@ -471,7 +471,7 @@ class _Training:
             ValueError: if it is damaged, or belongs to another training or model.
         """
         path = check_resumable(directory)
-        state = _read(path)
+        state = read_checkpoint(path)
         began = state["identity"]
         if began is not None and self.identity is not None and began != self.identity:
             changes = "; ".join(
@@ -532,7 +532,7 @@ def _header(path: Path) -> dict | None:
         return None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """What ``save`` has written, to the bit, or a ValueError."""
     damaged = f"{path} is damaged, or not of this version; start again without --resume"
     header = _header(path)
