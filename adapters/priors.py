@@ -58,10 +58,16 @@ class VampPrior(nn.Module):
     Args:
         encoder: q(z | x), a module whose call on ``(K, D)`` gives a distribution of batch shape ``(K,)``.
         inputs: where the K pseudo-inputs start, e.g. training images, ``(K, D)`` in [0, 1], in which they then stay.
+
+    Raises:
+        ValueError: for inputs outside [0, 1].
     """
 
     def __init__(self, encoder: Callable[[Tensor], dist.TorchDistribution], inputs: Tensor):
         super().__init__()
+        if not ((inputs >= 0) & (inputs <= 1)).all():
+            low, high = inputs.aminmax()
+            raise ValueError(f"pseudo-inputs must lie in [0, 1], but these have values from {low:g} to {high:g}")
         self.encoder = encoder
         self.logits = nn.Parameter(torch.zeros(len(inputs)))
         self.pseudo_inputs = nn.Parameter(inputs.clamp(0.05, 0.95).logit())  # at 0 and 1 it would have no gradient

@@ -7,12 +7,14 @@ accelerate launch --num_processes 2 runs/mnist.py --mask checker    on two GPUs
 torchrun --nproc_per_node 2 runs/mnist.py --mask checker            as two processes, on CPUs too
 """
 
+import inspect
 import itertools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +37,7 @@ from runs.common.images import (
     DATASETS,
     HIGH,
     LEVELS,
+    SHAPE,
     Batches,
     Images,
     bits_per_dim,
@@ -56,7 +59,6 @@ from runs.common.results import (
     write_metrics,
 )
 
-SHAPE = (28, 28)
 RESULTS = Path("results/mnist")
 CHUNK = 500  # images scored or sampled at once
 TRACKERS = tuple(str(kind.value) for kind in LoggerType if kind != LoggerType.ALL)
@@ -189,6 +191,7 @@ def main(
     check_positive(samples=samples, temperature=temperature)
     check_at_most(10_000, samples=samples, importance=importance)
     if load is not None:
+        check_load(arguments)
         return draw_again(load, out, samples, temperature, seed, device)
     check_known(MASKS, mask=mask)
     check_flow(flow, options)
@@ -576,6 +579,18 @@ def nearest_images(queries: Tensor, train: Tensor, count: int) -> tuple[Tensor, 
     """Euclidean distances to, and indices of, the nearest of ``train`` (bytes), ``(n, count)`` each, nearest first."""
     distances = torch.cat([torch.cdist(queries, part / LEVELS) for part in train.split(10_000)], dim=1)
     return distances.topk(min(count, len(train)), dim=1, largest=False)
+
+
+def check_load(arguments: dict[str, Any]) -> None:
+    """Raise a ValueError for arguments beside ``load`` that a run without training would ignore."""
+    parameters = inspect.signature(main).parameters
+    ignored = [
+        f"--{name.replace('_', '-')}"
+        for name, value in arguments.items()
+        if name not in ("load", "out", "samples", "temperature", "seed", "device") and value != parameters[name].default
+    ]
+    if ignored:
+        raise ValueError(f"--load trains nothing, so {', '.join(ignored)} would be ignored: leave it out")
 
 
 def draw_again(

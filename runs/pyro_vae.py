@@ -33,7 +33,7 @@ from adapters.vae import VAE, Decoder, Encoder, ReparameterizedELBO
 from runs.common import figures
 from runs.common.devices import can_fuse, device_of, make_accelerator, seeded
 from runs.common.fit import STATE, Fitted, NotFinite, Recipe, check_resumable, fit
-from runs.common.images import DATASETS, Batches, Images, binarize, load_images, threshold, warped
+from runs.common.images import DATASETS, SHAPE, Batches, Images, binarize, load_images, threshold, warped
 from runs.common.results import (
     check_at_most,
     check_flow,
@@ -48,7 +48,6 @@ from runs.common.results import (
 )
 from runs.common.timing import interleaved, ratio
 
-SHAPE = (28, 28)
 PIXELS = math.prod(SHAPE)
 RESULTS = Path("results/pyro_vae")
 CHUNK = 500  # images scored at once

@@ -442,7 +442,15 @@ def test_one_network_evaluation_for_a_log_prob(name, context_features):
     assert networks and all(calls[network] == 1 for network in networks)
 
 
-@pytest.mark.parametrize("name", [name for name in flow_names() if name.startswith(("freia-", "normflows-"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in flow_names()
+        if name.startswith(("freia-", "normflows-"))
+        and (name != "normflows-rqs" or torch.__version__ >= (2, 10))  # earlier ones can't trace its boolean indices
+    ],
+)
 def test_a_compiled_flow_and_an_exported_one_compute_the_same(name, monkeypatch):
     distribution = torch.distributions.Distribution
     monkeypatch.setattr(distribution, "_validate_args", distribution._validate_args)  # torch.compile switches it off

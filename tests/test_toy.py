@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from adapters import flow_names, load_flow
 from runs import toy
-from runs.common.densities import DENSITIES
+from runs.common.densities import DENSITIES, TwoGaussians
 from runs.toy import main
 
 TINY = {"layers": 2, "hidden": (8,), "steps": 3, "batch_size": 16}
@@ -94,3 +94,21 @@ def test_nan_keeps_the_last_good_weights(tmp_path):
     with pytest.raises(RuntimeError, match=r"at step \d+.*saved in .*flow.safetensors"):
         main(out=tmp_path, **TINY | {"lr": 1e30, "steps": 50})
     assert all(parameter.isfinite().all() for parameter in load_flow(tmp_path).parameters())
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    def stops(self, n, sample=TwoGaussians.sample):
+        drawn.append(n)
+        if len(drawn) == 8:
+            raise KeyboardInterrupt
+        return sample(self, n)
+
+    drawn, arguments = [], {"steps": 20, "layers": 2, "hidden": (8,), "batch_size": 32}
+    whole = main(out=tmp_path / "whole", **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(TwoGaussians, "sample", stops)
+        assert main(out=tmp_path / "parts", **arguments)["interrupted"]
+    resumed = main(out=tmp_path / "parts", resume=True, **arguments)
+    assert resumed["kl"] == whole["kl"] and resumed["steps"] == 20 and "interrupted" not in resumed
+    with pytest.raises(ValueError, match="belongs to another training: lr was 0.005, not 0.1"):
+        main(out=tmp_path / "parts", resume=True, lr=0.1, **arguments)

@@ -435,6 +435,7 @@ COMMANDS = [
     ("mnist --save-every 0", "save_every must be positive, not 0.0"),
     ("mnist --resume", "nothing to resume: no training.pt in"),
     ("mnist --load nowhere", "no flow.safetensors in nowhere: give the directory that a run wrote"),
+    ("mnist --load nowhere --epochs 3 --mask random", "--load trains nothing, so --mask, --epochs would be ignored"),
     ("mnist --net conv --flow zuko-nsf", "net conv is for hand-written flows; zuko-nsf has its own networks"),
     ("mnist --options dropout 1.5", "dropout must be in [0, 1), not 1.5"),
     ("mnist --options activation swish9", "unknown activation 'swish9'; known: relu, silu, gelu, tanh, elu"),

@@ -31,6 +31,7 @@ DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "QMNIST")
 DATA_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flow-adapters"
 VALIDATION = 5_000
 CLASSES = 10  # in each of them
+SHAPE = (28, 28)
 HIGH = 256 / 255  # x / 255 + U(0, 1) / 255 ends here, not at 1
 LEVELS = 255  # bins of width 1/255
 
@@ -249,8 +250,11 @@ def _mix(*numbers: int) -> int:
 def _check_split(split) -> None:
     """Raise a ValueError unless there are as many labels as images, all in range."""
     images, labels = split.data, split.targets if split.targets.dim() == 1 else split.targets[:, 0]
-    if images.dtype != torch.uint8 or images.dim() != 3 or len(images) != len(labels):
-        raise ValueError(f"{len(labels)} labels for {images.dtype} images of shape {tuple(images.shape)}")
+    if images.dtype != torch.uint8 or images.shape[1:] != SHAPE or len(images) != len(labels):
+        raise ValueError(
+            f"{len(labels)} labels for {images.dtype} images of shape {tuple(images.shape)}, "
+            "where bytes of shape (n, 28, 28) are wanted"
+        )
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= CLASSES:
         raise ValueError(f"labels outside 0 to {CLASSES - 1}, or none at all")
 
