@@ -86,7 +86,7 @@ def test_law_1_deepcopy_after_a_call(case):
 def test_law_4_density_integrates_to_one(name):
     torch.manual_seed(0)
     flow = randomise(build_flow(name, 2, layers=3, hidden_features=(8, 8)), scale=0.1).eval()
-    edge = torch.linspace(-20, 20, 1001, dtype=torch.float64)
+    edge = torch.linspace(-20, 20, 1001 if name == "masked-histogram" else 401, dtype=torch.float64)  # it has edges
     grid = torch.cartesian_prod(edge, edge)
     with torch.no_grad():
         mass = sum(flow.log_prob(part).exp().sum() for part in grid.split(250_000)) * (edge[1] - edge[0]) ** 2
