@@ -226,7 +226,7 @@ def speed(
         print(cells + f"{row['memory_mib']:>7.1f}" * (name != BARE))
     metrics = {"table": found}
     if compile:
-        metrics["compiled"] = race_compiled(racers, found, device)
+        metrics["compiled"] = race_compiled(racers, device)
         print(f"\n{'--compile':<25}{'step ms':>9}{'/ bare':>8}{'ours /':>8}{'/ eager':>9}")
         for name, row in metrics["compiled"].items():
             if "failed" in row:
@@ -287,24 +287,28 @@ def race(racers: dict[str, Racer], device: torch.device) -> dict[str, dict[str, 
     return rows
 
 
-def race_compiled(
-    racers: dict[str, Racer], eager: dict[str, dict[str, float]], device: torch.device
-) -> dict[str, dict]:
+def race_compiled(racers: dict[str, Racer], device: torch.device) -> dict[str, dict]:
     """Each one's step under ``--compile``: milliseconds, and ratios to the bare conditioners', ours and its own step.
 
-    All are made faster alike; a ratio is NaN where the other one can't be.
+    The first two are made faster alike, and a ratio is NaN where that can't be; the last is the plain step, in turn.
     """
     torch._dynamo.reset()
     with warnings.catch_warnings(), torch._dynamo.config.patch(cache_size_limit=2 * len(racers)):
         warnings.simplefilter("ignore")
-        times, failed = measure({name: racer.fast_step() for name, racer in racers.items()}, device)
-    rows = {name: {"failed": type(error).__name__} for name, error in failed.items()}
-    for name, each in times.items():
-        ms = statistics.median(each)
-        rows[name] = {"ms": ms, "to_eager": ms / eager[name]["step_ms"]}
+        calls = {}
+        for name, racer in racers.items():
+            calls |= {name: racer.fast_step(), f"{name}, plain": racer.step}
+        times, failed = measure(calls, device)
+    rows = {}
+    for name in racers:
+        if name in failed:
+            rows[name] = {"failed": type(failed[name]).__name__}
+            continue
+        each = times[name]
+        rows[name] = {"ms": statistics.median(each), "to_eager": ratio(each, times[f"{name}, plain"])}
         rows[name]["to_bare"] = ratio(each, times.get(BARE, [math.nan] * len(each)))
         rows[name]["ours"] = ratio(times.get(OURS[0], [math.nan] * len(each)), each)
-    return {name: rows[name] for name in racers}
+    return rows
 
 
 def growth(
