@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from adapters.checks import check_positive, must_wait
+from adapters.normal import ndtri
 
 
 class Standardize(PointwiseAffineTransform):
@@ -98,7 +99,7 @@ class Logit(UnitInterval):
 class Probit(UnitInterval):
     """g = Φ⁻¹, the standard normal's quantile function: it makes uniform data standard normal. See ``UnitInterval``."""
 
-    stretch = staticmethod(torch.special.ndtri)
+    stretch = staticmethod(ndtri)
     squash = staticmethod(torch.special.ndtr)
 
     @staticmethod

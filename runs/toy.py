@@ -147,6 +147,7 @@ def main(
         metrics["interrupted"] = True
     pictures = draw(model, true, fitted, out)
     if animate:
+        frames.append(on_grid(model, 150))  # the end, and all there is after a resumed run that was done
         pictures.append(_film(frames, true, out))
     write_metrics(out, "toy", arguments, seed, metrics)
     print(
@@ -194,8 +195,8 @@ def draw(flow: Flow, true: Density, fitted: Fitted, out: Path) -> list[Path]:
             figures.scatter(axes[1, 1], flow.sample(6000).cpu().numpy(), "samples of the flow")
     training = out / "training.png"
     with figures.figure(training, size=(6, 3)) as (_, axes):
-        steps, losses = zip(*fitted.losses, strict=True)
-        figures.curve(axes, steps, losses, smooth=9, label="training NLL")
+        steps, losses = zip(*fitted.losses, strict=True) if fitted.losses else ((0,), (true.entropy,))
+        figures.curve(axes, steps, losses, smooth=min(9, 1 + len(losses) // 3), label="training NLL")
         axes.axhline(true.entropy, color=figures.ACCENT, linewidth=1, linestyle="--", label="entropy: the floor")
         lowest, highest = np.quantile(losses, [0, 0.98])
         margin = 0.1 * (highest - true.entropy)
@@ -219,7 +220,9 @@ def _camera(flow: Flow, frames: list[np.ndarray], steps: int, count: int = 60):
 
     def observe(step: int) -> None:
         if step in when:
-            frames.append(on_grid(flow, 150))
+            training = flow.training
+            frames.append(on_grid(flow.eval(), 150))
+            flow.train(training)
 
     return observe
 

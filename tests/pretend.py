@@ -38,6 +38,8 @@ waits: Counter = Counter()
 replays: list["Graph"] = []
 present = False  # only the tests of devices have one: what looks for the fastest device must not find it elsewhere
 _generators: WeakValueDictionary = WeakValueDictionary()  # by the address of what PyTorch hands on
+missing: set = set()  # operations that this device has not, as Apple's MPS lacks some
+_waits_forbidden = False
 _recording: "Graph | None" = None
 _registered: list[torch.library.Library] = []  # what is registered lasts as long as these
 
@@ -69,6 +71,12 @@ class OnPretend(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return _run(function, *args, **(kwargs or {}))
+
+
+def forbid_waits(forbidden: bool) -> None:
+    """As ``torch.cuda.set_sync_debug_mode("error")`` does."""
+    global _waits_forbidden
+    _waits_forbidden = forbidden
 
 
 class Graph:
@@ -160,6 +168,10 @@ def _run(function, *args, **kwargs) -> Any:
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
     inner_args, inner_kwargs = tree_map(_unwrap, (args, kwargs))
+    if _waits_forbidden and (function in ASKS or to_cpu):
+        raise RuntimeError(f"called a synchronizing operation ({function})")
+    if function in missing:
+        raise NotImplementedError(f"The operator {function} is not currently implemented for the {NAME} device")
     if _recording is not None:
         if function in ASKS or to_cpu:
             raise RuntimeError(f"operation not permitted when stream is capturing ({function})")

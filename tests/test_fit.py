@@ -44,7 +44,7 @@ def test_finds_the_minimum_and_reports():
     module = Quadratic()
     seen = []
     fitted = fit(module, lambda step: TARGET, Recipe(steps=400, lr=0.1), observe=seen.append)
-    assert_close(module.w.detach(), TARGET, atol=1e-3, rtol=0)
+    assert_close(module.w.detach().cpu(), TARGET, atol=1e-3, rtol=0)
     assert fitted.steps == 400 and fitted.seconds > 0 and not fitted.interrupted
     assert fitted.losses[-1][0] == 400 and seen == list(range(400))
 
@@ -69,7 +69,7 @@ def test_average_is_steadier_than_the_last_weights():
         torch.manual_seed(0)
         module = Quadratic()
         fit(module, noisy, Recipe(steps=3000, lr=0.05, average=average, warmup=1.0))
-        return (module.w.detach() - TARGET).norm()
+        return (module.w.detach().cpu() - TARGET).norm()
 
     assert error(0.99) < 0.5 * error(None)
 
@@ -147,7 +147,7 @@ def test_resumed_training_ends_bit_identical(tmp_path):
             return noisy(step)
 
         def validate():
-            return (module.w.detach() - TARGET).norm().item()
+            return (module.w.detach().cpu() - TARGET).norm().item()
 
         return module, fit(module, batch, recipe, validate=validate, directory=directory, resume=resume)
 

@@ -10,11 +10,12 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.special import ndtr, ndtri
+from torch.special import ndtr
 
 from adapters.checks import check_bins
 from adapters.layers.coupling import PackedCoupling, packed_flow
 from adapters.networks import MLP
+from adapters.normal import ndtri
 from adapters.preprocess import Marginals
 from adapters.registry import Example, Specification
 

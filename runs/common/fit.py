@@ -209,7 +209,7 @@ def fit(
         say(text)
 
     if recipe.compile:
-        say("compiling the training step, which takes a minute or so")
+        say("compiling the training step, which takes a minute or so; Ctrl-C waits until it is done")
 
     def batches(step: int) -> list[Any]:
         return [_to(batch(step * recipe.accumulate + i), device) for i in range(recipe.accumulate)]
@@ -294,8 +294,9 @@ def fit(
     if pending:
         training.trust(torch.stack(pending).tolist())
     training.save(finished=not training.fitted.interrupted)
-    if training.fitted.interrupted and validate is not None:  # only now: a resumed training must not see it
-        training.validate(validate)
+    validated = [step for step, _ in training.fitted.validation[-1:]] == [training.fitted.steps]
+    if training.fitted.interrupted and validate is not None and not validated:
+        training.validate(validate)  # only now: a resumed training must not see it
     training.finish()
     return training.fitted
 
@@ -346,9 +347,10 @@ def _agree(accelerator: Accelerator, losses: Tensor, seconds: float, stop: bool)
 
 
 def _to(batch: Any, device: torch.device) -> Any:
+    """On the device. Only CUDA is sure to have read the CPU's memory before that is used for something else."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    return tuple(None if part is None else part.to(device, non_blocking=True) for part in batch)
+        return batch.to(device, non_blocking=device.type == "cuda")
+    return tuple(None if part is None else _to(part, device) for part in batch)
 
 
 class _Training:
@@ -412,10 +414,10 @@ class _Training:
     def validate(self, validate: Callable[[], float]) -> float:
         """Score the weights that the training would end with now, and keep them if they are the best so far."""
         current = _copy(self.parameters)
-        if self.average is not None:
-            _write(self.parameters, self.average)
-        self.module.eval()
         try:
+            if self.average is not None:
+                _write(self.parameters, self.average)
+            self.module.eval()
             value = validate()
             if not math.isfinite(value):
                 self.restore_snapshot()
@@ -453,6 +455,7 @@ class _Training:
             "fitted": vars(self.fitted),
             "identity": self.identity,
             "random": torch.get_rng_state(),
+            "device": self.parameters[0].device.type,
             "random_of_device": random_state(self.parameters[0].device),
         }
         state = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, state)
@@ -492,7 +495,10 @@ class _Training:
             self.best_validation, self.since_best = state["best_validation"], state["since_best"]
             self.fitted = Fitted(**state["fitted"] | {"interrupted": False, "notes": []})
             torch.set_rng_state(state["random"])
-            set_random_state(state["random_of_device"], device)
+            if state["device"] == device.type:  # another kind of device has another kind of state
+                set_random_state(state["random_of_device"], device)
+            for group in self.optimizer.param_groups:  # as it is without a graph
+                group["lr"], group["capturable"] = float(group["lr"]), False
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{path} belongs to another model; resume with the arguments it began with") from error
         self.take_snapshot()

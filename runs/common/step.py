@@ -46,15 +46,16 @@ def set_rate(optimizer, rate: float) -> None:
 class GraphedStep:
     """A step that is recorded once, as a CUDA graph, and replayed: the GPU is handed one launch instead of hundreds.
 
-    The first calls run the step as it is, then one records it. From then on a call copies its tensors to where the
-    recorded step reads them. A step that can't be recorded goes on as it is.
+    The first calls run the step as it is, the last of them held to wait for nothing; then one records it. From then on
+    a call copies its tensors to where the recorded step reads them. A step that can't be recorded goes on as it is.
 
     Args:
         step: a function of batches (tensors, ``None``, and tuples and lists of them) that gives a tensor. It reads no
             value of a tensor, and what else it needs stays in its place: weights, the optimiser's state, the rate.
-        forget: drops the gradients. It is called before the recording, which keeps them in memory of its own.
+        forget: is called before the recording: see ``before_recording``.
         hold: is called before each replay, in which the weights change.
         say: is told, in one line, why the step can't be recorded.
+        device: the CUDA device that the step runs on.
     """
 
     def __init__(
@@ -63,20 +64,40 @@ class GraphedStep:
         forget: Callable[[], None],
         hold: Callable[[], None],
         say: Callable[[str], None],
+        device: torch.device,
     ):
-        self.step, self.forget, self.hold, self.say = step, forget, hold, say
-        self.calls = 0
+        self.step, self.forget, self.hold, self.say, self.device = step, forget, hold, say, device
+        self.calls, self.waits = 0, False
         self.graph = self.inputs = self.output = None
+
+    def _tried(self, batches: Sequence[Any]) -> Tensor:
+        """The step as it is, in which CUDA raises if anything waits: a recording that fails can't be undone on all
+        versions of PyTorch, so it is not begun. A step cut short so is done again."""
+        mode, random = torch.cuda.get_sync_debug_mode(), (torch.get_rng_state(), random_state(self.device))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return self._beside_the_default_stream(batches)
+        except RuntimeError as error:
+            self.waits = True
+            self.say(f"the step runs without a CUDA graph: {_reason(error)}")
+            torch.set_rng_state(random[0])
+            set_random_state(random[1], self.device)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        return self.step(batches)
 
     def __call__(self, batches: Sequence[Any]) -> Tensor:
         self.calls += 1
-        if self.calls <= WARMUP:
+        if self.calls < WARMUP:
             return self._beside_the_default_stream(batches)
-        if self.calls == WARMUP + 1:
+        if self.calls == WARMUP:
+            return self._tried(batches)
+        if self.calls == WARMUP + 1 and not self.waits:
             self._record(batches)
-        if self.graph is None:
+        values = tree_flatten(batches)[0]
+        if self.graph is None or [_shape(value) for value in values] != [_shape(value) for value in self.inputs]:
             return self.step(batches)
-        for static, value in zip(self.inputs, tree_flatten(batches)[0], strict=True):
+        for static, value in zip(self.inputs, values, strict=True):
             if static is not None:
                 static.copy_(value)
         self.hold()
@@ -98,10 +119,10 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         self.forget()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # back to it, come what may
                 self.output = self.step(tree_unflatten(inputs, shape))
         except Exception as error:  # any operation that can't be recorded, of any library
-            self.say(f"the step runs without a CUDA graph: {_reason(error)}")
+            self.say(f"the step runs without a CUDA graph: {_reason(error.__context__ or error)}")
             self.forget()
         else:
             self.graph, self.inputs = graph, inputs
@@ -112,6 +133,13 @@ def can_be_graphed(accelerator: Accelerator) -> bool:
     return (
         accelerator.device.type == "cuda" and accelerator.num_processes == 1 and accelerator.mixed_precision != "fp16"
     )
+
+
+def before_recording(optimizer: Any) -> None:
+    """Drop the gradients, which a graph keeps in memory of its own, and let it hold the optimiser's step."""
+    optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        group["capturable"] = True
 
 
 @contextmanager
@@ -142,9 +170,8 @@ def faster_step(
             say(f"the step is not compiled: {failed}")
         if can_be_graphed(accelerator):
             for group in optimizer.param_groups:
-                group["capturable"] = True
                 group["lr"] = torch.tensor(float(group["lr"]), device=device)
-            step = GraphedStep(step, lambda: optimizer.zero_grad(set_to_none=True), hold, say)
+            step = GraphedStep(step, lambda: before_recording(optimizer), hold, say, device)
         yield step
 
 
@@ -177,16 +204,21 @@ def compiled(loss: nn.Module, try_it: Callable[[], object], device: torch.device
             for part in parts:
                 part._compiled_call_impl = None
             failed = _reason(error)
-        with torch.no_grad():
-            for tensor, value in zip(loss.buffers(), buffers, strict=True):
-                tensor.copy_(value)
-        loss.zero_grad()
-        torch.set_rng_state(random)
-        set_random_state(on_device, device)
+        finally:  # after a Ctrl-C, too
+            with torch.no_grad():
+                for tensor, value in zip(loss.buffers(), buffers, strict=True):
+                    tensor.copy_(value)
+            loss.zero_grad()
+            torch.set_rng_state(random)
+            set_random_state(on_device, device)
         yield failed
     finally:
         for part in parts:
             part._compiled_call_impl = None
+
+
+def _shape(value: Tensor | None) -> torch.Size | None:
+    return None if value is None else value.shape
 
 
 def _reason(error: Exception) -> str:
