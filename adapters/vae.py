@@ -83,7 +83,7 @@ class Model(nn.Module):
     """z ~ p(z), x ~ p(x | z): a Pyro model of the images ``(batch, D)`` in [0, 1].
 
     Raises:
-        ValueError: in a call, for images outside [0, 1].
+        ValueError: in a call, for images outside [0, 1], where looking at them costs no wait: see ``check_images``.
     """
 
     def __init__(self, prior: Callable, decoder: Callable):

@@ -275,7 +275,8 @@ def fit(
                     accelerator.log({"training": mean, "lr": rate}, training.fitted.steps)
                     shown, window = elapsed + started, []
                 if validate is not None and (due or training.done()):
-                    value = training.validate(validate)
+                    with torch.compiler.set_stance("force_eager") if recipe.compile else nullcontext():
+                        value = training.validate(validate)  # else its batches would be compiled for, too
                     accelerator.log({"validation": value}, training.fitted.steps)
                     say(f"step {training.fitted.steps}: validation {describe(value)}")
                 if time.monotonic() - saved > recipe.save_every:
