@@ -108,7 +108,7 @@ def planted(features, wrong="", kind=Flow):
         (2, "", Lossy, ["sample/log_prob off by", "∫p off by"]),
         (80, "", Flow, []),
         (80, "log_det", Flow, ["log-determinant off by 1.0e-01", "sample/log_prob off by"]),
-        (80, "inverse_log_det", Flow, ["inverse log-determinant off by 1.0e-01", "sample/log_prob off by 1.0e-01"]),
+        (80, "inverse_log_det", Flow, ["sample/log_prob off by 1.0e-01"]),
     ],
 )
 def test_gates_catch_a_wrong_flow_and_no_other(features, wrong, kind, caught):
