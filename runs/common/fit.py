@@ -530,9 +530,13 @@ def set_aside(directory: Path) -> str | None:
 
 def _header(path: Path) -> dict | None:
     """The first line of a checkpoint; ``None`` if it is not as ``save`` writes it."""
+    with open(path, "rb") as file:
+        return _parse_header(file.readline(1000))
+
+
+def _parse_header(line: bytes) -> dict | None:
     try:
-        with open(path, "rb") as file:
-            header = json.loads(file.readline(1000))
+        header = json.loads(line)
         known = header["format"] == FORMAT and isinstance(header["steps"], int) and isinstance(header["finished"], bool)
         return header if known and isinstance(header["sha256"], str) else None
     except (ValueError, KeyError, TypeError):
@@ -540,15 +544,15 @@ def _header(path: Path) -> dict | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What ``save`` has written, to the bit, or a ValueError."""
+    """What ``save`` has written, to the bit, or a ValueError.
+
+    The file is opened once: a training that still runs may put the next
+    checkpoint in its place meanwhile, and the two must not be mixed.
+    """
     damaged = f"{path} is damaged, or not of this version; start again without --resume"
-    header = _header(path)
-    if header is None:
-        raise ValueError(damaged)
     with open(path, "rb") as file:
-        file.readline()
-        payload = file.read()
-    if _sha256(payload) != header["sha256"]:
+        header, payload = _parse_header(file.readline(1000)), file.read()
+    if header is None or _sha256(payload) != header["sha256"]:
         raise ValueError(damaged)
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
