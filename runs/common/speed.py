@@ -26,7 +26,7 @@ from runs.common import figures, native
 from runs.common.contestants import build
 from runs.common.devices import can_fuse, module_of, synchronize
 from runs.common.results import where, write_metrics
-from runs.common.step import WARMUP, GraphedStep, before_recording
+from runs.common.step import COMPILE, WARMUP, GraphedStep, before_recording
 from runs.common.timing import interleaved, ratio
 
 SECONDS = 6.0  # of timing for each kind of call, all flows together, at least MIN_ROUNDS of them
@@ -62,7 +62,7 @@ def training_step(parameters: Iterable[Tensor], loss: Callable[[], Tensor], fast
         fused=can_fuse(device),
     )
     if fast:
-        loss = torch.compile(loss, dynamic=False)
+        loss = torch.compile(loss, **COMPILE)
 
     def step(_: Sequence = ()) -> Tensor:
         optimizer.zero_grad()

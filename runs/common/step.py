@@ -12,6 +12,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from runs.common.devices import random_state, set_random_state
 
+# How a step is compiled. At each call the compiler asks whether anything has changed that it took for granted. It need
+# not ask so of torch's own modules inside a flow, of which a training changes the weights alone: that is 1 % of a step.
+COMPILE: dict[str, Any] = {
+    "dynamic": False,
+    "options": {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe},
+}
 WARMUP = 3  # steps before one is recorded: in them the libraries choose their algorithms and allocate what lasts
 
 
@@ -197,7 +203,7 @@ def compiled(loss: nn.Module, try_it: Callable[[], object], device: torch.device
                 warnings.simplefilter("ignore")
                 torch._dynamo.reset()  # else the objectives of one process after another would count as variants of one
                 for part in parts:
-                    part.compile(dynamic=False)
+                    part.compile(**COMPILE)
                 try_it()
             failed = None
         except Exception as error:  # whatever a compiler says: there are many, and the training can do without
