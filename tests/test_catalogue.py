@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -51,6 +52,18 @@ def test_a_flow_that_cannot_be_built_here_is_not_listed(monkeypatch):
             call("zuko-nsf", 3) if call is build_flow else call("zuko-nsf")
     with pytest.raises(ValueError, match="unknown flow 'zuko-nfs'; known: masked-affine, "):
         build_flow("zuko-nfs", 3)
+
+
+def test_a_library_is_imported_only_to_build_its_flows():
+    program = """
+import sys
+from adapters import flow_names
+from adapters.bridges import bridges
+from adapters.catalogue import native_flows
+flow_names(), native_flows()
+assert not [bridge for bridge in bridges() if bridge.EXTRA and bridge.PACKAGES[0] in sys.modules]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_new_file_needs_no_flow_and_names_are_unique(tmp_path, monkeypatch):
