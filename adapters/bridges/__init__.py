@@ -76,7 +76,7 @@ def as_transform(thing) -> Transform:
         raise TypeError(
             f"{_name(thing)} is no transform but a whole flow, as as_flow takes; its transform is flow._transform"
         )
-    bridge = _checked(hub) if isinstance(thing, Transform) else _bridge_of(thing)
+    bridge = hub if isinstance(thing, Transform) else _bridge_of(thing)
     transform = bridge.transform_in(thing)
     if transform is None:
         raise TypeError(f"{_name(thing)} is no transform; as_flow takes whole flows")
@@ -90,7 +90,7 @@ def as_flow(thing) -> Flow:
         TypeError: if ``thing`` is of no known library, or no flow.
         ValueError: from the bridge, for a flow that cannot be right.
     """
-    bridge = _checked(hub) if isinstance(thing, Flow | Transform) else _bridge_of(thing)
+    bridge = hub if isinstance(thing, Flow | Transform) else _bridge_of(thing)
     flow = bridge.flow_in(thing)
     if flow is None:
         raise TypeError(f"{_name(thing)} is no flow; as_transform takes transforms, which a Flow joins to a base")
