@@ -168,14 +168,15 @@ def _checked(module: ModuleType) -> Bridge:
 
 def _bridge_of(thing) -> Bridge:
     """The bridge that knows the most derived class of ``thing`` that any bridge knows."""
+    known_bridges = bridges()
     for kind in type(thing).__mro__:
-        for bridge in bridges():
+        for bridge in known_bridges:
             if any(f"{kind.__module__}.".startswith(f"{package}.") for package in bridge.PACKAGES):
                 return bridge
-    known = ", ".join(package for bridge in bridges() for package in bridge.PACKAGES)
+    known = ", ".join(package for bridge in known_bridges for package in bridge.PACKAGES)
     missing = ", ".join(
         f"{file_name(bridge)} (pip install 'flow-adapters[{bridge.EXTRA}]')"
-        for bridge in bridges()
+        for bridge in known_bridges
         if not installed(bridge)
     )
     raise TypeError(
