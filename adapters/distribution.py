@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from adapters.bridges import as_flow
-from adapters.torch_distributions import Watched
+from adapters.bridges.common.torch_distributions import Watched
 
 _found = Distribution._validate_args
 from pyro.distributions import TorchDistribution  # noqa: E402

@@ -1,7 +1,8 @@
 """Binary masks b ∈ {0, 1}^D that tell a coupling layer which coordinates to leave alone.
 
 The convention, here and everywhere in this package: **1 = passes unchanged, 0 = transformed** (equation 15 of the
-exercise; zuko and distrax agree). nflows' own coupling layers mean the opposite by 1; only ``bridges/nflows.py`` knows.
+exercise; zuko and distrax agree). nflows' own coupling layers mean the opposite by 1; only
+``catalogue/nflows.py`` knows.
 """
 
 from numbers import Integral

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from adapters import as_flow, build_flow, to_library
-from adapters.bridges import bridges
+from adapters.bridges import bridges, installed
+from adapters.catalogue import native_flows
 from adapters.checks import check_positive
 from adapters.flow import StandardNormal
 from adapters.masks import checkerboard_mask
 from runs.common.devices import can_fuse, device_of, make_accelerator
-from runs.common.native import NATIVE
 from runs.common.results import check_widths, cli, open_directory, where, write_metrics
 from runs.common.timing import interleaved, ratio
 
@@ -57,7 +57,8 @@ def main(
     metrics = {}
     print(f"D={features}, {layers} layers, hidden {hidden}, batch {batch_size}, on {where(place)}")
     print("in: the library's flow as an nflows Flow / natively")
-    for name, make in NATIVE.items():
+    for name, makers in native_flows().items():
+        make = next(iter(makers.values()))
         with place:  # what is made without saying where is made there
             mask = checkerboard_mask(features)
             native = make(features, [mask if i % 2 else 1 - mask for i in range(layers)], hidden)
@@ -66,7 +67,7 @@ def main(
             name, ours, lambda ours=ours: ours.log_prob(x), lambda native=native: native.log_prob(x), rounds
         )
     print("out: an nflows flow in the library's own density class / in nflows")
-    for bridge in bridges():
+    for bridge in filter(installed, bridges()):
         for name in bridge.LIBRARIES:
             flow = build_flow("masked-affine", features, layers=layers, hidden_features=hidden).to(place)
             exported = to_library(name, flow._transform)

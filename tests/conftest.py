@@ -4,22 +4,20 @@ A test is skipped if it fails because a library is missing *and* the missing lib
 name, parameters or source. What names no missing library must pass without it: so a needless import is still found.
 """
 
-import importlib.util
 import inspect
 from pathlib import Path
 
 import pytest
 
-from adapters.bridges import bridges
+from adapters.bridges import bridges, installed
+from adapters.discovery import file_name
 from tests import pretend
 
 if pretend.AVAILABLE:
     pretend.register()  # before the first backward pass of the process, in which autograd counts the devices
 
 MISSING = {
-    bridge.__name__.rpartition(".")[2]: f"pip install 'flow-adapters[{bridge.EXTRA}]'"
-    for bridge in bridges()
-    if importlib.util.find_spec(bridge.PACKAGES[0]) is None
+    file_name(bridge): f"pip install 'flow-adapters[{bridge.EXTRA}]'" for bridge in bridges() if not installed(bridge)
 }
 collect_ignore = [  # files that import a missing library as a whole
     file.name for file in Path(__file__).parent.glob("*.py") for name in MISSING if f"\n{name} = " in file.read_text()

@@ -3,15 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from adapters.registry import Example, modules
-
-EXAMPLES: dict[str, Example] = {
-    f"{module.__name__.removeprefix('adapters.')}:{name}": example
-    for package in ("adapters.layers", "adapters.bridges")
-    for module in modules(package)
-    for name, example in module.EXAMPLES.items()
-}
-
 
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
     """The module in float64, trained parameters moved by N(0, scale²): nothing passes because it is the identity."""

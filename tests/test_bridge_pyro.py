@@ -18,6 +18,8 @@ from torch.distributions import Independent, transforms
 from torch.testing import assert_close
 
 import adapters.bridges.pyro as bridge
+import adapters.catalogue.pyro as catalogue
+import tests.examples.pyro as examples
 from adapters import as_flow, as_transform, build_flow, to_library
 from tests.laws import batch, context_for, randomise
 
@@ -33,10 +35,10 @@ def count_calls(network):
     return calls
 
 
-@pytest.fixture(params=bridge.MODELS)
+@pytest.fixture(params=examples.MODELS)
 def model(request):
     """A library flow and its bridged flow, randomised together in float64, an input and a context for them."""
-    make, log_prob, event_shape, context_features, samples = bridge.MODELS[request.param]
+    make, log_prob, event_shape, context_features, samples = examples.MODELS[request.param]
     torch.manual_seed(0)
     native = make()
     flow = randomise(as_flow(native)).eval()
@@ -118,7 +120,7 @@ def flow_of(*parts):
     return as_flow(dist.TransformedDistribution(normal(4), list(parts)))
 
 
-THREADED = {name: lambda name=name: build_flow(name, 4, layers=2, hidden_features=(8,)) for name in bridge.FLOWS} | {
+THREADED = {name: lambda name=name: build_flow(name, 4, layers=2, hidden_features=(8,)) for name in catalogue.FLOWS} | {
     "nested": lambda: flow_of(T.spline_coupling(4, 2, [8]), T.affine_autoregressive(4, [8], stable=True)),
     "in parts": lambda: flow_of(
         transforms.CatTransform(

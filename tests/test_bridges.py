@@ -1,7 +1,6 @@
 """Every library that has a bridge, in and out: the same values, the same density, one network evaluation, clear errors.
 
-A new file in adapters/bridges is held to all of it without a line changed here, but for its own call noise → data:
-``DECODERS`` has to know it.
+A new file in adapters/bridges, and its examples in tests/examples, are held to all of it without a line changed here.
 """
 
 import copy
@@ -34,24 +33,33 @@ from adapters import (
     to_library,
 )
 from adapters.bridges import bridges, libraries
+from adapters.discovery import file_name
 from adapters.flow import Flow, StandardNormal
 from adapters.networks import MLP
-from adapters.registry import Example, Model
 from tests.conftest import MISSING
+from tests.examples import Example, Model, decoders, examples, models
 from tests.laws import assert_inputs_unchanged, batch, context_for, randomise
 
 ROWS = 5
-BRIDGES = {bridge.__name__.rpartition(".")[2]: bridge for bridge in bridges()}
-EXAMPLES: dict[str, Example] = {
-    f"{name}:{example}": bridge.EXAMPLES[example] for name, bridge in BRIDGES.items() for example in bridge.EXAMPLES
-}
-MODELS: dict[str, Model] = {
-    f"{name}:{model}": bridge.MODELS[model] for name, bridge in BRIDGES.items() for model in bridge.MODELS
-}
+
+
+def library_of(name: str) -> str:
+    """The bridge that an example or a model is of."""
+    return name.partition(":")[0]
+
+
+BRIDGES = {file_name(bridge): bridge for bridge in bridges()}
+EXAMPLES = {name: example for name, example in examples().items() if library_of(name) in BRIDGES}
+MODELS = models()
 
 
 def bridge_of(library: str):
     return next(bridge for bridge in BRIDGES.values() if library in bridge.LIBRARIES)
+
+
+def decode(library: str, exported, noise, context):
+    """x and the log-determinant of noise → data, by the library's own call."""
+    return decoders()[file_name(bridge_of(library))](exported, noise, context)
 
 
 def layers(name: str, context_features: int | None = None):
@@ -156,28 +164,9 @@ def test_law_3_the_librarys_own_density_is_nflows(export):
     assert set(calls.values()) <= {0, 1}, "one network evaluation is enough for a log_prob"
 
 
-def decode_torch(exported, noise, context):
-    transform = exported if context is None else exported.condition(context)
-    x = transform(noise)
-    return x, transform.log_abs_det_jacobian(noise, x)
-
-
-DECODERS = {  # noise → data by the library's own call
-    "nflows": lambda exported, noise, context: exported.inverse(noise, context),
-    "normflows": lambda exported, *inputs: exported(*inputs),
-    "zuko": lambda exported, noise, context: exported(context).inv.call_and_ladj(noise),
-    "pyro": decode_torch,
-    "torch": decode_torch,
-    "freia": lambda exported, noise, context: exported((noise,), None if context is None else [context], rev=True),
-}
-
-
 def test_law_3_noise_to_data(export):
     transform, noise, context, exported, library = export
-    assert library in DECODERS, f"add {library}'s own call noise → data to DECODERS"
-    x, log_det = DECODERS[library](exported, noise, context)
-    expected = transform.inverse(noise, context)
-    assert_close((x[0] if isinstance(x, tuple) else x, log_det), expected)
+    assert_close(decode(library, exported, noise, context), transform.inverse(noise, context))
 
 
 def test_training_an_export_trains_the_original(export):
@@ -239,7 +228,7 @@ def test_leading_batch_dimensions(library):
         transform, _, _ = made(HUB[name])
         event = HUB[name].event_shape
         noise, context = batch(2, 3, *event), context_for(HUB[name].context_features, 3)
-        x, log_det = DECODERS[library](exported(library, transform, HUB[name]), noise, context)
+        x, log_det = decode(library, exported(library, transform, HUB[name]), noise, context)
         rows = None if context is None else context.expand(2, *context.shape).flatten(0, 1)
         expected, expected_log_det = transform.inverse(noise.flatten(0, 1), rows)
         assert_close(x, expected.view_as(noise))
@@ -255,7 +244,7 @@ def test_chains_of_libraries(inner, outer):
 
 
 FIRSTS = {  # of each library, its first example without a context and its first with one
-    (name.partition(":")[0], example.context_features is not None): name for name, example in reversed(EXAMPLES.items())
+    (library_of(name), example.context_features is not None): name for name, example in reversed(EXAMPLES.items())
 }
 
 
@@ -266,10 +255,6 @@ def test_a_librarys_own_layer_is_scored_by_every_other_library(name, library):
     transform, x, context = made(EXAMPLES[name])
     native = bridge_of(library).native_log_prob(exported(library, transform, EXAMPLES[name]), x, context)
     assert_close(native, nflows_log_prob(transform, x, context))
-
-
-def has_context(entries: dict) -> bool:
-    return any(entry.context_features is not None for entry in entries.values())
 
 
 def is_differentiable(model: Model) -> bool:
@@ -295,17 +280,20 @@ def bridge_table() -> list[str]:
         if name == "nflows" or name in MISSING:  # the hub itself, or not installed
             continue
         torch.manual_seed(0)
-        models = [m for m in bridge.MODELS.values() if m.samples and m.context_features is None]
+        transforms, models = (
+            [entry for key, entry in entries.items() if library_of(key) == name] for entries in (EXAMPLES, MODELS)
+        )
+        sampled = [model for model in models if model.samples and model.context_features is None]
         transform, x, _ = made(HUB["packed"])
         outs = [f'`"{o}"`' for o in bridge.LIBRARIES if as_transform(to_library(o, transform))(x)[0].shape == x.shape]
         columns = [
-            bool(bridge.EXAMPLES),
+            bool(transforms),
             ", ".join(outs),
-            bool(bridge.MODELS),
-            has_context(bridge.EXAMPLES | bridge.MODELS),
-            any(len(e.event_shape) == 3 for e in (bridge.EXAMPLES | bridge.MODELS).values()),
-            any(map(is_differentiable, models)),
-            all(map(keeps_float64, models)),
+            bool(models),
+            any(entry.context_features is not None for entry in transforms + models),
+            any(len(entry.event_shape) == 3 for entry in transforms + models),
+            any(map(is_differentiable, sampled)),
+            all(map(keeps_float64, sampled)),
         ]
         cells = [c if isinstance(c, str) else "yes" if c else "no" for c in columns]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -10,13 +11,13 @@ import torch
 from nflows.flows import Flow as NflowsFlow
 from torch.testing import assert_close
 
+import adapters.catalogue
 import adapters.layers
 from adapters import build_flow, checkerboard_mask, flow_names, random_mask
 from adapters.catalogue import _flows, describe_flow, flow_options
 from adapters.masks import pyramid_masks
 from adapters.networks import ConvNet
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
-from adapters.registry import flows
 from tests.laws import autograd_log_det, batch, randomise
 
 
@@ -53,21 +54,34 @@ def test_a_flow_that_cannot_be_built_here_is_not_listed(monkeypatch):
         build_flow("zuko-nfs", 3)
 
 
-def test_a_new_layer_needs_no_flow_nor_example(tmp_path, monkeypatch):
+def test_a_library_is_imported_only_to_build_its_flows():
+    program = """
+import sys
+from adapters import flow_names
+from adapters.bridges import bridges
+from adapters.catalogue import native_flows
+flow_names(), native_flows()
+assert not [bridge for bridge in bridges() if bridge.EXTRA and bridge.PACKAGES[0] in sys.modules]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_new_file_needs_no_flow_and_names_are_unique(tmp_path, monkeypatch):
     """A file without FLOWS is no trouble, one with some is found, and two flows of one name are refused."""
-    monkeypatch.setattr(adapters.layers, "__path__", [*adapters.layers.__path__, str(tmp_path)])
-    (tmp_path / "my_idea.py").write_text("def unfinished(): ...")
-    (tmp_path / "my_layer.py").write_text(
-        "from adapters.layers.coupling import masked_affine\nFLOWS = {'mine': masked_affine}"
-    )
-    found = flows("adapters.layers", "adapters.bridges")
-    assert list(found)[5] == "mine" and list(found)[:5] + list(found)[6:] == list(_flows())
-    (tmp_path / "my_layer.py").write_text("FLOWS = {'zuko-nsf': print}")
-    monkeypatch.delitem(sys.modules, "adapters.layers.my_layer")
-    with pytest.raises(ValueError, match="two flows are named 'zuko-nsf': in adapters.layers.my_layer and .*zuko"):
-        flows("adapters.layers", "adapters.bridges")
-    for name in ("my_idea", "my_layer"):
-        monkeypatch.delitem(sys.modules, f"adapters.layers.{name}")
+    for package in (adapters.layers, adapters.catalogue):
+        directory = tmp_path / package.__name__
+        directory.mkdir()
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(directory)])
+        (directory / "my_idea.py").write_text("def unfinished(): ...")
+    mine = tmp_path / "adapters.catalogue" / "mine.py"
+    mine.write_text("from adapters.catalogue.hand_written import masked_affine\nFLOWS = {'mine': masked_affine}")
+    found = list(_flows.__wrapped__())
+    assert found[5] == "mine" and found[:5] + found[6:] == list(_flows())
+    mine.write_text("FLOWS = {'zuko-nsf': print}")
+    del sys.modules["adapters.catalogue.mine"]
+    with pytest.raises(ValueError, match="two flows are named 'zuko-nsf': in adapters.catalogue.zuko and .*mine"):
+        _flows.__wrapped__()
+    del sys.modules["adapters.catalogue.mine"], sys.modules["adapters.catalogue.my_idea"]
 
 
 @pytest.mark.parametrize("name", flow_names())

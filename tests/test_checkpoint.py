@@ -21,14 +21,10 @@ from torch.testing import assert_close
 from adapters import as_flow, build_flow, flow_names, load_flow, random_mask, save_flow
 from adapters.checkpoint import FILE, _checksum, write_atomically
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
-from adapters.registry import Model, modules
+from tests.examples import models
 from tests.laws import batch, context_for, randomise
 
-MODELS: dict[str, Model] = {
-    f"{module.__name__.rpartition('.')[2]}-{name}": model
-    for module in modules("adapters.bridges")
-    for name, model in getattr(module, "MODELS", {}).items()
-}
+MODELS = models()
 
 
 def make_model(name: str):

@@ -572,7 +572,7 @@ def test_speed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "WIDTHS", (2, 4))
     monkeypatch.setattr(speed, "DEPTHS", (1, 2))
     found = speed.speed(("freia-affine",), 2, (4, 4), False, tmp_path, CPU, features=6)
-    assert set(found["table"]) == {*speed.OURS, *speed.LIBRARIES, "freia-affine", speed.BARE}
+    assert set(found["table"]) == {*speed.OURS, *speed.NATIVE_FLOWS, "freia-affine", speed.BARE}
     assert found["table"][speed.BARE]["step_to_bare"] == found["table"]["masked-affine"]["step_ours"] == 1
     assert "per layer at D=2" in capsys.readouterr().out and width_of(tmp_path / "growth.png") > 300
 
@@ -655,11 +655,11 @@ def test_an_out_that_is_a_file_is_named_before_any_work(task, tmp_path, monkeypa
         compare.main(task=task, out=tmp_path / "file")
 
 
-@pytest.mark.parametrize("name", speed.LIBRARIES)
+@pytest.mark.parametrize("name", speed.NATIVE_FLOWS)
 def test_a_librarys_samples_are_of_the_density_that_it_scores(name):
     torch.manual_seed(0)
     mask = torch.tensor([1.0, 0.0])
-    native = speed.LIBRARIES[name](2, [mask, 1 - mask, mask], (8,))
+    native = speed.NATIVE_FLOWS[name](2, [mask, 1 - mask, mask], (8,))
     with torch.no_grad():
         for parameter in native.parameters:
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -21,8 +21,8 @@ from torch.distributions import Transform, transform_to
 from torch.testing import assert_close
 
 from adapters import as_flow, as_transform
+from adapters.bridges.common.torch_distributions import bounds
 from adapters.bridges.zuko import import_zuko
-from adapters.torch_distributions import bounds
 from tests.laws import autograd_log_det, batch, context_for, randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore:class CorrLCholeskyTransform is deprecated")

@@ -1,26 +1,66 @@
 """Any transform or flow of any library, as nflows' and back. One file here per library; its presence registers it.
 
-A bridge is a module with
-
-- ``PACKAGES``: the packages whose classes it knows, e.g. ``("zuko",)``; it imports none of them when it is imported;
-- ``LIBRARIES``: the names that ``to_library`` takes for it; ``EXTRA``: the extra of this package that installs them;
-- ``transform_in(thing)`` → nflows ``Transform`` data → noise, or ``None`` for a thing that is no transform;
-- ``flow_in(thing)`` → ``adapters.flow.Flow``, or ``None`` for a thing that is no flow;
-- ``transform_out(transform, library, event_dim, conditional)`` → the library's own transform type, where ``event_dim``
-  is the number of a datum's dimensions or, where they differ, the shapes of a datum and of its noise;
-- ``native_log_prob(exported, inputs, context)`` → log-density of the library's own flow class around an exported
-  transform and a standard normal: what the tests hold against nflows' (law 3);
-- ``EXAMPLES``, ``MODELS`` and ``FLOWS``: see ``adapters.registry``.
+``Bridge`` says what such a file must have. What bridges share is in ``common``.
 """
 
+import importlib.util
+import inspect
 from types import ModuleType
+from typing import Any, Protocol, cast
 
 from nflows.flows import Flow
 from nflows.transforms import Transform
+from torch import Tensor
 
 from adapters.bridges import nflows as hub
-from adapters.exports import EventDim, check_event_dim, event_dim_of, reads_context, whole_transform
-from adapters.registry import check_installed, installed, modules
+from adapters.bridges.common.exports import EventDim, check_event_dim, event_dim_of, reads_context, whole_transform
+from adapters.discovery import file_name, modules
+
+
+class Bridge(Protocol):
+    """What a file of this package must have: the names by which it and its library are known, and four functions.
+
+    A bridge imports its library only when it is asked to convert something, so that a library that is not installed
+    is no trouble to anybody else.
+
+    Attributes:
+        PACKAGES: the packages whose classes it knows, e.g. ``("zuko",)``. The library is installed if the first one is.
+        LIBRARIES: the names that ``to_library`` takes for it.
+        DISTRIBUTION: the name that installs the library, e.g. ``"pyro-ppl"``, whose version a run notes down.
+        EXTRA: the extra of this package that installs it; ``None`` if it always is.
+    """
+
+    __name__: str
+    PACKAGES: tuple[str, ...]
+    LIBRARIES: tuple[str, ...]
+    DISTRIBUTION: str
+    EXTRA: str | None
+
+    def transform_in(self, foreign: Any, /) -> Transform | None:
+        """A transform of the library as an nflows one, data → noise; ``None`` for what is no transform."""
+        ...
+
+    def flow_in(self, foreign: Any, /) -> Flow | None:
+        """A flow of the library, transform and base, as ``adapters.flow.Flow``; ``None`` for what is no flow."""
+        ...
+
+    def transform_out(self, transform: Transform, library: str, event_dim: EventDim, conditional: bool, /) -> Any:
+        """The library's own transform type, with the transform inside.
+
+        Args:
+            transform: data → noise.
+            library: which one of ``LIBRARIES``.
+            event_dim: dimensions of one datum or, where they differ, the shapes of a datum and of its noise.
+            conditional: whether it takes a context.
+        """
+        ...
+
+    def native_log_prob(self, exported: Any, inputs: Tensor, context: Tensor | None = None, /) -> Tensor:
+        """The log-density ``(batch,)`` of the library's own flow class: an exported transform on a standard normal.
+
+        The tests hold it against nflows' (law 3), and ``runs/overhead.py`` times it.
+        """
+        ...
 
 
 def as_transform(thing) -> Transform:
@@ -94,9 +134,13 @@ def to_library(library: str, thing: Transform | Flow, *, event_dim: EventDim | N
     return bridge.transform_out(thing, library, event_dim, conditional)
 
 
-def bridges() -> list[ModuleType]:
-    """Every bridge there is a file for."""
-    return modules(__name__)
+def bridges() -> list[Bridge]:
+    """Every bridge there is a file for.
+
+    Raises:
+        TypeError: for a file that lacks one of the names that ``Bridge`` lists.
+    """
+    return [_checked(module) for module in modules(__name__)]
 
 
 def libraries() -> list[str]:
@@ -104,16 +148,35 @@ def libraries() -> list[str]:
     return [library for bridge in bridges() for library in bridge.LIBRARIES]
 
 
-def _bridge_of(thing) -> ModuleType:
+def installed(bridge: Bridge) -> bool:
+    """Whether the bridge's library can be imported."""
+    return importlib.util.find_spec(bridge.PACKAGES[0]) is not None
+
+
+def check_installed(bridge: Bridge) -> None:
+    """Raise an ImportError that names the extra unless ``installed``."""
+    if not installed(bridge):
+        raise ImportError(f"{file_name(bridge)} is not installed: pip install 'flow-adapters[{bridge.EXTRA}]'")
+
+
+def _checked(module: ModuleType) -> Bridge:
+    wanted = [*inspect.get_annotations(Bridge), *(name for name in vars(Bridge) if not name.startswith("_"))]
+    if missing := [name for name in wanted if not hasattr(module, name)]:
+        raise TypeError(f"{module.__file__} is no bridge without {', '.join(missing)}: see adapters.bridges.Bridge")
+    return cast(Bridge, module)
+
+
+def _bridge_of(thing) -> Bridge:
     """The bridge that knows the most derived class of ``thing`` that any bridge knows."""
+    known_bridges = bridges()
     for kind in type(thing).__mro__:
-        for bridge in bridges():
+        for bridge in known_bridges:
             if any(f"{kind.__module__}.".startswith(f"{package}.") for package in bridge.PACKAGES):
                 return bridge
-    known = ", ".join(package for bridge in bridges() for package in bridge.PACKAGES)
+    known = ", ".join(package for bridge in known_bridges for package in bridge.PACKAGES)
     missing = ", ".join(
-        f"{bridge.__name__.rpartition('.')[2]} (pip install 'flow-adapters[{bridge.EXTRA}]')"
-        for bridge in bridges()
+        f"{file_name(bridge)} (pip install 'flow-adapters[{bridge.EXTRA}]')"
+        for bridge in known_bridges
         if not installed(bridge)
     )
     raise TypeError(

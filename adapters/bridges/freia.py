@@ -1,4 +1,4 @@
-"""FrEIA: its invertible networks and blocks in, any transform out, and its affine coupling for the catalogue.
+"""FrEIA: its invertible networks and blocks in, any transform out.
 
 FrEIA runs data → noise as nflows does, and ``rev=True`` the other way. It has no density class: a network of its is
 trained with the loss z²/2 − log|det J|, so a whole network means the flow from a standard normal base.
@@ -12,17 +12,16 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from nflows.transforms import CompositeTransform, Permutation, Transform
+from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters.checks import check_context, check_event
 from adapters.flow import Flow, StandardNormal
-from adapters.networks import MLP
-from adapters.registry import Example, Model, Specification
 
 PACKAGES = ("FrEIA",)
 LIBRARIES = ("freia",)
+DISTRIBUTION = "FrEIA"
 EXTRA = "freia"
 
 
@@ -350,84 +349,3 @@ def _conditions(module: nn.Module) -> dict[int, tuple[int, ...]]:
         keyed = zip(module.conditions, module.module_list, strict=True)
         return dict(sorted((key, tuple(block.dims_c[0])) for key, block in keyed if key is not None))
     return {key: tuple(shape) for key, shape in enumerate(module.dims_c)}
-
-
-def affine(specification: Specification, clamp: float = 2.0) -> Transform:
-    """``AffineCouplingOneSided`` under our masks and networks.
-
-    FrEIA splits by place: the first coordinates pass. Here the coordinates are put in the mask's order before each
-    block, and back after it. The scale is exp(clamp · 0.636 · atan s), within e^±clamp.
-    """
-    from FrEIA.modules import AffineCouplingOneSided
-
-    def network(in_features: int, out_features: int) -> MLP:
-        return MLP(in_features, out_features, specification.hidden_features, None, specification.activation)
-
-    dims_c = [(specification.context_features,)] if specification.context_features else []
-    layers = []
-    for mask in reversed(specification.coupling_masks):
-        order = torch.argsort(mask, descending=True, stable=True)
-        block = AffineCouplingOneSided(
-            [(specification.features,)], dims_c, network, clamp=clamp, split_len=int(mask.sum())
-        )
-        layers += [Permutation(order), FreiaTransform(block), Permutation(torch.argsort(order))]
-    return CompositeTransform(layers)
-
-
-def _sequence(context_features: int | None = None) -> nn.Module:
-    """Coupling blocks, one of them conditional where there is a context, and ones with a number as log-determinant."""
-    from FrEIA import framework, modules
-
-    condition = {"cond": 0, "cond_shape": (context_features,)} if context_features else {}
-    network = framework.SequenceINN(4)
-    network.append(modules.GLOWCouplingBlock, subnet_constructor=MLP, **condition)
-    network.append(modules.PermuteRandom, seed=0)
-    network.append(modules.NICECouplingBlock, subnet_constructor=MLP)
-    return network
-
-
-def _graph() -> nn.Module:
-    from FrEIA import framework, modules
-
-    start, condition = framework.InputNode(3), framework.ConditionNode(2)
-    block = framework.Node(start, modules.RNVPCouplingBlock, {"subnet_constructor": MLP}, conditions=condition)
-    return framework.GraphINN([start, condition, block, framework.OutputNode(block)])
-
-
-def _image() -> nn.Module:
-    """Couplings of an image's channels between a wavelet transform and its inverse."""
-    from FrEIA import framework, modules
-
-    network = framework.SequenceINN(1, 4, 4)
-    network.append(modules.HaarDownsampling)
-    network.append(modules.GLOWCouplingBlock, subnet_constructor=lambda i, o: nn.Conv2d(i, o, 3, padding=1))
-    network.append(modules.HaarUpsampling)
-    return network
-
-
-def _constant() -> nn.Module:
-    """Blocks whose log-determinants have no dimension, or are numbers."""
-    from FrEIA import framework, modules
-
-    network = framework.SequenceINN(2, 3, 3)
-    network.append(modules.Fixed1x1Conv, M=torch.tensor([[2.0, 1.0], [0.0, 1.0]], dtype=torch.float64))
-    network.append(modules.NICECouplingBlock, subnet_constructor=lambda i, o: nn.Conv2d(i, o, 3, padding=1))
-    return network
-
-
-FLOWS = {"freia-affine": affine}
-
-EXAMPLES = {
-    "sequence": Example(lambda: FreiaTransform(_sequence()), (4,)),
-    "sequence-context": Example(lambda: FreiaTransform(_sequence(2)), (4,), 2),
-    "graph-context": Example(lambda: FreiaTransform(_graph()), (3,), 2),
-    "image": Example(lambda: FreiaTransform(_image()), (1, 4, 4)),
-    "constant": Example(lambda: FreiaTransform(_constant()), (2, 3, 3)),
-}
-
-MODELS = {
-    "SequenceINN": Model(_sequence, _log_prob, (4,)),
-    "SequenceINN-context": Model(lambda: _sequence(2), _log_prob, (4,), 2),
-    "GraphINN-context": Model(_graph, _log_prob, (3,), 2),
-    "SequenceINN-image": Model(_image, _log_prob, (1, 4, 4)),
-}

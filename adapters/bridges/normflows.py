@@ -1,4 +1,4 @@
-"""normflows: its flow layers and its whole models in, any transform out, and its layers for the catalogue.
+"""normflows: its flow layers and its whole models in, any transform out.
 
 normflows runs noise → data and lists the noise side first; ``NormflowsTransform`` turns that round. It runs the layers
 itself, one by one, for four reasons: normflows' own loops add up log-determinants in float32; some of its layers give
@@ -16,16 +16,15 @@ from types import EllipsisType
 
 import nflows.distributions
 import torch
-from nflows.transforms import CompositeTransform, InverseNotAvailable, ReversePermutation, Transform
+from nflows.transforms import InverseNotAvailable, Transform
 from nflows.transforms.base import InputOutsideDomain
 from torch import Tensor, nn
 
 from adapters.checks import check_context, naming_shape
-from adapters.flow import ContextAsCoordinates, Flow
-from adapters.networks import ACTIVATIONS, MLP
-from adapters.registry import Example, Model, Specification
+from adapters.flow import Flow
 
 PACKAGES = LIBRARIES = ("normflows",)
+DISTRIBUTION = "normflows"
 EXTRA = "normflows"
 
 # Width of the context that something reads: None if it reads none, ... if it does not say.
@@ -268,7 +267,8 @@ def native_log_prob(exported: nn.Module, inputs: Tensor, context: Tensor | None 
 
     base = DiagGaussian(tuple(inputs.shape[1:]), trainable=False).to(inputs)
     kind = NormalizingFlow if context is None else ConditionalNormalizingFlow
-    return _log_prob(kind(base, [exported]), inputs, context)
+    model = kind(base, [exported])
+    return model.log_prob(inputs) if context is None else model.log_prob(inputs, context)
 
 
 @cache
@@ -616,186 +616,3 @@ def _like(model: nn.Module) -> Tensor:
 
 def _name(thing) -> str:
     return type(thing).__name__
-
-
-def affine(specification: Specification) -> Transform:
-    """``MaskedAffineFlow``: two full-width networks a layer, the scale exp(s) without a bound, from the identity on.
-
-    The layer takes no context of its own; here the context joins the coordinates that it leaves unchanged.
-    """
-    from normflows.flows import MaskedAffineFlow
-
-    features, context_features = specification.features, specification.context_features or 0
-
-    def network() -> nn.Module:
-        mlp = MLP(features + context_features, features, specification.hidden_features, None, specification.activation)
-        return mlp.append(nn.ConstantPad1d((0, context_features), 0.0)) if context_features else mlp
-
-    transform = NormflowsTransform(
-        MaskedAffineFlow(torch.cat((mask, mask.new_ones(context_features))), t=network(), s=network())
-        for mask in specification.coupling_masks
-    )
-    return ContextAsCoordinates(transform, features, context_features) if context_features else transform
-
-
-def rqs(specification: Specification, bins: int = 8, tail_bound: float = 4.0) -> Transform:
-    """The coupling inside ``CoupledRationalQuadraticSpline``, with linear tails, under our masks and networks.
-
-    As there, the unchanged coordinates too go through a spline, one that depends on nothing. The library's own class
-    knows the alternating mask only, has residual networks of one width, and bounds its tails at 3.
-    """
-    from normflows.flows import Reverse
-    from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
-
-    def network(in_features: int, out_features: int) -> MLP:
-        return MLP(in_features, out_features, **specification.network)
-
-    return NormflowsTransform(
-        Reverse(
-            PiecewiseRationalQuadraticCoupling(
-                1 - mask,  # normflows' spline couplings mark the transformed coordinates by 1
-                network,
-                num_bins=bins,
-                tails="linear",
-                tail_bound=tail_bound,
-                apply_unconditional_transform=True,
-            )
-        )
-        for mask in specification.coupling_masks
-    )
-
-
-def maf(specification: Specification) -> Transform:
-    """``MaskedAffineAutoregressive`` turned round, so that log_prob is the fast direction, after a reversal each.
-
-    The library's own direction samples fast. The scale, data → noise, is σ(· + 2) + 0.001: at most 1.001. Its MADE has
-    one width, and one residual block for each hidden width.
-    """
-    from normflows.flows import MaskedAffineAutoregressive, Reverse
-
-    widths = specification.hidden_features
-    if len(set(widths)) != 1:
-        raise ValueError(f"this network has one hidden width, so {widths} must all be equal")
-    layers = []
-    for _ in range(specification.layers):
-        layer = MaskedAffineAutoregressive(
-            specification.features,
-            widths[0],
-            context_features=specification.context_features,
-            num_blocks=len(widths),
-            activation=ACTIVATIONS[specification.activation](),
-        )
-        layers += [ReversePermutation(specification.features), NormflowsTransform([Reverse(layer)])]
-    return CompositeTransform(layers)
-
-
-def _masked() -> list[nn.Module]:
-    from normflows import flows
-
-    mask = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    return [flows.MaskedAffineFlow(b, t=MLP(4, 4, (8,)), s=MLP(4, 4, (8,))) for b in (mask, 1 - mask)]
-
-
-def _composite() -> Transform:
-    """Layers whose log-determinants are a vector, of no dimension, and in float32."""
-    from normflows import flows
-
-    layers = [
-        flows.AffineConstFlow(4),
-        *_masked(),
-        flows.Permute(4, mode="swap"),
-        flows.Reverse(flows.LULinearPermute(4)),
-        flows.InvertibleAffine(4, use_lu=False),
-    ]
-    return transform_in(flows.Composite(layers))
-
-
-def _glow() -> Transform:
-    """A Glow block on four channels, between a squeeze and its inverse: an image to an image."""
-    from normflows import flows
-
-    block = flows.GlowBlock(4, 8, use_lu=False)
-    return transform_in(flows.Composite([flows.Reverse(flows.Squeeze()), block, flows.Squeeze()]))
-
-
-def _layer(name: str, *arguments, **options) -> Transform:
-    from normflows import flows
-
-    return transform_in(getattr(flows, name)(*arguments, **options))
-
-
-def _model(base: str, *arguments, **options) -> nn.Module:
-    import normflows
-
-    return normflows.NormalizingFlow(getattr(normflows.distributions.base, base)(*arguments, **options), _masked())
-
-
-def _conditional_model() -> nn.Module:
-    """A context for the base and for layers of two kinds, and layers that take one only to ignore it."""
-    import normflows
-    from normflows import flows
-
-    layers = [
-        flows.MaskedAffineAutoregressive(4, 8, context_features=2),
-        flows.LULinearPermute(4),
-        flows.CoupledRationalQuadraticSpline(4, 1, 8, num_context_channels=2),
-    ]
-    base = normflows.distributions.base.ConditionalDiagGaussian(4, nn.Linear(2, 8))
-    return normflows.ConditionalNormalizingFlow(base, layers)
-
-
-def _class_conditional_model() -> nn.Module:
-    import normflows
-
-    return normflows.ClassCondFlow(normflows.distributions.ClassCondDiagGaussian(4, 3), _masked())
-
-
-def _multiscale_model(classes: int | None = None) -> nn.Module:
-    """Two levels of an image of one channel, each squeezed to four."""
-    import normflows
-    from normflows import flows
-
-    def level(channels: int) -> list[nn.Module]:
-        network = nn.Conv2d(channels // 2, channels, 3, padding=1)
-        return [flows.Invertible1x1Conv(channels), flows.AffineCouplingBlock(network), flows.Squeeze()]
-
-    bases = [normflows.distributions.GlowBase(shape, classes) for shape in ((8, 1, 1), (2, 2, 2))]
-    return normflows.MultiscaleFlow(bases, [level(8), level(4)], [flows.Merge()], class_cond=classes is not None)
-
-
-def _one_way_model() -> nn.Module:
-    """A planar flow turned round: it scores, and cannot sample."""
-    import normflows
-    from normflows import flows
-
-    layers = [flows.Reverse(flows.Planar(3)), flows.Reverse(flows.Planar(3))]
-    return normflows.NormalizingFlow(normflows.distributions.DiagGaussian(3, trainable=False), layers)
-
-
-def _log_prob(model: nn.Module, inputs: Tensor, context: Tensor | None) -> Tensor:
-    """By the library's own method."""
-    return model.log_prob(inputs) if context is None else model.log_prob(inputs, context)
-
-
-FLOWS = {"normflows-affine": affine, "normflows-rqs": rqs, "normflows-maf": maf}
-
-EXAMPLES = {
-    "composite": Example(_composite, (4,)),
-    "planar": Example(lambda: _layer("Planar", 3, act="leaky_relu"), (3,)),
-    "maf": Example(lambda: _layer("MaskedAffineAutoregressive", 3, 8), (3,)),
-    "maf-context": Example(lambda: _layer("MaskedAffineAutoregressive", 3, 8, context_features=2), (3,), 2),
-    "rqs-context": Example(lambda: _layer("CoupledRationalQuadraticSpline", 4, 1, 8, num_context_channels=2), (4,), 2),
-    "autoregressive-rqs": Example(lambda: _layer("AutoregressiveRationalQuadraticSpline", 3, 1, 8), (3,)),
-    "conv": Example(lambda: _layer("Invertible1x1Conv", 3), (3, 2, 2)),
-    "glow": Example(_glow, (1, 4, 4)),
-}
-
-MODELS = {
-    "NormalizingFlow": Model(lambda: _model("DiagGaussian", 4), _log_prob, (4,)),
-    "GaussianMixture": Model(lambda: _model("GaussianMixture", 3, 4), _log_prob, (4,)),
-    "ConditionalNormalizingFlow": Model(_conditional_model, _log_prob, (4,), 2),
-    "ClassCondFlow": Model(_class_conditional_model, _log_prob, (4,), 3),
-    "MultiscaleFlow": Model(_multiscale_model, lambda model, *inputs: model.log_prob(*inputs), (1, 4, 4)),
-    "MultiscaleFlow-classes": Model(lambda: _multiscale_model(3), _log_prob, (1, 4, 4), 3),
-    "planar": Model(_one_way_model, _log_prob, (3,), samples=False),
-}

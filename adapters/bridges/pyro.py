@@ -8,7 +8,7 @@ A context has the shape ``(batch, width)``. A datum of a distribution is its bat
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 
 import torch
@@ -17,13 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, TransformedDistribution, transforms
 from torch.overrides import TorchFunctionMode
 
-from adapters.checks import check_context, naming_shape
-from adapters.exports import EventDim, check_shapes_known
-from adapters.flow import ContextAsCoordinates, Flow
-from adapters.masks import check_mask
-from adapters.networks import ACTIVATIONS
-from adapters.registry import Example, Model, Specification
-from adapters.torch_distributions import (
+from adapters.bridges.common.exports import EventDim, check_shapes_known
+from adapters.bridges.common.torch_distributions import (
     ExportedTransform,
     ForeignFlow,
     Held,
@@ -35,9 +30,12 @@ from adapters.torch_distributions import (
     rows,
     within,
 )
+from adapters.checks import check_context, naming_shape
+from adapters.flow import Flow
 
 PACKAGES = ("pyro", "torch.distributions")
 LIBRARIES = ("pyro", "torch")
+DISTRIBUTION = "pyro-ppl"
 EXTRA = None
 
 # Pyro's transforms that run noise → data only: they score a value by remembering how they made it.
@@ -211,13 +209,6 @@ def _pyro():
     return pyro.distributions
 
 
-def _pyro_nn():
-    _pyro()
-    import pyro.nn
-
-    return pyro.nn
-
-
 def _conditional():
     """Pyro's module of conditional things; ``None`` if nobody has imported Pyro, so that there can be none."""
     return sys.modules.get("pyro.distributions.conditional")
@@ -343,10 +334,6 @@ def _changes_shape(part) -> bool:
     return isinstance(part, kinds) or _is(part, "CorrLCholeskyTransform", "SimplexToOrderedTransform")
 
 
-def _is_bounded(part) -> bool:
-    return not _reads_context(part) and any(_limits(part, called) is not None for called in (True, False))
-
-
 def _limits(part, called: bool) -> Limits | None:
     """The bounds of what the part takes, when it is called or its inverse is."""
     if _is(part, "ELUTransform") and not called:
@@ -409,206 +396,3 @@ def _is(thing, *names: str) -> bool:
 
 def _name(thing) -> str:
     return type(thing).__name__
-
-
-def affine(specification: Specification) -> Transform:
-    """``AffineCoupling``: log-scale clamped to [−5, 3], noise → data, with the gradient of no clamp.
-
-    The library's coupling leaves the first coordinates unchanged; here a ``Permute`` before and its inverse after make
-    that any mask. Its networks, ``DenseNN``, start at random, not at the identity.
-    """
-    pyro = _pyro().transforms
-    context = specification.context_features
-
-    def coupling(unchanged: int, transformed: int):
-        network = _network(specification, unchanged, [transformed, transformed], context)
-        return (pyro.ConditionalAffineCoupling if context else pyro.AffineCoupling)(unchanged, network)
-
-    return TorchTransform(_couplings(specification, coupling))
-
-
-def spline(specification: Specification, bins: int = 8, tail_bound: float = 4.0, order: str = "quadratic") -> Transform:
-    """``SplineCoupling``, rational quadratic, or linear as is the library's default; its tails are linear.
-
-    Permuted, and started at random, as ``affine``. The coordinates that a mask leaves unchanged stay so, as with the
-    other libraries' couplings (``identity=True``). The library has no conditional one: the context joins the unchanged
-    coordinates. Bins are at least 0.001 of the box wide and high, slopes at least 0.001.
-    """
-    if order not in ("linear", "quadratic"):
-        raise ValueError(f"order must be 'linear' or 'quadratic', not {order!r}")
-    features, context_features = specification.features, specification.context_features or 0
-
-    def coupling(unchanged: int, transformed: int):
-        widths = [bins, bins, bins - 1, bins][: 3 if order == "quadratic" else 4]
-        network = _network(specification, unchanged, [transformed * width for width in widths])
-        width = unchanged + transformed
-        layer = _pyro().transforms.SplineCoupling(width, unchanged, network, bins, tail_bound, order, identity=True)
-        del layer.lower_spline  # of the unchanged coordinates, which identity=True never uses
-        return layer
-
-    transform = TorchTransform(_couplings(specification, coupling, context_features))
-    return ContextAsCoordinates(transform, features, context_features) if context_features else transform
-
-
-def maf(specification: Specification) -> Transform:
-    """``AffineAutoregressive`` turned round, so that log_prob is the fast direction, after a reversal each.
-
-    The library's own direction samples fast. The log-scale, data → noise, is clamped to [−5, 3], with the gradient of
-    no clamp. Its network, ``AutoRegressiveNN``, starts at random and has no hidden layer narrower than the data.
-    """
-    pyro, nn_ = _pyro().transforms, _pyro_nn()
-    features, widths = specification.features, list(specification.hidden_features)
-    if not widths or min(widths) < features:
-        raise ValueError(
-            f"Pyro's autoregressive network takes hidden layers no narrower than the {features} features, not {widths}"
-        )
-    if features == 1:
-        raise ValueError("Pyro's autoregressive network takes at least 2 features, not 1; nflows-maf takes 1")
-    options = {"permutation": torch.arange(features), "nonlinearity": ACTIVATIONS[specification.activation]()}
-    parts = []
-    for _ in range(specification.layers):
-        if specification.context_features:
-            network = nn_.ConditionalAutoRegressiveNN(features, specification.context_features, widths, **options)
-            layer = pyro.ConditionalAffineAutoregressive(network)
-        else:
-            layer = pyro.AffineAutoregressive(nn_.AutoRegressiveNN(features, widths, **options))
-        parts += [layer.inv, pyro.Permute(torch.arange(features).flip(0))]
-    return TorchTransform(parts)
-
-
-def _couplings(specification: Specification, coupling: Callable, context_features: int = 0) -> list:
-    """Couplings that leave the first coordinates unchanged, each between permutations that make it follow its mask.
-
-    A context follows the data as further coordinates, unchanged under every mask.
-    """
-    permute, parts = _pyro().transforms.Permute, []
-    for mask in specification.coupling_masks:
-        check_mask(mask)
-        mask = torch.cat((mask, mask.new_ones(context_features)))
-        unchanged, transformed = (mask == 1).nonzero().flatten(), (mask == 0).nonzero().flatten()
-        order = torch.cat((unchanged, transformed))
-        parts += [permute(order), coupling(len(unchanged), len(transformed)), permute(order.argsort())]
-    return parts
-
-
-def _network(specification: Specification, in_features: int, widths: list[int], context: int | None = None):
-    if not specification.hidden_features:
-        raise ValueError("Pyro's networks take at least one hidden layer, but hidden_features is empty")
-    hidden, activation = list(specification.hidden_features), ACTIVATIONS[specification.activation]()
-    if context:
-        return _pyro_nn().ConditionalDenseNN(in_features, context, hidden, widths, activation)
-    return _pyro_nn().DenseNN(in_features, hidden, widths, activation)
-
-
-def _example(*parts: str | tuple) -> Transform:
-    """Transforms of Pyro, noise side first, composed as Pyro composes them."""
-    made = [_make(part) for part in parts]
-    if len(made) == 1:
-        return transform_in(made[0])
-    if any(_reads_context(part) for part in made):
-        return transform_in(_pyro().conditional.ConditionalComposeTransformModule(made))
-    return transform_in(_pyro().torch_transform.ComposeTransformModule(made))
-
-
-def _make(part: tuple):
-    """``("affine_coupling", 5)``, or ``("inv", …)`` for the inverse of one."""
-    name, *arguments = part
-    if name == "inv":
-        return _make(tuple(arguments)).inv
-    options = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
-    return getattr(_pyro().transforms, name)(*arguments, **options)
-
-
-def _affine(event_dim: int) -> transforms.Transform:
-    loc, scale = nn.Parameter(torch.tensor([0.5, -1.0, 0.0])), nn.Parameter(torch.tensor([0.5, 2.0, -3.0]))
-    return transforms.AffineTransform(loc, scale, event_dim)
-
-
-def _elementwise() -> Transform:
-    """ℝ → (0, 1) → ℝ, each coordinate for itself."""
-    sigmoid, power = transforms.SigmoidTransform(), transforms.PowerTransform(torch.tensor([0.8, 1.5, 3.0]))
-    return transform_in(transforms.ComposeTransform([_affine(0), sigmoid, power, sigmoid.inv]))
-
-
-def _normal(features: int, trainable: bool = False) -> Distribution:
-    loc, scale = torch.linspace(-1, 1, features), torch.linspace(0.5, 1.5, features)
-    return _pyro().Normal(*(nn.Parameter(t) if trainable else t for t in (loc, scale))).to_event(1)
-
-
-def _model(base: Callable[[], Distribution], *parts: tuple):
-    made = [_make(part) for part in parts]
-    kind = "ConditionalTransformedDistribution" if any(_reads_context(p) for p in made) else "TransformedDistribution"
-    return getattr(_pyro(), kind)(base(), made)
-
-
-def _log_prob(flow, x: Tensor, context: Tensor | None) -> Tensor:
-    """What Pyro or torch itself computes; batch dimensions of the distribution belong to the datum."""
-    log_prob = (flow if context is None else flow.condition(context)).log_prob(x)
-    return log_prob.reshape(len(x), -1).sum(1)
-
-
-FLOWS = {"pyro-affine": affine, "pyro-spline": spline, "pyro-maf": maf}
-
-EXAMPLES = {
-    "affine": Example(lambda: transform_in(_affine(1)), (3,)),
-    "elementwise": Example(_elementwise, (3,)),
-    "coupling": Example(lambda: _example(("affine_coupling", 5, [8])), (5,)),
-    "coupling-image": Example(lambda: _example(("affine_coupling", (3, 2, 2), [8], None, -3)), (3, 2, 2)),
-    "channels": Example(lambda: _example(("generalized_channel_permute", {"channels": 3})), (3, 2, 2)),
-    "spline": Example(lambda: _example(("spline", 3)), (3,)),
-    "spline-quadratic": Example(lambda: _example(("Spline", 3, 4, 3.0, "quadratic")), (3,)),
-    "spline-coupling": Example(lambda: _example(("spline_coupling", 5, 2, [8])), (5,)),
-    "autoregressive": Example(lambda: _example(("affine_autoregressive", 3, [8])), (3,)),
-    "autoregressive-stable": Example(lambda: _example(("affine_autoregressive", 3, [8], {"stable": True})), (3,)),
-    "autoregressive-inverse": Example(lambda: _example(("inv", "affine_autoregressive", 3, [8])), (3,)),
-    "autoregressive-spline": Example(lambda: _example(("spline_autoregressive", 3, [8])), (3,)),
-    "composed": Example(
-        lambda: _example(
-            ("affine_coupling", 4, [8]),
-            ("permute", 4, torch.tensor([2, 0, 3, 1])),
-            ("inv", "spline_coupling", 4, 2, [8]),
-            ("householder", 4, 2),
-            ("batchnorm", 4),
-            ("leaky_relu",),
-        ),
-        (4,),
-    ),
-    "conditional-coupling": Example(lambda: _example(("conditional_affine_coupling", 5, 2, [8])), (5,), 2),
-    "conditional-spline": Example(lambda: _example(("conditional_spline", 3, 2, [8], 4, 3.0, "quadratic")), (3,), 2),
-    "conditional-composed": Example(
-        lambda: _example(
-            ("inv", "conditional_affine_autoregressive", 3, 2, [8]),
-            ("permute", 3, torch.tensor([2, 0, 1])),
-            ("conditional_spline_autoregressive", 3, 2, [8]),
-            ("conditional_matrix_exponential", 3, 2, [8], 30),
-        ),
-        (3,),
-        2,
-    ),
-}
-
-MODELS = {
-    "torch-elementwise": Model(
-        lambda: TransformedDistribution(Normal(torch.zeros(3), torch.ones(3)), [_affine(0)]), _log_prob, (3,)
-    ),
-    "pyro-coupling": Model(
-        lambda: _model(lambda: _normal(4), ("affine_coupling", 4, [8]), ("spline_coupling", 4, 2, [8])), _log_prob, (4,)
-    ),
-    "pyro-trainable-base": Model(
-        lambda: _model(lambda: _normal(3, trainable=True), ("inv", "affine_autoregressive", 3, [8])), _log_prob, (3,)
-    ),
-    "pyro-planar-inverse": Model(
-        lambda: _model(lambda: _normal(3), ("inv", "planar", 3)), _log_prob, (3,), None, False
-    ),
-    "pyro-conditional": Model(
-        lambda: _model(
-            lambda: _normal(4),
-            ("conditional_affine_coupling", 4, 2, [8]),
-            ("permute", 4, torch.tensor([2, 0, 3, 1])),
-            ("inv", "conditional_affine_autoregressive", 4, 2, [8]),
-        ),
-        _log_prob,
-        (4,),
-        2,
-    ),
-}

@@ -1,4 +1,4 @@
-"""zuko: its lazy transforms and flows in, any transform out, and its layers for the catalogue.
+"""zuko: its lazy transforms and flows in, any transform out.
 
 zuko runs data → noise and lists the data side first, as nflows does, so nothing is turned round. A call of a lazy
 transform on a context gives a torch ``Transform``, whose ``call_and_ladj`` gives both halves of a flow's density.
@@ -8,7 +8,7 @@ What ``import zuko`` does to the whole process, ``import_zuko`` undoes; nothing 
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -16,12 +16,8 @@ from nflows.transforms import IdentityTransform, InverseNotAvailable, Transform
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from adapters.checks import check_context, check_event, check_positive, naming_shape
-from adapters.exports import EventDim, check_shapes_known
-from adapters.flow import Flow
-from adapters.networks import ACTIVATIONS
-from adapters.registry import Example, Model, Specification
-from adapters.torch_distributions import (
+from adapters.bridges.common.exports import EventDim, check_shapes_known
+from adapters.bridges.common.torch_distributions import (
     ExportedTransform,
     ForeignFlow,
     Held,
@@ -33,8 +29,11 @@ from adapters.torch_distributions import (
     rows,
     within,
 )
+from adapters.checks import check_context, check_event, naming_shape
+from adapters.flow import Flow
 
 PACKAGES = LIBRARIES = ("zuko",)
+DISTRIBUTION = "zuko"
 EXTRA = "zuko"
 
 
@@ -437,255 +436,3 @@ def _solves(transform) -> bool:
         case torch.distributions.transforms._InverseTransform():
             return _solves(transform.inv)
     return isinstance(transform, transforms.MonotonicTransform | transforms.FreeFormJacobianTransform)
-
-
-class Bracket(nn.Module):
-    """Sets where a ``MonotonicTransform`` looks for its inverse, x in [−bound, bound], and how closely, ±eps.
-
-    ``Sequential(MNN(…), Bracket(…))`` is a univariate of zuko's, whose ``MNN`` itself fixes them at 10 and 1e-6.
-    """
-
-    def __init__(self, bound: float, eps: float):
-        super().__init__()
-        check_positive(bound=bound, eps=eps)
-        self.bound, self.eps = bound, eps
-
-    def forward(self, transform):
-        transform.bound, transform.eps = self.bound, self.eps
-        return transform
-
-
-def realnvp(specification: Specification) -> Transform:
-    """``GeneralCouplingTransform`` with ``MonotonicAffineTransform``: its scale, data → noise, is in (0.001, 1000).
-
-    That is e^s with s soft-clipped. The networks have our widths and zuko's start, which is not at the identity.
-    """
-    return _couplings(specification)
-
-
-def nsf(specification: Specification, bins: int = 8, tail_bound: float = 4.0, minimum: float = 1e-3) -> Transform:
-    """``GeneralCouplingTransform`` with ``MonotonicRQSTransform``: the splines of ``zuko.flows.NSF`` in couplings.
-
-    ``zuko.flows.NSF`` itself is autoregressive and bounds its tails at 5. Outside [−tail_bound, tail_bound] nothing is
-    transformed. The slopes at the knots are in (minimum, 1/minimum), and so are the ratios of bin sizes.
-    """
-    check_positive(tail_bound=tail_bound, minimum=minimum)
-    transforms = import_zuko().transforms
-    return _couplings(
-        specification,
-        univariate=partial(transforms.MonotonicRQSTransform, bound=tail_bound, slope=minimum),
-        shapes=[(bins,), (bins,), (bins - 1,)],
-    )
-
-
-def maf(specification: Specification) -> Transform:
-    """The layers of ``zuko.flows.MAF``, in ascending and descending order by turns: fast log_prob.
-
-    The scale, data → noise, is in (0.001, 1000), as in ``realnvp``. There are no masks to choose.
-    """
-    return _autoregressive(specification)
-
-
-def bpf(specification: Specification, degree: int = 16, tail_bound: float = 4.0, eps: float = 1e-9) -> Transform:
-    """The layers of ``zuko.flows.BPF``, ``BoundedBernsteinTransform``, autoregressive as ``maf``.
-
-    Outside [−tail_bound, tail_bound] (zuko: 5) only a shift by 2·tail_bound·eps is left. That is the polynomial's jump
-    at its ends, too, and ``eps`` is the error of the inverse, a bisection: at zuko's 1e-6, samples of a few layers
-    carry a log_prob that is not theirs.
-    """
-    check_positive(tail_bound=tail_bound, eps=eps)
-    transforms = import_zuko().transforms
-    univariate = partial(transforms.BoundedBernsteinTransform, bound=tail_bound, eps=eps)
-    return _autoregressive(specification, lambda: univariate, shapes=[(degree + 1,)])
-
-
-def naf(specification: Specification, signal: int = 16, bound: float = 1e6, eps: float = 1e-9) -> Transform:
-    """The layers of ``zuko.flows.NAF``, ``MNN``, autoregressive as ``maf``, with nothing in between.
-
-    ``zuko.flows.NAF`` soft-clips to (−11, 11) between layers. The last layer then maps onto an interval only, noise
-    beyond it has no datum, and the density integrates to less than 1. Without the clips it is exactly normalised, but
-    a datum may lie anywhere: the inverse, a bisection, looks in [−bound, bound] (zuko: 10) down to ±eps (1e-6).
-    The hidden widths are those of the conditioners and of the monotonic networks, whose activation is zuko's. The
-    latter start at a mean slope of 1 around 0, where zuko's own, of some 0.1, would take eight layers to 1e-8.
-    """
-    return _autoregressive(
-        specification, lambda: _monotonic_network(specification, signal, bound, eps), shapes=[(signal,)]
-    )
-
-
-def _monotonic_network(specification: Specification, signal: int, bound: float, eps: float) -> nn.Module:
-    hidden, features = specification.hidden_features, specification.features
-    network = import_zuko().flows.neural.MNN(signal=signal, stack=features, hidden_features=hidden)
-    with torch.no_grad():
-        ends = [network.f(torch.zeros(features, signal), torch.full((features,), x)) for x in (-1.0, 1.0)]
-        last, slope = network.network[-1], (ends[1] - ends[0]) / 2
-        last.weight /= slope[:, None, None]
-        last.bias.sub_((ends[0] + ends[1])[:, None] / 2).div_(slope[:, None])
-    return nn.Sequential(network, Bracket(bound, eps))
-
-
-def _couplings(specification: Specification, **options) -> Transform:
-    """Coupling layers under the specification's masks, data side first as zuko lists them."""
-    zuko = import_zuko()
-    return ZukoTransform(
-        zuko.lazy.LazyComposedTransform(
-            *(
-                zuko.flows.GeneralCouplingTransform(mask=mask, **_common(specification), **options)
-                for mask in reversed(specification.coupling_masks)
-            )
-        )
-    )
-
-
-def _autoregressive(specification: Specification, univariate: Callable | None = None, **options) -> Transform:
-    """Autoregressive layers; ``univariate`` makes the univariate transform of one layer."""
-    zuko = import_zuko()
-    order = torch.arange(specification.features)
-    layers = []
-    for i in range(specification.layers):
-        own = {} if univariate is None else {"univariate": univariate()}
-        layers.append(
-            zuko.flows.MaskedAutoregressiveTransform(
-                order=order.flip(0) if i % 2 else order, **_common(specification), **own, **options
-            )
-        )
-    return ZukoTransform(zuko.lazy.LazyComposedTransform(*layers))
-
-
-def _common(specification: Specification) -> dict:
-    """What zuko's layers call the specification's numbers."""
-    return {
-        "features": specification.features,
-        "context": specification.context_features or 0,
-        "hidden_features": specification.hidden_features,
-        "activation": ACTIVATIONS[specification.activation],
-    }
-
-
-def _lazy(name: str, *arguments, **options) -> nn.Module:
-    return getattr(import_zuko().flows, name)(*arguments, **options)
-
-
-def _spline() -> dict:
-    return {"univariate": import_zuko().transforms.MonotonicRQSTransform, "shapes": [(4,), (4,), (3,)]}
-
-
-def _masked_couplings(context: int) -> Transform:
-    mask = torch.tensor([1, 0, 0, 1, 0])
-    layers = [_lazy("GeneralCouplingTransform", 5, context, mask=m, hidden_features=(8,)) for m in (mask, 1 - mask)]
-    return transform_in(import_zuko().lazy.LazyComposedTransform(*layers))
-
-
-def _composed() -> Transform:
-    """Constant, elementwise and zero log-determinants, an inverted chain, and layers that ignore the context."""
-    zuko = import_zuko()
-    constant = zuko.lazy.UnconditionalTransform
-    turned = zuko.lazy.LazyComposedTransform(
-        _lazy("GeneralCouplingTransform", 4, 2, hidden_features=(8,)),
-        _lazy("MaskedAutoregressiveTransform", 4, 2, hidden_features=(8,)),
-    )
-    return transform_in(
-        zuko.lazy.LazyComposedTransform(
-            constant(zuko.transforms.LULinearTransform, torch.randn(4, 4) + 2 * torch.eye(4)),
-            constant(zuko.transforms.PermutationTransform, torch.tensor([2, 0, 3, 1]), buffer=True),
-            turned.inv,
-            constant(zuko.transforms.RotationTransform, torch.randn(4, 4)),
-            constant(zuko.transforms.SoftclipTransform, bound=50.0),
-            _lazy("ElementWiseTransform", 4, 2, hidden_features=(8,)),
-        )
-    )
-
-
-def _bernstein() -> Transform:
-    univariate = partial(import_zuko().transforms.BoundedBernsteinTransform, eps=1e-9)
-    layer = _lazy("MaskedAutoregressiveTransform", 3, univariate=univariate, shapes=[(6,)], hidden_features=(8,))
-    return transform_in(layer)
-
-
-def _monotonic() -> Transform:
-    return naf(Specification(3, 1, (8,), 2, (), "relu"))
-
-
-def _small_ode(atol: float, rtol: float) -> dict:
-    """At zuko's tolerances the inverse is off by 1e-5. None finer than the dtype: its solver would never end."""
-    return {"freqs": 1, "hidden_features": (4,), "activation": nn.Tanh, "atol": atol, "rtol": rtol}
-
-
-def _continuous() -> Transform:
-    return transform_in(_lazy("FFJTransform", 2, 1, **_small_ode(1e-11, 1e-10)))
-
-
-def _continuous_flow() -> nn.Module:
-    return _lazy("CNF", 2, **_small_ode(1e-9, 1e-8))
-
-
-def _image() -> Transform:
-    affine = import_zuko().transforms.MonotonicAffineTransform
-    return transform_in(
-        import_zuko().lazy.UnconditionalTransform(affine, shift=torch.randn(2, 3, 3), scale=torch.randn(2, 3, 3))
-    )
-
-
-def _uncalled() -> Transform:
-    """A transform that is no module: its tensors are held as parameters and buffers."""
-    transforms = import_zuko().transforms
-    return transform_in(
-        transforms.ComposedTransform(
-            transforms.MonotonicRQSTransform(torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 3)),
-            transforms.LULinearTransform(torch.randn(3, 3) + 2 * torch.eye(3)),
-            transforms.AdditiveTransform(torch.randn(3, requires_grad=True)),
-        )
-    )
-
-
-def _on_gaussian(transform: nn.Module, trainable: bool) -> nn.Module:
-    zuko = import_zuko()
-    normal = zuko.distributions.DiagNormal
-    base = zuko.lazy.UnconditionalDistribution(normal, torch.randn(3), torch.rand(3) + 0.5, buffer=not trainable)
-    return zuko.lazy.Flow(transform, base)
-
-
-def _on_mixture() -> nn.Module:
-    layer = _lazy("MaskedAutoregressiveTransform", 3, 2, hidden_features=(8,))
-    return import_zuko().lazy.Flow(layer, _lazy("GMM", 3, 2, hidden_features=(8,)))
-
-
-def _own_log_prob(flow, inputs: Tensor, context: Tensor | None) -> Tensor:
-    return flow(context).log_prob(inputs)
-
-
-def _model(make: Callable, features: int, context_features: int | None = None) -> Model:
-    return Model(make, _own_log_prob, (features,), context_features)
-
-
-FLOWS = {"zuko-realnvp": realnvp, "zuko-nsf": nsf, "zuko-maf": maf, "zuko-bpf": bpf, "zuko-naf": naf}
-
-EXAMPLES = {
-    "coupling": Example(lambda: _masked_couplings(0), (5,)),
-    "coupling-context": Example(lambda: _masked_couplings(2), (5,), 2),
-    "autoregressive": Example(
-        lambda: transform_in(_lazy("MaskedAutoregressiveTransform", 3, hidden_features=(8,))), (3,)
-    ),
-    "spline-context": Example(
-        lambda: transform_in(_lazy("MaskedAutoregressiveTransform", 3, 2, hidden_features=(8,), **_spline())), (3,), 2
-    ),
-    "one-feature": Example(
-        lambda: transform_in(_lazy("MaskedAutoregressiveTransform", 1, 2, hidden_features=(8,), **_spline())), (1,), 2
-    ),
-    "composed-context": Example(_composed, (4,), 2),
-    "bernstein": Example(_bernstein, (3,)),
-    "monotonic-context": Example(_monotonic, (3,), 2),
-    "continuous-context": Example(_continuous, (2,), 1),
-    "image": Example(_image, (2, 3, 3)),
-    "uncalled": Example(_uncalled, (3,)),
-}
-
-MODELS = {
-    "realnvp": _model(lambda: _lazy("RealNVP", 4, hidden_features=(8,)), 4),
-    "nsf-context": _model(lambda: _lazy("NSF", 3, 2, hidden_features=(8,)), 3, 2),
-    "maf-context": _model(lambda: _lazy("MAF", 4, 2, hidden_features=(8,)), 4, 2),
-    "trainable-base": _model(lambda: _on_gaussian(_lazy("NSF", 3, hidden_features=(8,)).transform, True), 3),
-    "conditional-base": _model(_on_mixture, 3, 2),
-    "mixture": _model(lambda: _lazy("GMM", 3, components=4), 3),
-    "continuous": _model(_continuous_flow, 2),
-}

@@ -14,14 +14,13 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-from nflows.transforms import CompositeTransform, InverseTransform, Transform
+from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from adapters.checks import check_event, check_output, check_positive
 from adapters.layers.coupling import FURTHEST, STRONGEST, within
 from adapters.networks import ACTIVATIONS, check_activation, condition
-from adapters.registry import Example, Specification
 
 
 class MaskedLinear(nn.Linear):
@@ -180,34 +179,3 @@ class MaskedAutoregressiveLayer(Transform):
         check_output(parameters, (z.shape[0], 2 * z.shape[1]), "conditioner")
         s, t = parameters.to(z.dtype).chunk(2, dim=1)  # under autocast the networks alone are less precise
         return scale_bound * s.tanh(), t
-
-
-def masked_autoregressive(specification: Specification, scale_bound: float = 2.0, dropout: float = 0.0) -> Transform:
-    """Masked autoregressive affine layers, in ascending and descending order by turns: fast log_prob.
-
-    There are no masks to choose.
-    """
-    ascending = torch.arange(specification.features, device="cpu")  # its values are needed, whatever the default device
-    networks = [
-        AutoregressiveMLP(ascending.flip(0) if i % 2 else ascending, dropout=dropout, **specification.network)
-        for i in range(specification.layers)
-    ]
-    layers = [MaskedAutoregressiveLayer(network, scale_bound) for network in networks]
-    return InverseTransform(CompositeTransform(layers))
-
-
-FLOWS = {"masked-autoregressive": masked_autoregressive}
-
-EXAMPLES = {
-    "autoregressive": Example(lambda: MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(5))), (5,)),
-    "autoregressive-order": Example(
-        lambda: MaskedAutoregressiveLayer(AutoregressiveMLP(torch.tensor([2, 0, 3, 1]), 2, (6, 2), None, "tanh"), 0.5),
-        (4,),
-    ),
-    "autoregressive-context": Example(
-        lambda: MaskedAutoregressiveLayer(AutoregressiveMLP(torch.tensor([1, 0, 2]), context_features=2)), (3,), 2
-    ),
-    "autoregressive-1d": Example(
-        lambda: MaskedAutoregressiveLayer(AutoregressiveMLP(torch.zeros(1).long(), context_features=3)), (1,), 3
-    ),
-}

@@ -12,17 +12,15 @@ matter, for speed. ``forward`` runs (15), noise → data; a flow is therefore
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 import torch
-from nflows.transforms import CompositeTransform, InverseTransform, Transform
+from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor, nn
 from torch.nn.functional import hardtanh
 
 from adapters.checks import check_event, check_output, check_positive
-from adapters.masks import check_mask, checkerboard_mask, random_mask
-from adapters.networks import MLP, ConvNet, condition, conditioner
-from adapters.registry import Example, Specification
+from adapters.masks import check_mask
+from adapters.networks import condition
 
 FURTHEST = 1e15  # of a coordinate that a conditioner is shown
 SELECT, SWAP, STAY = "select", "swap", "stay"  # between two layers' orders
@@ -263,91 +261,3 @@ class PackedCouplingLayer(PackedCoupling):
             return sign * within(s, STRONGEST), t
         bound = within(self.scale_bound, STRONGEST)
         return (bound if sign == 1 else -bound) * s.tanh(), t
-
-
-def packed_flow(
-    specification: Specification,
-    layer: Callable[..., PackedCoupling],
-    parameters_per_coordinate: int,
-    net: str = "mlp",
-    dropout: float = 0.0,
-    reads: Iterable[Tensor] | None = None,
-) -> Transform:
-    """Data → noise by a stack of ``layer(conditioner, mask, reads=…)``, each with its conditioner of kind ``net``."""
-    masks = specification.coupling_masks
-    reads = [torch.ones_like(mask) for mask in masks] if reads is None else reads
-    network = dict(specification.network, dropout=dropout)
-    layers = [
-        layer(conditioner(net, mask * seen, 1 - mask, parameters_per_coordinate, **network), mask, reads=seen)
-        for mask, seen in zip(masks, reads, strict=True)
-    ]
-    return InverseTransform(PackedComposite(layers))
-
-
-def masked_affine(
-    specification: Specification, scale_bound: float | None = 2.0, net: str = "mlp", dropout: float = 0.0
-) -> Transform:
-    """Packed affine coupling layers: equations 15 to 17, fast."""
-    layer = partial(PackedCouplingLayer, scale_bound=scale_bound)
-    return packed_flow(specification, layer, PackedCouplingLayer.parameters_per_coordinate, net, dropout)
-
-
-class BoundedMLP(MLP):
-    """An ``MLP`` that is shown its input as far as arithmetic goes: see ``within``."""
-
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        return super().forward(within(inputs, FURTHEST), context)
-
-
-def masked_affine_textbook(specification: Specification) -> Transform:
-    """The exercise's own layers: two full-width networks, tanh at the end of the scale network."""
-
-    def network() -> BoundedMLP:
-        return BoundedMLP(specification.features, specification.features, **specification.network)
-
-    layers = [
-        MaskedCouplingLayer(network().append(nn.Tanh()), network(), mask) for mask in specification.coupling_masks
-    ]
-    return InverseTransform(CompositeTransform(layers))
-
-
-FLOWS = {"masked-affine": masked_affine, "masked-affine-textbook": masked_affine_textbook}
-
-
-EXAMPLES = {
-    "textbook": Example(lambda: MaskedCouplingLayer(MLP(5, 5), MLP(5, 5), checkerboard_mask(5)), (5,)),
-    "textbook-image": Example(
-        lambda: MaskedCouplingLayer(
-            nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1), checkerboard_mask(2, 3, 4)
-        ),
-        (2, 3, 4),
-    ),
-    "textbook-context": Example(
-        lambda: MaskedCouplingLayer(
-            MLP(3, 3, context_features=2), MLP(3, 3, context_features=2), torch.tensor([0, 1, 0])
-        ),
-        (3,),
-        context_features=2,
-    ),
-    "packed": Example(lambda: PackedCouplingLayer(MLP(3, 4), checkerboard_mask(5)), (5,)),
-    "packed-unbounded": Example(lambda: PackedCouplingLayer(MLP(3, 6), random_mask(6), scale_bound=None), (6,)),
-    "packed-image": Example(lambda: PackedCouplingLayer(MLP(6, 12), checkerboard_mask(1, 3, 4)), (1, 3, 4)),
-    "packed-conv": Example(
-        lambda: PackedCouplingLayer(
-            ConvNet(checkerboard_mask(4, 4), 1 - checkerboard_mask(4, 4), 2, (4,), 3, "tanh"), checkerboard_mask(4, 4)
-        ),
-        (4, 4),
-        context_features=3,
-    ),
-    "packed-composite": Example(
-        lambda: PackedComposite(
-            PackedCouplingLayer(MLP(int(mask.sum()), 2 * int((1 - mask).sum()), context_features=2), mask)
-            for mask in (checkerboard_mask(1, 1, 5), 1 - checkerboard_mask(1, 1, 5), checkerboard_mask(1, 1, 5))
-        ),
-        (1, 1, 5),
-        context_features=2,
-    ),
-    "packed-context": Example(
-        lambda: PackedCouplingLayer(MLP(1, 4, context_features=2), torch.tensor([0, 1, 0])), (3,), context_features=2
-    ),
-}

@@ -3,21 +3,15 @@
 Each transformed coordinate is given a histogram for its density, and is made standard normal by that histogram's CDF.
 """
 
-from functools import partial
 from statistics import NormalDist
 
 import torch
-from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.special import ndtr
 
-from adapters.checks import check_bins
-from adapters.layers.coupling import PackedCoupling, packed_flow
-from adapters.networks import MLP
+from adapters.layers.coupling import PackedCoupling
 from adapters.normal import ndtri
-from adapters.preprocess import Marginals
-from adapters.registry import Example, Specification
 
 TAIL = 1e-6  # the mass of a standard normal beyond each end of the range that is transformed
 FLOOR = 1e-6  # ε: the share of the histogram that is uniform
@@ -120,45 +114,3 @@ def _cut(z: Tensor) -> Tensor:
 def _uncut(u: Tensor) -> Tensor:
     """F⁻¹(u)."""
     return ndtri(TAIL + (1 - 2 * TAIL) * u)
-
-
-def masked_histogram(specification: Specification, bins: int = 16, net: str = "mlp", dropout: float = 0.0) -> Transform:
-    """Packed histogram coupling layers.
-
-    Where the masks transform each coordinate just once, as ``masks.pyramid_masks`` do, a conditioner reads only
-    coordinates that are still data. Where ``preprocess`` is ``Marginals``, the bins are groups of its levels.
-    """
-    bins = check_bins(bins)
-    marginals = specification.preprocess
-    if isinstance(marginals, Marginals):
-        edges = marginals.edges(bins)
-    else:
-        edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu")[1:-1]
-    masks = specification.coupling_masks
-    reads = None
-    if sum(1 - mask for mask in masks).eq(1).all():
-        data = torch.stack([torch.ones_like(masks[0]), *reversed(masks)]).cumprod(0)  # from the data side on
-        reads = data[:-1].flip(0)
-    layer = partial(MaskedHistogramCouplingLayer, edges=edges)
-    return packed_flow(specification, layer, edges.shape[-1] + 1, net, dropout, reads)
-
-
-FLOWS = {"masked-histogram": masked_histogram}
-
-
-def _example(mask: list[int], bins: int, context_features: int | None = None, edges: Tensor | None = None) -> Example:
-    mask = torch.tensor(mask)
-    edges = torch.linspace(0, 1, bins + 1)[1:-1] if edges is None else edges
-
-    def make() -> Transform:
-        network = MLP(int(mask.sum()), bins * int((1 - mask).sum()), context_features=context_features)
-        return MaskedHistogramCouplingLayer(network, mask, edges)
-
-    return Example(make, (len(mask),), context_features)
-
-
-EXAMPLES = {
-    "histogram": _example([1, 0, 1, 0, 0], bins=6),
-    "histogram-context": _example([0, 1, 0], bins=4, context_features=2),
-    "histogram-edges": _example([0, 1], bins=3, edges=torch.tensor([[0.1, 0.7], [0.5, 0.6]])),
-}

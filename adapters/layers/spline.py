@@ -1,18 +1,13 @@
 """Masked rational-quadratic spline coupling: Durkan et al. (2019), "Neural Spline Flows", section 3, under any mask."""
 
 import math
-from functools import partial
 
 import torch
-from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
 from adapters.checks import check_bins, check_positive
-from adapters.layers.coupling import PackedCoupling, packed_flow
-from adapters.masks import checkerboard_mask
-from adapters.networks import MLP
-from adapters.registry import Example, Specification
+from adapters.layers.coupling import PackedCoupling
 
 STEEPEST = 1e15  # the largest derivative at a knot: its square is still a float32
 
@@ -114,33 +109,3 @@ def _solve(y: Tensor, mean: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor
 def spline_parameters(bins: int) -> int:
     """3K − 1: widths, heights and inner derivatives of a rational-quadratic spline of K bins with linear tails."""
     return 3 * bins - 1
-
-
-def masked_spline(
-    specification: Specification,
-    bins: int = 8,
-    tail_bound: float = 4.0,
-    minimum: float = 1e-3,
-    net: str = "mlp",
-    dropout: float = 0.0,
-) -> Transform:
-    """Packed rational-quadratic spline coupling layers."""
-    layer = partial(MaskedSplineCouplingLayer, bins=bins, tail_bound=tail_bound, minimum=minimum)
-    return packed_flow(specification, layer, spline_parameters(check_bins(bins)), net, dropout)
-
-
-FLOWS = {"masked-spline": masked_spline}
-
-EXAMPLES = {
-    "spline": Example(lambda: MaskedSplineCouplingLayer(MLP(3, 2 * spline_parameters(8)), checkerboard_mask(5)), (5,)),
-    "spline-context": Example(
-        lambda: MaskedSplineCouplingLayer(
-            MLP(2, 2 * spline_parameters(4), context_features=3), torch.tensor([0, 1, 0, 1]), bins=4, tail_bound=1.5
-        ),
-        (4,),
-        context_features=3,
-    ),
-    "spline-1d": Example(
-        lambda: MaskedSplineCouplingLayer(MLP(0, 11, context_features=1), torch.zeros(1), bins=4), (1,), 1
-    ),
-}

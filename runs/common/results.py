@@ -15,13 +15,13 @@ import torch
 import tyro
 from torch import nn
 
+from adapters.bridges import bridges
 from adapters.catalogue import check_options
 from adapters.checkpoint import write_atomically
 from adapters.checks import check_positive
 from runs.common.devices import module_of
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
-LIBRARIES = ("torch", "nflows", "normflows", "zuko", "pyro-ppl", "FrEIA", "flow-adapters")
 
 
 def cli(main: Callable) -> None:
@@ -146,7 +146,7 @@ def write_text(path: Path, text: str) -> Path:
 def versions() -> dict[str, str]:
     """Python's and each installed library's version, the threads in use and the processor."""
     found = {"python": platform.python_version(), "threads": str(torch.get_num_threads()), "processor": _processor()}
-    for name in LIBRARIES:
+    for name in ("torch", *(bridge.DISTRIBUTION for bridge in bridges()), "flow-adapters"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

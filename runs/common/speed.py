@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from adapters.catalogue import native_flows
+from adapters.catalogue.specification import NativeFlow
 from adapters.masks import checkerboard_mask
 from adapters.networks import MLP
-from runs.common import figures, native
+from runs.common import figures
 from runs.common.contestants import build
 from runs.common.devices import can_fuse, module_of, synchronize
 from runs.common.results import where, write_metrics
@@ -38,14 +40,7 @@ BATCH = 128
 KINDS = ("step", "log_prob", "sample")
 BARE = "bare conditioners"
 OURS = ("masked-affine", "masked-affine-textbook")  # the first is what the others are held against
-LIBRARIES = {
-    "nflows AffineCoupling": native.nflows_flow,
-    "zuko RealNVP": native.zuko_flow,
-    "normflows MaskedAffine": native.normflows_flow,
-    "normflows CouplingBlock": native.normflows_block,
-    "Pyro AffineCoupling": native.pyro_flow,
-    "FrEIA RNVP": native.freia_flow,
-}
+NATIVE_FLOWS = {name: make for flows in native_flows().values() for name, make in flows.items()}
 
 
 def training_step(parameters: Iterable[Tensor], loss: Callable[[], Tensor], fast: bool = False) -> Callable[[], Tensor]:
@@ -191,11 +186,11 @@ class Racer:
             self.parameters = list(nets.parameters())
             self.loss = lambda: torch.stack([net(one).mean() for net, one in zip(nets, inputs, strict=True)]).sum()
         else:
-            if name in LIBRARIES:
-                timed = LIBRARIES[name](features, masks, tuple(hidden))
+            if name in NATIVE_FLOWS:
+                timed = NATIVE_FLOWS[name](features, masks, tuple(hidden))
             else:
                 flow = build(name, features, layers, hidden, masks)
-                timed = native.Native(flow, flow.log_prob, flow.sample, list(flow.parameters()))
+                timed = NativeFlow(flow, flow.log_prob, flow.sample, list(flow.parameters()))
             self.parameters = timed.parameters
             self.loss = lambda: -timed.log_prob(x).mean()
             self.log_prob = torch.no_grad()(lambda: timed.log_prob(x))
@@ -205,6 +200,11 @@ class Racer:
     def fast_step(self) -> Callable[[], Tensor]:
         """The step as ``--compile`` makes it."""
         return training_step(self.parameters, self.loss, fast=True)
+
+
+def contestants(flows: Sequence[str]) -> list[str]:
+    """The names of all that are timed: ours, these flows of the catalogue, and the libraries' own."""
+    return list(dict.fromkeys((*OURS, *flows, *NATIVE_FLOWS)))
 
 
 def speed(
@@ -217,7 +217,7 @@ def speed(
     features: int = 784,
 ) -> dict:
     """Print and write the times of all libraries' affine couplings, natively called, and how they grow."""
-    names = list(dict.fromkeys((*OURS, *flows, *LIBRARIES)))
+    names = contestants(flows)
     size = f"D={features}, {layers} layers, {'×'.join(map(str, hidden))}, batch {BATCH}"
     print(f"{size}, on {where(device)}")
     racers = make_racers([*names, BARE], features, layers, hidden, device)

@@ -1,5 +1,7 @@
 """Named, ready-made flows of every library and of our own layers, each asked for in the same words.
 
+Each file here, found by its presence, has the flows of one library, or of our own layers: ``specification`` says how.
+
 What a user asks for is checked here, once, before anything is built: kinds and ranges of all numbers, and the masks.
 """
 
@@ -9,16 +11,18 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from numbers import Integral, Real
 from types import ModuleType, NoneType
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor
 
+from adapters.bridges import Bridge, as_transform, bridges, check_installed, installed
+from adapters.catalogue.specification import NativeFlow, Specification
+from adapters.discovery import file_name, modules
 from adapters.flow import Flow, StandardNormal
 from adapters.masks import as_mask, check_mask, checkerboard_mask
 from adapters.networks import check_activation
-from adapters.registry import Specification, check_installed, flows, installed
 
 KINDS = {  # what a value may be for an option of that annotation, and what that is called
     float: (Real, "a number"),
@@ -43,7 +47,7 @@ def flow_names() -> list[str]:
     >>> flow_names()[:3]
     ['masked-affine', 'masked-affine-textbook', 'masked-autoregressive']
     """
-    return [name for name, (_, module) in _flows().items() if installed(module)]
+    return [name for name, (_, bridge) in _flows().items() if bridge is None or installed(bridge)]
 
 
 def build_flow(
@@ -96,7 +100,7 @@ def build_flow(
         specification = Specification(
             features, layers, hidden_features, context_features, masks, activation, preprocess
         )
-        transform = _maker(name)(specification, **options).to(default)
+        transform = as_transform(_maker(name)(specification, **options)).to(default)
         base = StandardNormal([features]).to(default)
     if preprocess is not None:
         transform = CompositeTransform([preprocess, transform])
@@ -136,7 +140,7 @@ def describe_flow(name: str) -> str:
     >>> describe_flow("masked-affine")
     'Packed affine coupling layers: equations 15 to 17, fast.'
     """
-    return " ".join(inspect.getdoc(_maker(name)).split())
+    return " ".join((inspect.getdoc(_maker(name)) or "").split())
 
 
 def check_options(name: str, options: dict) -> None:
@@ -160,17 +164,47 @@ def check_options(name: str, options: dict) -> None:
             raise TypeError(f"{name} has no option {option!r}; it has: {listed}")
 
 
-def _maker(name: str) -> Callable[..., Transform]:
+def native_flows() -> dict[str, dict[str, Callable[..., NativeFlow]]]:
+    """Of each library that is installed, its own coupling flows as its authors would build them, by name.
+
+    These are what a benchmark times beside ours; the first of a library is its usual one.
+    """
+    found = {}
+    for module in modules(__name__):
+        bridge = _bridge(module)
+        if hasattr(module, "NATIVE_FLOWS") and (bridge is None or installed(bridge)):
+            found[file_name(module)] = module.NATIVE_FLOWS
+    return found
+
+
+def _maker(name: str) -> Callable[..., Any]:
     if not isinstance(name, str) or name not in _flows():
         raise ValueError(f"unknown flow {name!r}; known: {', '.join(flow_names())}")
-    make, module = _flows()[name]
-    check_installed(module)
+    make, bridge = _flows()[name]
+    if bridge is not None:
+        check_installed(bridge)
     return make
 
 
 @cache
-def _flows() -> dict[str, tuple[Callable[..., Transform], ModuleType]]:
-    return flows("adapters.layers", "adapters.bridges")
+def _flows() -> dict[str, tuple[Callable[..., Any], Bridge | None]]:
+    """What makes each flow, with the bridge of its library; our own layers need none, and come first.
+
+    Raises:
+        ValueError: if two files give their flows the same name.
+    """
+    found, files = {}, {}
+    for module in modules(__name__):
+        for name, make in getattr(module, "FLOWS", {}).items():
+            if name in found:
+                raise ValueError(f"two flows are named {name!r}: in {files[name]} and {module.__name__}")
+            found[name], files[name] = (make, _bridge(module)), module.__name__
+    return dict(sorted(found.items(), key=lambda flow: (flow[1][1] is not None, flow[0])))
+
+
+def _bridge(module: ModuleType) -> Bridge | None:
+    """The bridge of the library that a catalogue file is for; ``None`` for a file of our own layers."""
+    return next((bridge for bridge in bridges() if file_name(bridge) == file_name(module)), None)
 
 
 def _cycle(masks: Sequence[Tensor] | None, features: int, layers: int) -> tuple[Tensor, ...]:
@@ -230,14 +264,13 @@ def _option(parameter: inspect.Parameter, value):
 
 
 def _widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(hidden_features, Integral):
-        hidden_features = (hidden_features,)
-    elif isinstance(hidden_features, str) or not hasattr(hidden_features, "__iter__"):
+    widths = (hidden_features,) if isinstance(hidden_features, Integral) else hidden_features
+    if isinstance(widths, str) or not hasattr(widths, "__iter__"):
         raise TypeError(f"hidden_features must be a list of widths, such as (64, 64), not {hidden_features!r}")
-    return tuple(_count(f"hidden_features[{i}]", width) for i, width in enumerate(hidden_features))
+    return tuple(_count(f"hidden_features[{i}]", width) for i, width in enumerate(widths))
 
 
-def _count(name: str, count: int) -> int:
+def _count(name: str, count: Any) -> int:
     if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
         raise ValueError(f"{name} must be a positive integer, not {count!r}")
     return int(count)

@@ -24,7 +24,7 @@ from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import lazy_property
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from adapters.exports import EventDim, check_event_dim
+from adapters.bridges.common.exports import EventDim, check_event_dim
 from adapters.flow import Flow
 
 _steps = 0

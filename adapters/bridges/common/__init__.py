@@ -1,0 +1,1 @@
+"""What bridges share. Nothing here is a bridge: only the files of ``adapters.bridges`` itself are taken for one."""
