@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adapters.flow import StandardNormal
 from adapters.networks import ACTIVATIONS, MLP
+from adapters.parts import base_of
 from adapters.registry import Specification
 
 
@@ -131,7 +132,7 @@ def flow_in(thing) -> Flow | None:
     """
     if not isinstance(thing, Flow):
         return None
-    base = thing._distribution
+    base = base_of(thing)
     if isinstance(base, torch.distributions.Distribution):
         raise TypeError(
             f"the base of this flow, {type(base).__name__}, is a torch distribution, not one of nflows'; use "
