@@ -18,7 +18,7 @@ def check_tensor(thing: Tensor, what: str) -> None:
         raise TypeError(f"{what} must be a torch.Tensor, not a {name}: give torch.as_tensor(…, dtype=torch.float32)")
 
 
-def explain_mismatch(error: Exception, module: nn.Module, name: str, **tensors: Tensor | None) -> None:
+def explain_mismatch(error: BaseException, module: nn.Module, name: str, **tensors: Tensor | None) -> None:
     """After an error: raise one that says so if the tensors' dtype or device is another than that of ``module``.
 
     It costs nothing as long as all is well, and lets through every mixture that torch itself can work with.

@@ -13,6 +13,7 @@ from torch.distributions import Distribution, constraints
 
 from adapters.bridges import as_flow
 from adapters.bridges.common.torch_distributions import Watched
+from adapters.parts import base_of, context_width_of, embedding_of, event_shape_of, transform_of
 
 _found = Distribution._validate_args
 from pyro.distributions import TorchDistribution  # noqa: E402
@@ -81,7 +82,7 @@ class FlowDistribution(TorchDistribution):
 
     @property
     def has_rsample(self) -> bool:
-        base = self.flow._distribution
+        base = base_of(self.flow)
         source = getattr(base, "source", None)  # a torch distribution, which may be discrete
         return source is None or source(self._rows(self.batch_shape)).has_rsample
 
@@ -141,12 +142,12 @@ class FlowDistribution(TorchDistribution):
         count, dtype = int(math.prod(rows)), _like(self.flow)  # while torch.jit traces, sizes are tensors
         if count == 0:
             return dtype.new_empty(shape)
-        context = self.flow._embedding_net(self._rows(rows))
-        base = self.flow._distribution
+        context = embedding_of(self.flow)(self._rows(rows))
+        base = base_of(self.flow)
         noise = _sample(base, count, context).to(dtype)  # nflows' own normal draws float32 always
         log_prob = base.log_prob(noise, context)  # now: a transform may overwrite its input
         try:
-            x, log_det = self.flow._transform.inverse(noise, context)
+            x, log_det = transform_of(self.flow).inverse(noise, context)
         except InputOutsideDomain as error:
             raise _outside(error) from error
         if x.shape[1:] != self.event_shape:
@@ -194,9 +195,9 @@ def _outside(error: InputOutsideDomain) -> InputOutsideDomain:
 
 def _check_context(flow: Flow, context: Tensor | None) -> None:
     width = getattr(flow, "context_features", ...)  # only our own Flow knows
-    if isinstance(flow._distribution, MADEMoG) and isinstance(flow._embedding_net, torch.nn.Identity):
-        layer = getattr(flow._distribution._made, "context_layer", None)
-        width = None if layer is None else layer.in_features  # given none, it would silently do without
+    base = base_of(flow)
+    if isinstance(base, MADEMoG) and isinstance(embedding_of(flow), torch.nn.Identity):
+        width = context_width_of(base)  # given no context, it would silently do without
     if width is None and context is not None:
         raise ValueError(f"this flow is unconditional, but a context of shape {tuple(context.shape)} was given")
     if isinstance(width, int) and context is None:
@@ -207,13 +208,11 @@ def _check_context(flow: Flow, context: Tensor | None) -> None:
 
 
 def _event_shape(flow: Flow) -> torch.Size:
-    for thing, name in ((flow, "event_shape"), (flow._distribution, "_shape"), (flow._distribution, "shape")):
-        if isinstance(getattr(thing, name, None), tuple | list):
-            return torch.Size(getattr(thing, name))
-    raise ValueError(
-        f"neither the flow nor its base, {type(flow._distribution).__name__}, says the shape of one datum: "
-        "give an event_shape"
-    )
+    shape = event_shape_of(flow)
+    if shape is None:
+        base = type(base_of(flow)).__name__
+        raise ValueError(f"neither the flow nor its base, {base}, says the shape of one datum: give an event_shape")
+    return shape
 
 
 def _like(flow: Flow) -> Tensor:

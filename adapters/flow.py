@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import nflows.distributions
 import nflows.flows
@@ -17,6 +18,9 @@ from adapters.checks import (
     check_tensor,
     explain_mismatch,
 )
+from adapters.parts import base_of, embedding_of, noise_shape_of, transform_of
+
+Answer = TypeVar("Answer", Tensor, tuple[Tensor, Tensor])
 
 
 class StandardNormal(nflows.distributions.StandardNormal):
@@ -36,7 +40,8 @@ class Flow(nflows.flows.Flow):
     """log p(x) = log p_base(f(x)) + log|det J_f(x)|, with f = ``transform``, data → noise.
 
     An nflows ``Flow`` in every respect (``log_prob``, ``sample``, ``sample_and_log_prob``, each with ``context``),
-    which knows its shapes and so can refuse wrong ones before they reach a layer.
+    which knows its shapes and so can refuse wrong ones before they reach a layer. ``encode`` and ``decode`` turn data
+    into noise and noise into data; ``transform`` and ``base`` are the two parts that it is made of.
 
     Args:
         transform: f, an nflows ``Transform``.
@@ -45,8 +50,11 @@ class Flow(nflows.flows.Flow):
         context_features: width of a context row; ``None`` if the flow takes no context.
 
     Raises:
-        TypeError: in a call, for inputs or a context that are no tensors, or of a dtype that the flow cannot take.
-        ValueError: for inputs or a context of another shape or on another device, or a context missing or superfluous.
+        TypeError: in a call, for inputs, noise or a context that are no tensors, or of a dtype that the flow cannot
+            take.
+        ValueError: for inputs, noise or a context of another shape or on another device, or a context missing or
+            superfluous.
+        nflows.transforms.InverseNotAvailable: when a flow samples or decodes that can only score.
     """
 
     def __init__(
@@ -60,15 +68,38 @@ class Flow(nflows.flows.Flow):
         self.event_shape = torch.Size(event_shape)
         self.context_features = context_features
 
+    @property
+    def transform(self) -> Transform:
+        """f, data → noise. It may be replaced: ``flow.transform = torch.compile(flow.transform)``."""
+        return transform_of(self)
+
+    @property
+    def base(self) -> nflows.distributions.Distribution:
+        """The distribution of the noise. It may be replaced."""
+        return base_of(self)
+
+    def __setattr__(self, name: str, value) -> None:
+        """A new ``transform`` or ``base`` is kept where nflows looks for it; PyTorch would store it beside the old."""
+        super().__setattr__({"transform": "_transform", "base": "_distribution"}.get(name, name), value)
+
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x | context) in nats: ``(batch, *event)`` → ``(batch,)``."""
         self._check_inputs(inputs, context)
         return self._call(super().log_prob, inputs=inputs, context=context)
 
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """f(x; context), the noise that the data are made of: ``(batch, *event)`` → ``(batch, *noise)``."""
+        self._check_inputs(x, context)
+        return self._call(super().transform_to_noise, inputs=x, context=context)
+
+    def decode(self, noise: Tensor, context: Tensor | None = None) -> Tensor:
+        """f⁻¹(noise; context), the data made of this noise: ``(batch, *noise)`` → ``(batch, *event)``."""
+        self._check(noise, "noise", noise_shape_of(self.base), "decode of this flow", context)
+        return self._call(self._decode, noise=noise, context=context)
+
     def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """f(x; context): ``(batch, *event)`` → the noise that the datum is made of."""
-        self._check_inputs(inputs, context)
-        return self._call(super().transform_to_noise, inputs=inputs, context=context)
+        """nflows' name for ``encode``."""
+        return self.encode(inputs, context)
 
     def sample(self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None) -> Tensor:
         """``(num_samples, *event)``, or ``(batch, num_samples, *event)`` for a context of ``batch`` rows.
@@ -88,7 +119,10 @@ class Flow(nflows.flows.Flow):
         self._check_context_of_samples(context)
         return self._call(partial(super().sample_and_log_prob, num_samples), context=context)
 
-    def _call(self, function: Callable, **tensors: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    def _decode(self, noise: Tensor, context: Tensor | None) -> Tensor:
+        return self.transform.inverse(noise, context=embedding_of(self)(context))[0]
+
+    def _call(self, function: Callable[..., Answer], **tensors: Tensor | None) -> Answer:
         """``function`` of the tensors. What it says of none is what it says of one, less that one.
 
         So an empty batch reaches no layer: many a library's reshapes it to a size that nothing tells.
@@ -96,7 +130,7 @@ class Flow(nflows.flows.Flow):
         if any(tensor is not None and tensor.shape[:1] == (0,) for tensor in tensors.values()):
             one = {name: t if t is None else t.new_zeros(1, *t.shape[1:]) for name, t in tensors.items()}
             answer = function(**one)
-            return answer[:0] if isinstance(answer, Tensor) else tuple(part[:0] for part in answer)
+            return answer[:0] if isinstance(answer, Tensor) else tuple(part[:0] for part in answer)  # type: ignore
         try:
             return function(**tensors)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -104,13 +138,18 @@ class Flow(nflows.flows.Flow):
             raise
 
     def _check_inputs(self, inputs: Tensor, context: Tensor | None) -> None:
-        check_tensor(inputs, "the inputs of this flow")
-        if not inputs.is_floating_point():
-            explain_mismatch(TypeError(), self, "flow", inputs=inputs)
-        check_event(inputs, self.event_shape, "this flow")
+        self._check(inputs, "inputs", self.event_shape, "this flow", context)
+
+    def _check(self, values: Tensor, role: str, shape: torch.Size | None, what: str, context: Tensor | None) -> None:
+        """Raise an error unless ``values``, the ``role`` of this flow, and ``context`` can be given to ``what``."""
+        check_tensor(values, f"the {role} of this flow")
+        if not values.is_floating_point():
+            explain_mismatch(TypeError(), self, "flow", **{role: values})
+        if shape is not None:
+            check_event(values, shape, what)
         self._check_context_of_samples(context)
         if context is not None:
-            check_rows(context, inputs, "this flow")
+            check_rows(context, values, "this flow")
 
     def _check_context_of_samples(self, context: Tensor | None) -> None:
         if context is not None:
@@ -145,11 +184,12 @@ class ContextAsCoordinates(Transform):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_to(self.transform, inputs, context)
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return self._apply_to(self.transform.inverse, inputs, context)
 
     def _apply_to(self, function: Callable, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         check_event(inputs, (self.features,), "this transform")
         check_context(context, self.context_features, inputs, "this transform")
-        outputs, log_det = function(torch.cat((inputs, context), dim=1))
+        given = inputs if context is None else torch.cat((inputs, context), dim=1)
+        outputs, log_det = function(given)
         return outputs[:, : self.features], log_det

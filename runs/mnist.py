@@ -420,7 +420,7 @@ def decode(flow: Flow, noise: Tensor, context: Tensor | None) -> Tensor:
     device = device_of(flow)
     contexts = itertools.repeat(None) if context is None else context.to(device).split(CHUNK)
     parts = zip(noise.to(device).split(CHUNK), contexts, strict=False)
-    images = [flow._transform.inverse(part, given)[0].cpu() for part, given in parts]
+    images = [flow.decode(part, given).cpu() for part, given in parts]
     return torch.cat(images).clamp(0, 1).view(-1, *SHAPE)
 
 
@@ -529,7 +529,7 @@ def draw_interpolations(
     device = device_of(flow)
     x = dequantize(test[: 2 * rows].to(device), torch.Generator(device).manual_seed(EVALUATION_SEED))
     given = None if context is None else context[: 2 * rows].to(device)
-    noise = flow._transform(x, given)[0]
+    noise = flow.encode(x, given)
     share = torch.linspace(0, 1, columns, device=device)
     path = slerp(noise[:rows, None], noise[rows:, None], share[:, None]).flatten(0, 1)
     if given is not None:

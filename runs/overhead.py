@@ -70,8 +70,8 @@ def main(
     for bridge in filter(installed, bridges()):
         for name in bridge.LIBRARIES:
             flow = build_flow("masked-affine", features, layers=layers, hidden_features=hidden).to(place)
-            exported = to_library(name, flow._transform)
-            plain = nflows.flows.Flow(flow._transform, StandardNormal([features]).to(place))
+            exported = to_library(name, flow)
+            plain = nflows.flows.Flow(flow.transform, StandardNormal([features]).to(place))
 
             def in_library(exported=exported, bridge=bridge) -> Tensor:
                 return bridge.native_log_prob(exported, x)

@@ -94,7 +94,7 @@ class NegativeELBO(nn.Module):
         self.elbo = ReparameterizedELBO()(vae.model, vae.guide)
         self.compiled_parts = [vae.encoder.network, vae.decoder.network]
         if isinstance(vae.prior, FlowPrior):
-            self.compiled_parts.append(vae.prior.flow._transform)
+            self.compiled_parts.append(vae.prior.flow.transform)
 
     def forward(self, batch: tuple[Tensor, Tensor | None]) -> Tensor:
         x, kl_weight = batch

@@ -169,8 +169,7 @@ def evaluate(flow: Flow, true: Density) -> dict[str, float]:
     kl, stderr = divergence(true, flow.log_prob, points)
     errors = []
     for x in points.split(10_000):
-        noise, _ = flow._transform(x)
-        errors.append((flow._transform.inverse(noise)[0] - x).abs().amax(1))
+        errors.append((flow.decode(flow.encode(x)) - x).abs().amax(1))
     error = torch.cat(errors).cpu()
     return {
         "nll": true.entropy + kl,

@@ -131,10 +131,10 @@ THREADED = {name: lambda name=name: build_flow(name, 4, layers=2, hidden_feature
         dist.TransformedDistribution(dist.TransformedDistribution(normal(4), [T.affine_coupling(4, [8])]), [])
     ),
     "exported": lambda: flow_of(
-        to_library("pyro", build_flow("pyro-maf", 4, layers=2, hidden_features=(8,))._transform)
+        to_library("pyro", build_flow("pyro-maf", 4, layers=2, hidden_features=(8,)).transform)
     ),
     "conditioned": lambda: flow_of(
-        to_library("torch", build_flow("pyro-affine", 4, 2, layers=2)._transform).condition(torch.ones(2))
+        to_library("torch", build_flow("pyro-affine", 4, 2, layers=2).transform).condition(torch.ones(2))
     ),
 }
 
@@ -152,7 +152,7 @@ def test_threads_get_their_own_answers(name):
 @pytest.mark.parametrize("library", ["pyro", "torch"])
 def test_threads_get_their_own_answers_of_an_export(library):
     torch.manual_seed(0)
-    exported = to_library(library, build_flow("masked-affine", 4, layers=2, hidden_features=(8,))._transform)
+    exported = to_library(library, build_flow("masked-affine", 4, layers=2, hidden_features=(8,)).transform)
     density = dist.TransformedDistribution(normal(4), [exported])
     batches = [torch.randn(5, 4) for _ in range(4)]
     with torch.no_grad():
@@ -224,8 +224,8 @@ def test_a_network_runs_once_for_a_log_prob(make):
 def test_an_export_runs_once_for_a_log_prob_of_the_library(library, conditional):
     context = context_for(2, 5) if conditional else None
     flow = build_flow("masked-affine", 4, 2 if conditional else None, layers=1, hidden_features=(8,)).double()
-    calls = count_calls(flow._transform)
-    exported = to_library(library, flow._transform, conditional=conditional)
+    calls = count_calls(flow.transform)
+    exported = to_library(library, flow.transform, conditional=conditional)
     x = batch(5, 4)
     log_prob = bridge.native_log_prob(exported, x, context)
     assert len(calls) == 1
@@ -233,7 +233,7 @@ def test_an_export_runs_once_for_a_log_prob_of_the_library(library, conditional)
 
 
 def test_exports_are_the_librarys_types_and_come_back():
-    transform = build_flow("masked-affine", 4, layers=1)._transform
+    transform = build_flow("masked-affine", 4, layers=1).transform
     exported = {
         "torch": to_library("torch", transform),
         "pyro": to_library("pyro", transform),
@@ -251,7 +251,7 @@ def test_exports_are_the_librarys_types_and_come_back():
 def test_an_export_trains_as_a_pyro_prior():
     pyro.clear_param_store()
     flow = build_flow("masked-affine", 3, 2, layers=2, hidden_features=(8,))
-    exported = to_library("pyro", flow._transform, conditional=True)
+    exported = to_library("pyro", flow.transform, conditional=True)
     data, context = torch.randn(16, 3) + 2, torch.randn(16, 2)
 
     def model():
@@ -270,7 +270,7 @@ def test_an_export_trains_as_a_pyro_prior():
 def test_an_export_takes_any_batch_shape_and_broadcasts_its_context():
     flow = build_flow("masked-affine", 3, 2, layers=2, hidden_features=(8,)).double()
     randomise(flow)
-    exported = to_library("pyro", flow._transform, conditional=True)
+    exported = to_library("pyro", flow.transform, conditional=True)
     x, context = batch(4, 5, 3), context_for(2, 5)
     log_prob = dist.ConditionalTransformedDistribution(normal(3), [exported]).condition(context).log_prob(x)
     assert log_prob.shape == (4, 5)
@@ -284,13 +284,13 @@ def test_an_export_takes_any_batch_shape_and_broadcasts_its_context():
 
 
 def test_an_export_names_a_wrong_context():
-    transform = build_flow("pyro-affine", 3, 2, layers=1)._transform
+    transform = build_flow("pyro-affine", 3, 2, layers=1).transform
     exported, x = to_library("pyro", transform), torch.zeros(4, 3)
     with pytest.raises(ValueError, match=r"give a context of shape \(batch, 2\)"):
         exported(x)
     with pytest.raises(ValueError, match=r"takes inputs of shape \(batch, 2\), not \(4, 5\)"):
         exported.condition(torch.zeros(4, 5))(x)
-    transform = build_flow("nflows-realnvp", 3, 2, layers=1, hidden_features=(8,))._transform
+    transform = build_flow("nflows-realnvp", 3, 2, layers=1, hidden_features=(8,)).transform
     exported = to_library("torch", transform)
     with pytest.raises(ValueError, match=r"give it a context of shape \(\*batch, 2\) by .condition"):
         exported.inv(x)
@@ -301,7 +301,7 @@ def test_an_export_names_a_wrong_context():
 
 
 def test_an_export_conditioned_for_good_is_a_part_like_any_other():
-    transform = randomise(build_flow("masked-affine", 3, 2, layers=1)._transform)
+    transform = randomise(build_flow("masked-affine", 3, 2, layers=1).transform)
     conditioned = to_library("torch", transform).condition(torch.ones(2, dtype=torch.float64))
     x, context = batch(4, 3), torch.ones(4, 2, dtype=torch.float64)
     bridged = as_transform(transforms.ComposeTransform([conditioned, T.permute(3, torch.tensor([2, 0, 1]))]))
@@ -383,7 +383,7 @@ def test_an_exports_log_det_follows_its_context_and_its_tensors():
     context.mul_(2)
     expected = -transform(y, context.expand(4, 3))[1]
     assert_close(exported.log_abs_det_jacobian(x, y), expected, rtol=0, atol=0)
-    transform = randomise(build_flow("masked-affine", 3, layers=1)._transform)
+    transform = randomise(build_flow("masked-affine", 3, layers=1).transform)
     exported = to_library("torch", transform)
     x = exported.inv(y)
     y.add_(1.0)
@@ -399,7 +399,7 @@ def test_an_exports_log_det_follows_its_context_and_its_tensors():
 
 
 def test_an_export_scores_within_torch_func_and_inference_mode():
-    transform = randomise(build_flow("masked-affine", 3, layers=1)._transform)
+    transform = randomise(build_flow("masked-affine", 3, layers=1).transform)
     density, y = dist.TransformedDistribution(normal(3), [to_library("torch", transform)]), batch(4, 3)
     expected = density.log_prob(y)
     assert_close(torch.func.vmap(density.log_prob)(y[:, None]).squeeze(1), expected)
@@ -518,7 +518,7 @@ def test_a_base_may_read_the_context():
         as_flow(dist.ConditionalTransformedDistribution(base, [T.permute(3)]))
     with torch.no_grad():
         base.network.weight.mul_(1e3)  # noise so far apart that samples of one context are none of another's
-    noise = flow._distribution.sample(6, context)
+    noise = flow.base.sample(6, context)
     assert_close(noise, base.network(context)[:, None].expand(5, 6, 3), atol=10, rtol=0)
     base.context_dim = 2
     assert as_flow(dist.ConditionalTransformedDistribution(base, [T.permute(3)])).log_prob(x, context).shape == (5,)
@@ -609,7 +609,7 @@ def test_a_mask_is_followed(name, context_features):
     mask = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
     flow = randomise(build_flow(name, 5, context_features, layers=1, hidden_features=(8,), masks=[mask]))
     x = batch(6, 5)
-    z, _ = flow._transform(x, context_for(context_features, 6))
+    z, _ = flow.transform(x, context_for(context_features, 6))
     assert torch.equal(z == x, mask.bool().expand(6, 5))
 
 

@@ -48,7 +48,7 @@ before = Distribution._validate_args, Distribution.__dict__["arg_constraints"]
 import adapters
 flow = adapters.build_flow("zuko-nsf", 2)
 flow.sample_and_log_prob(3)
-exported = adapters.to_library("zuko", flow._transform)
+exported = adapters.to_library("zuko", flow.transform)
 from adapters.bridges.zuko import import_zuko, native_log_prob
 native_log_prob(exported, torch.randn(3, 2))
 zuko = import_zuko()
@@ -160,11 +160,11 @@ def test_torch_jit_traces_a_flow_or_is_told_that_it_cannot(name, context_feature
 @pytest.mark.parametrize("name", ["NAF", "UNAF", "CNF"])
 def test_gradients_reach_the_weights_in_eval_mode_too(name, mode):
     flow = as_flow(NATIVE[name](0).double()).train(mode)
-    noise = flow._transform(batch(3, 3))[0].detach()  # a NAF that is not trained reaches little else
-    for x in (flow._transform.inverse(noise)[0], -flow.log_prob(batch(3, 3))):
+    noise = flow.transform(batch(3, 3))[0].detach()  # a NAF that is not trained reaches little else
+    for x in (flow.transform.inverse(noise)[0], -flow.log_prob(batch(3, 3))):
         flow.zero_grad()
         x.sum().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in flow._transform.parameters())
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in flow.transform.parameters())
 
 
 def test_a_trainable_base_is_trained():
@@ -203,16 +203,16 @@ def test_ones_of_a_mask_pass_unchanged():
     z, _ = as_transform(flows.GeneralCouplingTransform(4, mask=mask, **SMALL)).double()(x)
     assert torch.equal(z == x, mask.bool().expand(5, 4))
     flow = build_flow("zuko-realnvp", 4, layers=1, masks=[mask.float()]).double()
-    assert torch.equal(flow.transform_to_noise(x) == x, mask.bool().expand(5, 4))
+    assert torch.equal(flow.encode(x) == x, mask.bool().expand(5, 4))
 
 
 def test_nsf_has_the_bins_and_bound_it_is_asked_for():
     flow = build_flow("zuko-nsf", 2, layers=1, bins=5, tail_bound=2.5)
-    spline = flow._transform.lazy.transforms[0]().meta(torch.zeros(1, 1)).base
+    spline = flow.transform.lazy.transforms[0]().meta(torch.zeros(1, 1)).base
     assert spline.bins == 5
     assert_close(spline.horizontal.max(), torch.tensor(2.5))
     outside = torch.tensor([[2.6, -2.6]])
-    assert_close(flow.transform_to_noise(outside), outside)
+    assert_close(flow.encode(outside), outside)
 
 
 # -- how often networks run --------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_an_exported_transform_is_trained_in_zuko():
 )
 def test_wrong_contexts(context, message):
     flow = as_flow(flows.MAF(3, 2, **SMALL))
-    for call in (flow.log_prob, flow._transform, flow._transform.inverse):
+    for call in (flow.log_prob, flow.transform, flow.transform.inverse):
         with pytest.raises(ValueError, match=message):
             call(torch.zeros(5, 3), context)
     with pytest.raises(ValueError, match=message):
@@ -337,7 +337,7 @@ def test_wrong_contexts(context, message):
 def test_wrong_batches_superfluous_contexts_and_wrong_events():
     flow = as_flow(flows.NSF(3, 2, **SMALL))
     with pytest.raises(ValueError, match="4 rows for 5 inputs"):
-        flow._transform(torch.zeros(5, 3), torch.zeros(4, 2))
+        flow.transform(torch.zeros(5, 3), torch.zeros(4, 2))
     with pytest.raises(ValueError, match=r"\(batch, 3\), not \(5, 4\)"):
         flow.log_prob(torch.zeros(5, 4), torch.zeros(5, 2))
     with pytest.raises(ValueError, match=r"GeneralCouplingTransform takes inputs of shape \(batch, 3\), not \(5, 4\)"):

@@ -63,7 +63,7 @@ def decode(library: str, exported, noise, context):
 
 
 def layers(name: str, context_features: int | None = None):
-    return build_flow(name, 4, context_features, layers=2, hidden_features=(8,))._transform
+    return build_flow(name, 4, context_features, layers=2, hidden_features=(8,)).transform
 
 
 def image_coupling():
@@ -340,7 +340,7 @@ def test_law_1_no_call_of_a_model_changes_its_inputs(model):
     _, flow, entry, x, context = model
     assert_inputs_unchanged(flow.log_prob, x, context)
     if entry.samples:
-        assert_inputs_unchanged(flow._transform.inverse, flow._transform(x, context)[0].detach(), context)
+        assert_inputs_unchanged(flow.transform.inverse, flow.transform(x, context)[0].detach(), context)
         assert_inputs_unchanged(lambda rows: flow.sample_and_log_prob(3, rows), context)
 
 
@@ -656,7 +656,7 @@ def test_normflows_layers_say_where_they_are_defined():
         x = torch.tensor([[1.0, 0.0]])
         assert_close(flow.log_prob(x + torch.tensor([6.0, 0.0])), flow.log_prob(x))
         with pytest.raises(InputOutsideDomain, match="takes noise within ±3.0, not 4: give its coordinates a base"):
-            flow._transform.inverse(torch.tensor([[4.0, 0.0]]))
+            flow.transform.inverse(torch.tensor([[4.0, 0.0]]))
 
 
 def test_normflows_composites_are_taken_apart_and_other_containers_are_not_trusted():

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 
 from adapters import as_flow, build_flow, flow_names, load_flow, random_mask, save_flow
 from adapters.checkpoint import FILE, _checksum, write_atomically
+from adapters.parts import inner_of, parts_of
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
 from tests.examples import models
 from tests.laws import batch, context_for, randomise
@@ -35,7 +36,7 @@ def make_stack(features: int, tail_bound: float = 3.0, activation: str = "relu",
     """A flow with no recipe of its own, as a user's module makes one."""
     flow = build_flow("masked-spline", features, layers=2, hidden_features=(8,), tail_bound=tail_bound)
     if norm:
-        parametrizations.weight_norm(flow._transform._transform._transforms[0].conditioner[0])
+        parametrizations.weight_norm(parts_of(inner_of(flow.transform))[0].conditioner[0])
     del flow.recipe
     return flow
 
@@ -96,8 +97,9 @@ def test_a_loaded_flow_has_no_dropout(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_each_tensor_keeps_its_dtype(dtype, tmp_path):
     flow = build_flow("masked-affine", 2, layers=2, hidden_features=(8,), preprocess=Logit())
-    flow._transform._transforms[1].to(dtype)
-    flow._transform._transforms[1]._transform._transforms[0].double()
+    _, layers = parts_of(flow.transform)
+    layers.to(dtype)
+    parts_of(inner_of(layers))[0].double()
     loaded = load_flow(save_flow(flow, tmp_path)).state_dict()
     assert {name: tensor.dtype for name, tensor in loaded.items()} == {
         name: tensor.dtype for name, tensor in flow.state_dict().items()
@@ -110,9 +112,9 @@ def test_a_compiled_flow_is_saved_as_if_it_were_not(tmp_path):
     plain = save_flow(flow, tmp_path / "plain").read_bytes()
     assert save_flow(torch.compile(flow), tmp_path / "whole").read_bytes() == plain
     assert save_flow(nn.DataParallel(torch.compile(flow)), tmp_path / "parallel").read_bytes() == plain
-    layers = flow._transform._transform._transforms
+    layers = parts_of(inner_of(flow.transform))
     layers[1].conditioner = torch.compile(layers[1].conditioner)
-    flow._transform = torch.compile(flow._transform)
+    flow.transform = torch.compile(flow.transform)
     assert save_flow(flow, tmp_path / "parts").read_bytes() == plain
 
 
@@ -145,45 +147,45 @@ def test_a_path_to_the_file_serves_as_well_as_its_directory(tmp_path):
 
 
 def _norm(flow):
-    parametrizations.weight_norm(flow._transform._transform._transforms[0].conditioner[0])
+    parametrizations.weight_norm(parts_of(inner_of(flow.transform))[0].conditioner[0])
 
 
 def _old_norm(flow):
     with pytest.warns(FutureWarning, match="weight_norm"):
-        nn.utils.weight_norm(flow._transform._transform._transforms[0].conditioner[0])
+        nn.utils.weight_norm(parts_of(inner_of(flow.transform))[0].conditioner[0])
 
 
 def _prune(flow):
-    prune.random_unstructured(flow._transform._transform._transforms[0].conditioner[0], "weight", 0.5)
+    prune.random_unstructured(parts_of(inner_of(flow.transform))[0].conditioner[0], "weight", 0.5)
 
 
 def _base(flow):
-    flow._distribution = ConditionalDiagonalNormal([4], nn.Linear(2, 8))
+    flow.base = ConditionalDiagonalNormal([4], nn.Linear(2, 8))
 
 
 def _same_tensors_base(flow):
-    flow._distribution = type("MyNormal", (type(flow._distribution),), {})([4])
+    flow.base = type("MyNormal", (type(flow.base),), {})([4])
 
 
 def _activation(flow):
-    flow._transform._transform._transforms[0].conditioner[1] = nn.Tanh()
+    parts_of(inner_of(flow.transform))[0].conditioner[1] = nn.Tanh()
 
 
 def _number(flow):
-    flow._transform._transform._transforms[0].tail_bound = 5.0
+    parts_of(inner_of(flow.transform))[0].tail_bound = 5.0
 
 
 def _width(flow):
-    layer = flow._transform._transform._transforms[0].conditioner[0]
+    layer = parts_of(inner_of(flow.transform))[0].conditioner[0]
     layer.weight = nn.Parameter(layer.weight[:, :1])
 
 
 def _nan(flow):
-    flow._transform._transform._transforms[1].conditioner[0].bias.data[2] = torch.nan
+    parts_of(inner_of(flow.transform))[1].conditioner[0].bias.data[2] = torch.nan
 
 
 def _inf(flow):
-    flow._transform._transform._transforms[1].conditioner[0].bias.data[1:3] = torch.inf
+    parts_of(inner_of(flow.transform))[1].conditioner[0].bias.data[1:3] = torch.inf
 
 
 def _complex(flow):
@@ -191,7 +193,7 @@ def _complex(flow):
 
 
 def _no_tensor(flow):
-    flow._distribution = type("Extra", (type(flow._distribution),), {"get_extra_state": lambda self: {"epoch": 3}})([4])
+    flow.base = type("Extra", (type(flow.base),), {"get_extra_state": lambda self: {"epoch": 3}})([4])
 
 
 def _recipe(flow):

@@ -95,7 +95,7 @@ def planted(features, wrong="", kind=Flow):
     bent = Bent(torch.full((features,), 0.3), torch.full((features,), 0.5))
     bent.wrong = wrong
     flow = randomise(build_flow("masked-affine", features, layers=2, hidden_features=(8,))).float()
-    return kind(CompositeTransform([bent, flow._transform]), StandardNormal([features]), (features,))
+    return kind(CompositeTransform([bent, flow.transform]), StandardNormal([features]), (features,))
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_one_failing_flow_is_a_row_that_says_why(tmp_path, own_module, without_p
         "from adapters import build_flow\n"
         "def at_once(features):\n    raise ZeroDivisionError('in my code')\n"
         "def later(features):\n    flow = build_flow('masked-affine', features)\n"
-        "    flow._transform.forward = lambda *_: 1 / 0\n    return flow\n"
+        "    flow.transform.forward = lambda *_: 1 / 0\n    return flow\n"
         "def leaves(features):\n    raise SystemExit('no data')\n"
         "def fixed(features):\n    return build_flow('masked-affine', features).requires_grad_(False)\n"
         "def text(features):\n    return 'a flow'\n",
@@ -445,7 +445,7 @@ def test_batch_normalisation_is_timed_as_it_is_used(tmp_path, own_module, withou
         "from adapters import build_flow\nfrom adapters.flow import Flow, StandardNormal\n"
         "from nflows.transforms import BatchNorm, CompositeTransform\n"
         "def flow(features, layers):\n"
-        "    inner = build_flow('masked-affine', features, layers=layers)._transform\n"
+        "    inner = build_flow('masked-affine', features, layers=layers).transform\n"
         "    layers = [inner, BatchNorm(features)]\n"
         "    return Flow(CompositeTransform(layers), StandardNormal([features]), (features,))\n",
     )

@@ -41,7 +41,7 @@ from torch.testing import assert_close
 
 from adapters import FlowDistribution, as_flow, as_transform, build_flow, flow_names, to_library
 from adapters.bridges.zuko import import_zuko
-from adapters.distribution import Flow
+from adapters.flow import Flow
 from adapters.networks import MLP
 from adapters.preprocess import Logit
 from tests.laws import batch, randomise
@@ -83,7 +83,7 @@ class Counting(nflows.transforms.Transform):
 
 
 def counting():
-    return Flow(Counting(), nflows.distributions.StandardNormal([2]))
+    return Flow(Counting(), nflows.distributions.StandardNormal([2]), (2,))
 
 
 # The contract
@@ -190,7 +190,7 @@ def test_copies_and_pickles_hold_their_own_flow():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_is_the_flows_also_with_nflows_own_normal(dtype):
-    flow = nflows.flows.Flow(a_flow()._transform, nflows.distributions.StandardNormal([2])).to(dtype)
+    flow = nflows.flows.Flow(a_flow().transform, nflows.distributions.StandardNormal([2])).to(dtype)
     p = FlowDistribution(flow)
     x = p.rsample((3,))
     assert x.dtype == p.log_prob(x).dtype == dtype
@@ -365,17 +365,17 @@ def test_networks_run_once():
     flow = counting()
     p = FlowDistribution(flow)
     p.log_prob(batch(3, 2))
-    assert flow._transform.passes == 1
+    assert flow.transform.passes == 1
     x = p.rsample((3,))
     assert_close(p.log_prob(x), FlowDistribution(flow).log_prob(x))
-    assert flow._transform.passes == 3
+    assert flow.transform.passes == 3
     p.log_prob(x)
-    assert flow._transform.passes == 4
+    assert flow.transform.passes == 4
 
 
 def changed_parameter(p, x):
     with torch.no_grad():
-        p.flow._transform.shift += 1
+        p.flow.transform.shift += 1
 
 
 def loaded_state(p, x):
@@ -383,11 +383,11 @@ def loaded_state(p, x):
 
 
 def replaced_data(p, x):
-    p.flow._transform.shift.data = p.flow._transform.shift.data + 1
+    p.flow.transform.shift.data = p.flow.transform.shift.data + 1
 
 
 def replaced_parameter(p, x):
-    p.flow._transform.shift = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    p.flow.transform.shift = nn.Parameter(torch.ones(2, dtype=torch.float64))
 
 
 def changed_value(p, x):
@@ -396,7 +396,7 @@ def changed_value(p, x):
 
 
 def optimiser_step(p, x):
-    p.flow._transform.shift.grad = torch.ones(2, dtype=torch.float64)
+    p.flow.transform.shift.grad = torch.ones(2, dtype=torch.float64)
     torch.optim.Adam(p.flow.parameters(), 0.1, fused=True).step()
 
 
@@ -410,7 +410,7 @@ def test_nothing_stale_is_given_out(change):
     with torch.no_grad():
         change(p, x)
         assert_close(p.log_prob(x), FlowDistribution(p.flow).log_prob(x))
-        assert p.flow._transform.passes == 3
+        assert p.flow.transform.passes == 3
 
 
 def test_nothing_is_kept_that_has_another_graph_or_mode():
@@ -418,13 +418,13 @@ def test_nothing_is_kept_that_has_another_graph_or_mode():
     x = p.sample((3,))  # without a graph, while the log_prob asked for has one
     assert p.log_prob(x).requires_grad
     x = p.rsample((3,))
-    p.flow._transform.shift.requires_grad_(False)
+    p.flow.transform.shift.requires_grad_(False)
     assert_close(torch.autograd.grad(p.log_prob(x).sum(), x)[0], -x)  # as frozen weights have it
     x = p.sample((3,))
     p.flow.eval()
-    passes = p.flow._transform.passes
+    passes = p.flow.transform.passes
     p.log_prob(x)
-    assert p.flow._transform.passes == passes + 1
+    assert p.flow.transform.passes == passes + 1
     with torch.inference_mode():
         x = p.sample((3,))
         x.mul_(2)
@@ -515,9 +515,9 @@ def test_an_elbo_evaluates_the_guide_once():
             pyro.sample("z", FlowDistribution(flow))
 
     for elbo in (Trace_ELBO(), TraceMeanField_ELBO()):
-        passes = flow._transform.passes
+        passes = flow.transform.passes
         elbo.differentiable_loss(lambda x: model(prior, x), q, batch(6, 2)).backward()
-        assert flow._transform.passes == passes + 1
+        assert flow.transform.passes == passes + 1
 
 
 @pytest.mark.parametrize("context_features", [None, 2])
@@ -627,7 +627,7 @@ def test_autoguides(kind):
         "normal": lambda: AutoNormal(p),
         "flow": lambda: AutoNormalizingFlow(p, lambda features: dist.transforms.affine_autoregressive(features, [8])),
         "our-flow": lambda: AutoNormalizingFlow(
-            p, lambda features: to_library("pyro", build_flow("masked-affine", features, layers=2)._transform)
+            p, lambda features: to_library("pyro", build_flow("masked-affine", features, layers=2).transform)
         ),
     }[kind]()
     svi = SVI(p, auto, pyro.optim.Adam({"lr": 5e-2}), Trace_ELBO(num_particles=8, vectorize_particles=kind == "normal"))

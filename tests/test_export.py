@@ -40,7 +40,7 @@ class BothWays(Scored):
     """Scored, and, as if it were noise, turned into data."""
 
     def forward(self, x, context=None):
-        return super().forward(x, context), self.flow._transform.inverse(x, context)
+        return super().forward(x, context), self.flow.transform.inverse(x, context)
 
 
 def build(name, context_features, preprocess):
@@ -83,11 +83,11 @@ def test_a_flow_is_mapped_and_differentiated_by_torch_func(name, context_feature
     log_prob = flow.log_prob(x, *given[1:])
     assert_close(vmap(one(flow.log_prob))(*given), log_prob)
     assert_close(vmap(grad(one(flow.log_prob)))(*given), torch.autograd.grad(log_prob.sum(), x)[0])
-    jacobian = vmap(jacrev(one(flow.transform_to_noise)))(*given)
+    jacobian = vmap(jacrev(one(flow.encode)))(*given)
     context = given[1] if context_features else None
-    assert_close(torch.linalg.slogdet(jacobian).logabsdet, autograd_log_det(flow._transform, given[0], context))
-    noise = flow.transform_to_noise(*given)
-    made = vmap(one(lambda *row: flow._transform.inverse(*row)[0]))(noise, *given[1:])
+    assert_close(torch.linalg.slogdet(jacobian).logabsdet, autograd_log_det(flow.transform, given[0], context))
+    noise = flow.encode(*given)
+    made = vmap(one(lambda *row: flow.transform.inverse(*row)[0]))(noise, *given[1:])
     assert_close(made, given[0], rtol=0, atol=1e-6)
 
 

@@ -117,7 +117,7 @@ def test_law_1_after_training_steps(name):
         optimiser.zero_grad()
         flow.log_prob(batch(32, 4, seed=9), context_for(3, 32)).mean().neg().backward()
         optimiser.step()
-    transform, x, context = flow._transform, 1.5 * batch(ROWS, 4), context_for(3, ROWS)
+    transform, x, context = flow.transform, 1.5 * batch(ROWS, 4), context_for(3, ROWS)
     for function, back in ((transform, transform.inverse), (transform.inverse, transform)):
         y, log_det = function(x, context)
         assert_close(log_det, autograd_log_det(function, x, context), atol=1e-7, rtol=1e-6)
@@ -139,7 +139,7 @@ def test_law_5_contexts_differ_and_batch_alike(name):
     torch.manual_seed(3)
     samples = flow.sample(7, contexts)
     assert_close(
-        flow._transform(samples[2], contexts[2:3].expand(7, 3))[0],
+        flow.transform(samples[2], contexts[2:3].expand(7, 3))[0],
         _base_noise(flow, contexts)[2],
         atol=1e-6,
         rtol=1e-6,
@@ -148,7 +148,7 @@ def test_law_5_contexts_differ_and_batch_alike(name):
 
 def _base_noise(flow, contexts):
     torch.manual_seed(3)
-    return flow._distribution.sample(7, contexts)
+    return flow.base.sample(7, contexts)
 
 
 @pytest.mark.parametrize("context_features", [None, 3])
@@ -157,7 +157,7 @@ def test_law_1_no_call_of_a_flow_changes_its_inputs(name, context_features):
     torch.manual_seed(0)
     flow = randomise(build_flow(name, 4, context_features, layers=2, hidden_features=(8, 8)), scale=0.1).eval()
     x, context = batch(ROWS, 4), context_for(context_features, ROWS)
-    for call in (flow.log_prob, flow._transform.inverse):
+    for call in (flow.log_prob, flow.transform.inverse):
         assert_inputs_unchanged(call, x, context)
     for call in (flow.sample, flow.sample_and_log_prob):
         assert_inputs_unchanged(lambda rows, call=call: call(3, rows), context)

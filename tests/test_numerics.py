@@ -62,8 +62,8 @@ def test_an_empty_batch_gives_an_empty_answer(name):
     for log_prob in (flow.log_prob(x), conditional.log_prob(x, none)):
         assert log_prob.shape == (0,) and log_prob.dtype == torch.float64
         log_prob.sum().backward()
-    assert flow.transform_to_noise(x).shape == (0, 4)
-    assert conditional.transform_to_noise(x, none).shape == (0, 4)
+    assert flow.encode(x).shape == (0, 4)
+    assert conditional.encode(x, none).shape == (0, 4)
     assert conditional.sample(2, none).shape == conditional.sample(3, none, batch_size=2)[:, 1:].shape == (0, 2, 4)
     samples, log_prob = conditional.sample_and_log_prob(2, none)
     assert samples.shape == (0, 2, 4) and log_prob.shape == (0, 2)
@@ -72,7 +72,7 @@ def test_an_empty_batch_gives_an_empty_answer(name):
 @pytest.mark.parametrize("preprocess", preprocessings())
 @pytest.mark.parametrize("name", OURS)
 def test_our_transforms_take_an_empty_batch_themselves(name, preprocess):
-    transform = small(name, preprocess=preprocessings()[preprocess])._transform
+    transform = small(name, preprocess=preprocessings()[preprocess]).transform
     for function in (transform, transform.inverse):
         y, log_det = function(batch(0, 4))
         assert y.shape == (0, 4) and log_det.shape == (0,)
@@ -114,8 +114,8 @@ def test_our_flows_take_nan_and_inf_in_either_direction(name, preprocess, bad):
         assert gradient[others].isfinite().all()
     noise = x.clone()
     noise[2, 1] = bad
-    made, log_det = flow._transform.inverse(noise)
-    right, right_log_det = flow._transform.inverse(x)
+    made, log_det = flow.transform.inverse(noise)
+    right, right_log_det = flow.transform.inverse(x)
     assert_close(made[others], right[others])
     assert_close(log_det[others], right_log_det[others])
     assert bad == bad or made[2].isnan().any()
@@ -194,10 +194,10 @@ def test_fuzz_round_trip(data, flow):
     """x → noise → x: the error is what one rounding of the noise is magnified to, times a bounded factor."""
     x = points(data, flow, st.floats(-3, 3, width=32))
     with torch.no_grad():
-        noise, _ = flow._transform(x)
-        back, log_det = flow._transform.inverse(noise)
+        noise, _ = flow.transform(x)
+        back, log_det = flow.transform.inverse(noise)
         rounding = torch.finfo(x.dtype).eps * (1 + noise.abs())
-        moved = [flow._transform.inverse(noise + sign * rounding)[0] for sign in (-1, 1)]
+        moved = [flow.transform.inverse(noise + sign * rounding)[0] for sign in (-1, 1)]
     bounded = torch.stack(moved).isfinite().all(2).all(0)  # where it is so steep that a rounding leads to inf, all goes
     back, x, moved = back[bounded], x[bounded], [other[bounded] for other in moved]
     assert back.isfinite().all() and log_det[bounded].isfinite().all()
@@ -390,8 +390,8 @@ def test_samples_in_parts_keep_each_context_in_its_row(name):
         torch.manual_seed(3)
         samples = flow.sample(10, context, batch_size=4)
         torch.manual_seed(3)
-        noise = torch.cat([flow._distribution.sample(n, context) for n in (4, 4, 2)], dim=1)
-        again = flow.transform_to_noise(samples.flatten(0, 1), context.repeat_interleave(10, dim=0))
+        noise = torch.cat([flow.base.sample(n, context) for n in (4, 4, 2)], dim=1)
+        again = flow.encode(samples.flatten(0, 1), context.repeat_interleave(10, dim=0))
     assert_close(again, noise.flatten(0, 1), rtol=0, atol=1e-5)
     assert small(name).sample(10, batch_size=4).shape == (10, 4)
     with pytest.raises(ValueError, match="batch_size must be positive, not 0"):
@@ -406,12 +406,12 @@ def test_what_is_no_tensor_of_the_flows_dtype_is_named(name):
     flow, conditional = small(name).float(), small(name, context_features=3).float()
     x, context = torch.rand(5, 4), torch.rand(5, 3)
     calls = {
-        "inputs": [lambda x: flow.log_prob(x), lambda x: flow.transform_to_noise(x)],
+        "inputs": [lambda x: flow.log_prob(x), lambda x: flow.encode(x)],
         "context": [
             lambda c: conditional.log_prob(x, c),
             lambda c: conditional.sample(2, c),
             lambda c: conditional.sample_and_log_prob(2, c),
-            lambda c: conditional.transform_to_noise(x, c),
+            lambda c: conditional.encode(x, c),
         ],
     }
     for role, value in {"inputs": x, "context": context}.items():

@@ -73,9 +73,8 @@ def as_transform(thing) -> Transform:
         nflows.transforms.InverseNotAvailable, ValueError: from the bridge, for a transform that no flow can use.
     """
     if isinstance(thing, Flow):
-        raise TypeError(
-            f"{_name(thing)} is no transform but a whole flow, as as_flow takes; its transform is flow._transform"
-        )
+        its = "flow.transform" if hasattr(thing, "transform") else "adapters.parts.transform_of(flow)"  # nflows' own
+        raise TypeError(f"{_name(thing)} is no transform but a whole flow, as as_flow takes; its transform is {its}")
     bridge = hub if isinstance(thing, Transform) else _bridge_of(thing)
     transform = bridge.transform_in(thing)
     if transform is None:

@@ -9,6 +9,7 @@ from nflows.transforms.nonlinearities import GatedLinearUnit
 from torch import Tensor, nn
 
 from adapters.flow import StandardNormal
+from adapters.parts import base_of
 
 PACKAGES = LIBRARIES = ("nflows",)
 DISTRIBUTION = "nflows"
@@ -39,7 +40,7 @@ def flow_in(thing) -> Flow | None:
     """
     if not isinstance(thing, Flow):
         return None
-    base = thing._distribution
+    base = base_of(thing)
     if isinstance(base, torch.distributions.Distribution):
         raise TypeError(
             f"the base of this flow, {type(base).__name__}, is a torch distribution, not one of nflows'; use "

@@ -21,6 +21,7 @@ from torch.nn.functional import hardtanh
 from adapters.checks import check_event, check_output, check_positive
 from adapters.masks import check_mask
 from adapters.networks import condition
+from adapters.parts import parts_of
 
 FURTHEST = 1e15  # of a coordinate that a conditioner is shown
 SELECT, SWAP, STAY = "select", "swap", "stay"  # between two layers' orders
@@ -173,7 +174,7 @@ class PackedComposite(CompositeTransform):
 
     def __init__(self, layers: Iterable[PackedCoupling]):
         super().__init__(layers)
-        shapes = sorted({layer.event_shape for layer in self._transforms})
+        shapes = sorted({layer.event_shape for layer in parts_of(self)})
         if len(shapes) != 1:
             raise ValueError(f"PackedComposite needs at least one layer, and one event shape for all, not {shapes}")
         self._plan()
@@ -181,7 +182,7 @@ class PackedComposite(CompositeTransform):
 
     def _plan(self, _=None) -> None:
         """How to come from each order to the next, there and back: by ``SELECT``, or by less where that is enough."""
-        layers = list(self._transforms)
+        layers = list(parts_of(self))
         own = torch.arange(math.prod(layers[0].event_shape), device=layers[0].transformed.device)
         orders = [own, *(layer.order() for layer in layers), own]
         selections = torch.stack([before.argsort()[after] for before, after in itertools.pairwise(orders)])
@@ -190,17 +191,17 @@ class PackedComposite(CompositeTransform):
         self.moves = [SELECT, *itertools.starmap(_move, itertools.pairwise(layers))]
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        steps = [(layer, layer.elementwise) for layer in self._transforms]
+        steps = [(layer, layer.elementwise) for layer in parts_of(self)]
         return self._run(steps, self.selections, self.moves, z, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        steps = [(layer, layer.elementwise_inverse) for layer in reversed(self._transforms)]
+        steps = [(layer, layer.elementwise_inverse) for layer in reversed(parts_of(self))]
         return self._run(steps, self.selections_back, [SELECT, *self.moves[:0:-1]], z, context)
 
     def _run(
         self, steps: list, selections: Tensor, moves: list[str], z: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        check_event(z, self._transforms[0].event_shape, "this layer")
+        check_event(z, parts_of(self)[0].event_shape, "this layer")
         *selections, last = selections.unbind()
         parts, log_det = [z.flatten(1)], 0.0
         for (layer, function), selection, move in zip(steps, selections, moves, strict=True):

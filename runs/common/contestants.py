@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adapters import as_flow, as_transform, build_flow, flow_names
 from adapters.catalogue import describe_flow, flow_options
 from adapters.flow import Flow, StandardNormal
+from adapters.parts import base_of, transform_of
 from runs.common.results import parameter_count
 
 REFERENCE = "masked-affine"  # whose parameters the others match, and whose times the ratios are to
@@ -89,7 +90,7 @@ def build(
         made = _call(name, make, given | {"layers": layers, "masks": masks})
     try:
         flow = as_flow(made)
-        transform, base = flow._transform, flow._distribution
+        transform, base = transform_of(flow), base_of(flow)
     except TypeError:
         transform, base = as_transform(made), StandardNormal([features])
     if preprocess is not None:

@@ -95,9 +95,9 @@ def check_moved(flow: Flow, x: Tensor) -> dict[str, float]:
             else:
                 if passes.tame():
                     break
-        found["precision"] = precision_error(twin._transform, x[:8])
+        found["precision"] = precision_error(twin.transform, x[:8])
         if x.shape[1] == 2:
-            found["base"] = base_error(twin._distribution)
+            found["base"] = base_error(twin.base)
     return found
 
 
@@ -126,7 +126,7 @@ def _settle(flow: Flow, x: Tensor) -> None:
     """Pass the data through for as long as that changes a buffer."""
     for _ in range(SETTLING):
         before = [buffer.clone() for buffer in flow.buffers()]
-        flow._transform(x)
+        flow.encode(x)
         if all(map(torch.equal, before, flow.buffers())):
             return
 
@@ -161,10 +161,10 @@ class _Passes(NamedTuple):
 
 
 def _passes(flow: Flow, x: Tensor) -> _Passes:
-    transform, n = flow._transform, len(x)
+    transform, n = flow.transform, len(x)
     with torch.no_grad():
         noise, log_det = transform(x)
-        z, z_log_prob = flow._distribution.sample_and_log_prob(n)
+        z, z_log_prob = flow.base.sample_and_log_prob(n)
         inverted, inverted_log_det = transform.inverse(torch.cat((noise, z)))  # at once: some search long for it
     jacobians = [  # of each row alone: what depends on its neighbours is seen
         torch.autograd.functional.jacobian(lambda row: transform(row.unsqueeze(0))[0].squeeze(0), row)
@@ -180,7 +180,7 @@ def _passes(flow: Flow, x: Tensor) -> _Passes:
 def _errors(flow: Flow, passes: _Passes) -> dict[str, float]:
     """All but ∫p."""
     exact = torch.linalg.slogdet(passes.jacobians).logabsdet
-    back = _distance(flow._transform(passes.samples)[0], passes.z)
+    back = _distance(flow.encode(passes.samples), passes.z)
     gap = (flow.log_prob(passes.samples) - (passes.z_log_prob - passes.samples_log_det)).abs()
     gap = gap[back <= ROUND_TRIP]  # the others are where the preprocessing saturates, as Φ does far out
     most = torch.sort(back).values[math.ceil(0.9 * len(back)) - 1]

@@ -7,6 +7,8 @@ from nflows.flows import Flow
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
+from adapters.parts import base_of, embedding_of, event_shape_of, inner_of, noise_shape_of, parts_of, transform_of
+
 # The number of a datum's dimensions or, for a transform that changes the shape, the shapes of a datum and of its noise.
 EventDim = int | tuple[Sequence[int], Sequence[int]]
 
@@ -16,7 +18,7 @@ def check_event_dim(event_dim: EventDim) -> None:
     if isinstance(event_dim, int) and not isinstance(event_dim, bool):
         if event_dim < 0:
             raise ValueError(f"event_dim must be at least 0, not {event_dim}")
-    elif not (_is_shape(event_dim) and len(event_dim) == 2 and all(map(_is_shape, event_dim))):
+    elif not (isinstance(event_dim, tuple | list) and len(event_dim) == 2 and all(map(_is_shape, event_dim))):
         raise TypeError(
             "event_dim is the number of a datum's dimensions, such as 3, or the shapes of a datum and of its noise, "
             f"such as ((1, 28, 28), (784,)), not {event_dim!r}"
@@ -36,14 +38,14 @@ def check_shapes_known(transform: Transform, event_dim: EventDim) -> None:
 def _changes(transform: Transform) -> Iterator[str]:
     """The names of the parts that are known to change the shape; two of them may undo each other."""
     if isinstance(transform, transforms.CompositeTransform):
-        for part in transform._transforms:
+        for part in parts_of(transform):
             yield from _changes(part)
     elif isinstance(transform, transforms.InverseTransform):
-        yield from _changes(transform._transform)
+        yield from _changes(inner_of(transform))
     elif isinstance(transform, transforms.SqueezeTransform | transforms.MultiscaleCompositeTransform):
         yield type(transform).__name__
     elif not getattr(transform, "keeps_shape", True):  # a bridge's
-        yield transform.name
+        yield str(transform.name)
 
 
 def event_dim_of(flow: Flow) -> EventDim:
@@ -52,29 +54,28 @@ def event_dim_of(flow: Flow) -> EventDim:
     Raises:
         ValueError: for a flow of nflows' own whose base does not say the shape of one sample.
     """
-    base = flow._distribution
-    noise = next(
-        (shape for shape in (getattr(base, name, None) for name in ("_shape", "shape")) if _is_shape(shape)), None
-    )
-    datum = getattr(flow, "event_shape", noise)
+    base = base_of(flow)
+    datum, noise = event_shape_of(flow), noise_shape_of(base)
     if datum is None:
         raise ValueError(
             f"neither the flow nor its base, {type(base).__name__}, says the shape of one datum: give an event_dim"
         )
-    return len(datum) if noise is None or tuple(noise) == tuple(datum) else (tuple(datum), tuple(noise))
+    return len(datum) if noise is None or noise == datum else (tuple(datum), tuple(noise))
 
 
 def reads_context(flow: Flow) -> bool:
-    """Whether something in the flow says that it takes a context."""
+    """Whether the flow says that it takes a context or, where it does not know, something in it does."""
+    width = getattr(flow, "context_features", ...)
+    if width is not ...:
+        return width is not None
     widths = (getattr(module, "context_features", None) for module in flow.modules())
-    return not isinstance(flow._embedding_net, nn.Identity) or any(isinstance(width, int) for width in widths)
+    return not isinstance(embedding_of(flow), nn.Identity) or any(isinstance(width, int) for width in widths)
 
 
 def whole_transform(flow: Flow) -> Transform:
     """The flow's transform, of the context as the flow takes it: behind its embedding network, if it has one."""
-    if isinstance(flow._embedding_net, nn.Identity):
-        return flow._transform
-    return EmbeddedContext(flow._transform, flow._embedding_net)
+    transform, embedding_net = transform_of(flow), embedding_of(flow)
+    return transform if isinstance(embedding_net, nn.Identity) else EmbeddedContext(transform, embedding_net)
 
 
 class EmbeddedContext(Transform):
@@ -89,9 +90,9 @@ class EmbeddedContext(Transform):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform(inputs, self.embedding_net(context))
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return self.transform.inverse(inputs, self.embedding_net(context))
 
 
-def _is_shape(value) -> bool:
+def _is_shape(value: object) -> bool:
     return isinstance(value, tuple | list)
