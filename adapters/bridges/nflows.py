@@ -14,9 +14,16 @@ from nflows.transforms import CompositeTransform, Transform
 from nflows.transforms.nonlinearities import GatedLinearUnit
 from torch import Tensor, nn
 
+from adapters.finite import finite_rows
 from adapters.flow import StandardNormal
 from adapters.networks import ACTIVATIONS, MLP
 from adapters.registry import Specification
+
+
+class RationalQuadraticCoupling(transforms.PiecewiseRationalQuadraticCouplingTransform):
+    """nflows' own, whose inverse asserts something of the whole batch, which NaN and ±inf in one row make false."""
+
+    inverse = finite_rows(transforms.PiecewiseRationalQuadraticCouplingTransform.inverse)
 
 
 def nflows_mask(mask: Tensor) -> Tensor:
@@ -33,7 +40,7 @@ def rqs(specification: Specification, bins: int = 8, tail_bound: float = 4.0, mi
     """``PiecewiseRationalQuadraticCouplingTransform`` with linear tails."""
     return _couplings(
         specification,
-        transforms.PiecewiseRationalQuadraticCouplingTransform,
+        RationalQuadraticCoupling,
         num_bins=bins,
         tails="linear",
         tail_bound=tail_bound,
