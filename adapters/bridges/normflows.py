@@ -21,6 +21,7 @@ from nflows.transforms.base import InputOutsideDomain
 from torch import Tensor, nn
 
 from adapters.checks import check_context, naming_shape
+from adapters.finite import with_finite_rows
 from adapters.flow import Flow
 
 PACKAGES = LIBRARIES = ("normflows",)
@@ -471,15 +472,12 @@ def _run_in_float64(run: Callable, layer: nn.Module, x: Tensor, context: tuple, 
 
     tensors = (*layer.parameters(), *layer.buffers())
     layer = copy.deepcopy(layer, {id(tensor): widened(tensor) for tensor in tensors})  # with a graph to the parameters
-    lost = ~x.flatten(1).isfinite().all(1)
-    given = x.masked_fill(_like_rows(lost, x), 0)
-    y, log_det = run(layer, widened(given), tuple(map(widened, context)), inverse)
-    y, log_det = y.to(x), log_det.to(x)
-    return y.masked_fill(_like_rows(lost, y), torch.nan), log_det.masked_fill(lost, torch.nan)
 
+    def in_float64(x: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, log_det = run(layer, widened(x), (widened(own),) if context else (), inverse)
+        return y.to(x), log_det.to(x)
 
-def _like_rows(mask: Tensor, x: Tensor) -> Tensor:
-    return mask.view(-1, *(1,) * (x.dim() - 1))
+    return with_finite_rows(in_float64, x, *context)
 
 
 def _inside(spline: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from adapters.bridges.common.torch_distributions import (
     within,
 )
 from adapters.checks import check_context, naming_shape
+from adapters.finite import finite_rows
 from adapters.flow import Flow
 
 PACKAGES = ("pyro", "torch.distributions")
@@ -85,13 +86,16 @@ class TorchTransform(Transform):
         self.context_features = one_width(widths, f"the context of {self.name}") if widths else None
         self.features = next((width for width in (_features(part) for part, _ in reversed(steps)) if width), None)
         self.keeps_shape = not any(_changes_shape(part) for part, _ in steps)
+        self.takes_any_row = not any("Spline" in _name(part) for part, _ in steps)  # Pyro's assert something of them
         self.bounded = [
             not _reads_context(part) and any(map(bounds, (part.domain, part.codomain))) for part, _ in steps
         ]
 
+    @finite_rows
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(inputs, context, to_noise=True)
 
+    @finite_rows
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.one_way:
             raise InverseNotAvailable(f"{', '.join(self.one_way)} has no inverse, so this flow cannot sample")

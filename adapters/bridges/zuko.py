@@ -30,6 +30,7 @@ from adapters.bridges.common.torch_distributions import (
     within,
 )
 from adapters.checks import check_context, check_event, naming_shape
+from adapters.finite import finite_rows
 from adapters.flow import Flow
 
 PACKAGES = LIBRARIES = ("zuko",)
@@ -90,6 +91,7 @@ class ZukoTransform(Transform):
             _check_bijective(lazy(_some_context(lazy, self.context_features)))
         gradient_cutting = zuko.flows.neural.MNN, zuko.flows.neural.UMNN, zuko.flows.FFJTransform
         self.gradient_cutting = [module for module in lazy.modules() if isinstance(module, gradient_cutting)]
+        self.takes_any_row = all(map(_takes_any_row, _parts(lazy)))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "ZukoTransform":
@@ -98,10 +100,12 @@ class ZukoTransform(Transform):
             module.training = True
         return self
 
+    @finite_rows
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with naming_shape(inputs, self.name):
             return _call(self._transform(inputs, context, self.features[0]), inputs, scoring=True)
 
+    @finite_rows
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with naming_shape(inputs, f"the inverse of {self.name}"):
             return _invert(self._transform(inputs, context, self.features[1]), inputs, scoring=False)
@@ -423,6 +427,16 @@ def _check_bijective(transform) -> None:
         raise InverseNotAvailable(f"{type(transform).__name__} is no bijection, so no flow can use it")
     elif isinstance(transform, transforms.FreeFormJacobianTransform) and not transform.exact:
         raise ValueError("the log-determinant of this transform is a random estimate; build it with exact=True")
+
+
+def _takes_any_row(part: nn.Module) -> bool:
+    """Whether it is a layer of which zuko computes each number on its own, by a formula without a check or a loop."""
+    transforms = import_zuko().transforms
+    univariate = getattr(part, "univariate", None)
+    return getattr(univariate, "func", univariate) in (
+        transforms.MonotonicAffineTransform,
+        transforms.MonotonicRQSTransform,
+    )
 
 
 def _solves(transform) -> bool:

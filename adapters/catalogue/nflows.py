@@ -13,8 +13,15 @@ from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor
 
 from adapters.catalogue.specification import NativeFlow, Specification
+from adapters.finite import finite_rows
 from adapters.flow import StandardNormal
 from adapters.networks import ACTIVATIONS, MLP
+
+
+class RationalQuadraticCoupling(transforms.PiecewiseRationalQuadraticCouplingTransform):
+    """nflows' own, whose inverse asserts something of the whole batch, which NaN and ±inf in one row make false."""
+
+    inverse = finite_rows(transforms.PiecewiseRationalQuadraticCouplingTransform.inverse)
 
 
 def nflows_mask(mask: Tensor) -> Tensor:
@@ -31,7 +38,7 @@ def rqs(specification: Specification, bins: int = 8, tail_bound: float = 4.0, mi
     """``PiecewiseRationalQuadraticCouplingTransform`` with linear tails."""
     return _couplings(
         specification,
-        transforms.PiecewiseRationalQuadraticCouplingTransform,
+        RationalQuadraticCoupling,
         num_bins=bins,
         tails="linear",
         tail_bound=tail_bound,
