@@ -1,7 +1,7 @@
 """A flow as a distribution, for Pyro and for torch: ``FlowDistribution``."""
 
 import math
-import weakref
+from typing import Any
 
 import nflows.distributions
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from adapters.bridges import as_flow
-from adapters.bridges.common.torch_distributions import Watched
+from adapters.last_result import LastResult
 from adapters.parts import base_of, context_width_of, embedding_of, event_shape_of, transform_of
 
 _found = Distribution._validate_args
@@ -25,9 +25,7 @@ class FlowDistribution(TorchDistribution):
     """log p(x | c) = log p_base(f(x; c)) + log|det J_f(x; c)|, as a distribution of Pyro and of torch.
 
     ``rsample`` is differentiable; ``log_prob`` evaluates each network once. The log_prob of a sample comes with it, and
-    is given out, once, when the very next question is for it, as a guide's is in every ELBO: only for that tensor, and
-    only if neither it nor context, parameters, buffers or their modes have changed since (as autograd counts changes:
-    writing through ``.data`` goes unseen).
+    is given out, once, when the very next question is for it, as a guide's is in every ELBO: see ``LastResult``.
 
     A distribution holds its flow, not a copy. It is cheap: make one in each call of a model. What is trained through
     Pyro's parameter store needs a ``pyro.module("flow", flow)`` too.
@@ -66,7 +64,7 @@ class FlowDistribution(TorchDistribution):
         self.flow = as_flow(flow)
         self.context = context
         _check_context(self.flow, context)
-        self._support, self._memo = support, None
+        self._support, self._last = support, LastResult()
         event_shape = _event_shape(self.flow) if event_shape is None else torch.Size(event_shape)
         super().__init__(
             torch.Size() if context is None else context.shape[:-1], event_shape, validate_args=validate_args
@@ -87,13 +85,13 @@ class FlowDistribution(TorchDistribution):
         return source is None or source(self._rows(self.batch_shape)).has_rsample
 
     def expand(self, batch_shape, _instance=None) -> "FlowDistribution":
-        new = self._get_checked_instance(FlowDistribution, _instance)
+        new: Any = self._get_checked_instance(FlowDistribution, _instance)
         batch_shape = torch.Size(batch_shape)
         try:
             torch.empty(()).expand(self.batch_shape).expand(batch_shape)
         except RuntimeError:
             raise ValueError(f"a batch of {tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}") from None
-        new.flow, new._support, new._memo = self.flow, self._support, None
+        new.flow, new._support, new._last = self.flow, self._support, LastResult()
         new.context = None if self.context is None else self.context.expand(*batch_shape, self.context.shape[-1])
         super(FlowDistribution, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -106,9 +104,9 @@ class FlowDistribution(TorchDistribution):
             raise ValueError(f"values must end in the event shape {tuple(self.event_shape)}, not {tuple(value.shape)}")
         if self._validate_args and value.numel():
             self._validate_sample(value)
-        memo, self._memo = self._memo, None
-        if memo is not None and memo[0]() is value and memo[1] == self._state(value):
-            return memo[2]
+        known = self._last.take(self.flow, value, self.context)
+        if known is not None:
+            return known
         batch = torch.broadcast_shapes(leading, self.batch_shape)
         rows = leading if self.context is None else batch  # what broadcasts is scored once
         if math.prod(rows) == 0:
@@ -130,9 +128,6 @@ class FlowDistribution(TorchDistribution):
         """``(*sample, *batch, *event)``, without a graph."""
         return self._draw(sample_shape)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_memo": None}
-
     def __repr__(self) -> str:
         return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
 
@@ -147,7 +142,7 @@ class FlowDistribution(TorchDistribution):
         noise = _sample(base, count, context).to(dtype)  # nflows' own normal draws float32 always
         log_prob = base.log_prob(noise, context)  # now: a transform may overwrite its input
         try:
-            x, log_det = transform_of(self.flow).inverse(noise, context)
+            x, log_det = transform_of(self.flow).inverse(noise, context)  # type: ignore[misc]
         except InputOutsideDomain as error:
             raise _outside(error) from error
         if x.shape[1:] != self.event_shape:
@@ -156,9 +151,7 @@ class FlowDistribution(TorchDistribution):
                 "say so by event_shape"
             )
         x = x.reshape(shape)
-        state = self._state(x)
-        if state is not None:
-            self._memo = weakref.ref(x), state, (log_prob - log_det).reshape(rows)
+        self._last.keep((log_prob - log_det).reshape(rows), self.flow, x, self.context)
         return x
 
     def _rows(self, batch: torch.Size) -> Tensor | None:
@@ -167,10 +160,6 @@ class FlowDistribution(TorchDistribution):
             return None
         width = self.context.shape[-1]
         return self.context.expand(*batch, width).reshape(math.prod(batch), width)
-
-    def _state(self, x: Tensor) -> tuple | None:
-        """What the log_prob of x depends on, to tell whether it has changed; ``None`` if nothing can tell."""
-        return Watched(self.flow).state(x, self.context)
 
 
 def _sample(base: nflows.distributions.Distribution, count: int, context: Tensor | None) -> Tensor:

@@ -7,12 +7,9 @@ and are saved like any others; ``TorchBase`` is a torch distribution as the base
 
 import copy
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cached_property, partial
-from itertools import chain
-from operator import attrgetter
+from functools import partial
 from types import EllipsisType, FunctionType, MethodType
 
 import nflows.distributions
@@ -22,26 +19,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import lazy_property
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adapters.bridges.common.exports import EventDim, check_event_dim
 from adapters.flow import Flow
-
-_steps = 0
-
-
-def _count_step(*_) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-def optimizer_steps() -> int:
-    """Steps of all optimisers so far: fused ones change parameters without counting a version of these."""
-    return _steps
-
+from adapters.last_result import LastResult
 
 # Width of the context that something reads: None if it reads none, ... if it does not say.
 Width = int | EllipsisType | None
@@ -191,60 +172,11 @@ class ForeignFlow(Flow):
         pass
 
 
-class Watched:
-    """A module's parameters, buffers, submodules and modes, to tell whether they have changed."""
-
-    def __init__(self, module: nn.Module):
-        self.module, self.modules = module, list(module.modules())
-        self.children = [part._modules for part in self.modules]
-        self.identities = [*map(id, _values(self.children))]
-        with_tensors = [part for part in self.modules if part._parameters or part._buffers]
-        self.tensors = [held for part in with_tensors for held in (part._parameters, part._buffers)]
-
-    def state(self, *tensors: Tensor | None) -> tuple | None:
-        """Equal to an earlier one if a pass at these tensors would give the same; ``None`` if nothing can tell.
-
-        Changes in place are seen as autograd counts them: writing through ``.data`` is not.
-        """
-        if torch.compiler.is_compiling():
-            return None
-        if [
-            *map(id, _values(self.children))
-        ] != self.identities:  # a module has been replaced: look for all of them anew
-            self.__init__(self.module)
-        inside = [tensor for tensor in (*tensors, *_values(self.tensors)) if tensor is not None]
-        try:
-            versions = [*map(_version, inside)]  # an inference tensor has none
-            addresses = [*map(Tensor.data_ptr, inside)]  # within torch.func a tensor has none
-        except RuntimeError:
-            return None
-        grad = torch.is_grad_enabled()
-        leaves = [(id(tensor), tensor.requires_grad) for tensor in inside] if grad else []
-        return (
-            grad,
-            optimizer_steps(),
-            versions,
-            addresses,
-            leaves,
-            [part.training for part in self.modules],
-            self.identities,
-        )
-
-
-_version = attrgetter("_version")
-
-
-def _values(dictionaries: Iterable[dict]) -> Iterator:
-    return chain.from_iterable(map(dict.values, dictionaries))
-
-
 class ExportedTransform(Transform, nn.Module):
     """An nflows transform as torch's: noise → data, or data → noise as zuko has it, with any leading dimensions.
 
     torch computes a log_prob by ``x = t.inv(y)`` and ``t.log_abs_det_jacobian(x, y)``. Both come of one pass: the
-    inverse keeps its log-determinant for that next question, which takes it away. It is given out only for those very
-    tensors, and only if nothing that it depends on has changed since (see ``Watched``), so there is no stale value and
-    no graph kept.
+    inverse keeps its log-determinant for that next question, which takes it away, see ``LastResult``.
 
     Args:
         transform: an nflows transform, data → noise.
@@ -279,7 +211,7 @@ class ExportedTransform(Transform, nn.Module):
         self.dimensions = (event_dim, event_dim) if self.shapes is None else tuple(map(len, self.shapes))
         ends = [constraints.independent(constraints.real, dimensions) for dimensions in self.dimensions]
         self.domain, self.codomain = ends if data_to_noise else reversed(ends)
-        self.memo = None
+        self.last = LastResult()
 
     @property
     def inv(self) -> Transform:
@@ -290,9 +222,8 @@ class ExportedTransform(Transform, nn.Module):
 
     def condition(self, context: Tensor) -> "ExportedTransform":
         """The same transform, of the same parameters, with this context."""
-        self.watched  # noqa: B018, so that it is looked up once for all contexts
         conditioned = copy.copy(self)
-        vars(conditioned)["context"] = context
+        vars(conditioned).update(context=context, last=self.last.sibling(self.transform))
         return conditioned
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,14 +235,13 @@ class ExportedTransform(Transform, nn.Module):
 
     def _inverse(self, y: Tensor) -> Tensor:
         x, log_det = self._run(y, to_noise=not self.data_to_noise)
-        state = self._state(x, y)
-        self.memo = None if state is None else (weakref.ref(x), weakref.ref(y), state, -log_det)
+        self.last.keep(-log_det, self.transform, x, y, self.context)
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        memo, self.memo = self.memo, None
-        if memo is not None and memo[0]() is x and memo[1]() is y and memo[2] == self._state(x, y):
-            return memo[3]
+        known = self.last.take(self.transform, x, y, self.context)
+        if known is not None:
+            return known
         # data → noise is the direction that every transform of a flow has
         return self._run(x, to_noise=True)[1] if self.data_to_noise else -self._run(y, to_noise=True)[1]
 
@@ -335,18 +265,7 @@ class ExportedTransform(Transform, nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        state = {**self.__dict__, "_inv": None, "memo": None}
-        state.pop("watched", None)
-        return state
-
-    @cached_property
-    def watched(self) -> Watched:
-        return Watched(self.transform)
-
-    def _state(self, x: Tensor, y: Tensor) -> tuple | None:
-        if x.is_inference() and y.is_inference():  # these two are known by themselves alone then
-            x = y = None
-        return self.watched.state(x, y, self.context)
+        return {**self.__dict__, "_inv": None}
 
     def _run(self, value: Tensor, to_noise: bool) -> tuple[Tensor, Tensor]:
         dimensions = self.dimensions[0 if to_noise else 1]
