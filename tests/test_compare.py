@@ -19,7 +19,8 @@ from adapters.flow import Flow, StandardNormal
 from adapters.networks import MLP
 from adapters.preprocess import Standardize
 from runs import compare, pyro_vae
-from runs.common import contestants, figures, gates, speed, tasks
+from runs.common import contestants, gates, speed, tasks
+from runs.common.pictures import figures
 from runs.common.results import parameter_count
 from tests.laws import randomise
 

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from adapters.masks import checkerboard_mask
 from adapters.networks import MLP
-from runs.common import figures, native
+from runs.common import native
 from runs.common.contestants import build
 from runs.common.devices import can_fuse, module_of, synchronize
+from runs.common.pictures import figures
 from runs.common.results import where, write_metrics
 from runs.common.step import WARMUP, GraphedStep, before_recording
 from runs.common.timing import interleaved, ratio
