@@ -606,7 +606,7 @@ def show_plane(axes, plane: Plane, title: str, posterior: bool = False) -> None:
     axes.scatter(points[:, 0], points[:, 1], s=2.2, alpha=0.6, linewidths=0, **how)
     for label in plane.labels.unique().tolist() if posterior else ():
         middle = np.median(points[plane.labels.numpy() == label], axis=0)
-        axes.text(*middle, label, **figures.outlined())
+        axes.text(*middle, label, **figures.OUTLINED)
     axes.set(xlim=plane.extent[:2], ylim=plane.extent[2:], title=title)
 
 

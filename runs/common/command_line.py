@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -31,7 +31,9 @@ def cli(main: Callable[..., Any], kind: type[Checked] | None = None) -> None:
         sys.exit(INTERRUPTED)
 
 
-def run(main: Callable[..., Any], kind: type[Checked] | None, arguments: list[str] | None = None, **others: Any) -> Any:
+def run(
+    main: Callable[..., Any], kind: type[Checked] | None, arguments: Sequence[str] | None = None, **others: Any
+) -> Any:
     """What ``main`` returns for the options that a command line asks for; ``others`` are further arguments of it."""
     description = (main.__doc__ or "").partition("\n")[0]
     if kind is None:
@@ -46,7 +48,7 @@ def was_interrupted(figures: Any) -> bool:
     return bool(figures.get("interrupted")) or any(map(was_interrupted, figures.values()))
 
 
-def parse(kind: type[Options], arguments: list[str] | None = None, description: str = "") -> Options:
+def parse(kind: type[Options], arguments: Sequence[str] | None = None, description: str = "") -> Options:
     """The options that a command line asks for; by default that of this process.
 
     Raises:

@@ -24,6 +24,7 @@ from runs.common.results import open_directory, to_plain
 from runs.common.training_state import check_resumable
 
 
+@dataclass(frozen=True)
 class Checked:
     """Options that check themselves when they are made: a subclass says how in ``check``.
 
@@ -46,8 +47,8 @@ class Checked:
 @contextmanager
 def checks_afterwards() -> Iterator[None]:
     """Options that are made within are checked at its end."""
-    waiting: list[Checked]
-    waiting = Checked._waiting = []
+    waiting: list[Checked] = []
+    Checked._waiting = waiting
     try:
         yield
     finally:
@@ -56,6 +57,7 @@ def checks_afterwards() -> Iterator[None]:
         options.check()
 
 
+@dataclass(frozen=True)
 class Deciding(Checked):
     """Options that decide which weights a training ends with: to be resumed it must have the same ones."""
 
@@ -63,7 +65,7 @@ class Deciding(Checked):
 def flat(options: Checked) -> dict[str, Any]:
     """Each option by its own name, whatever group it stands in."""
     found = {}
-    for field in fields(options):  # pyright: ignore[reportArgumentType]: every kind of options is a dataclass
+    for field in fields(options):
         value = getattr(options, field.name)
         found |= flat(value) if isinstance(value, Checked) else {field.name: value}
     return found
@@ -71,7 +73,7 @@ def flat(options: Checked) -> dict[str, Any]:
 
 def identity(options: Checked) -> dict[str, Any]:
     """What decides the weights, as plain data: the checkpoint keeps it, and ``fit`` compares it on ``--resume``."""
-    groups = [getattr(options, field.name) for field in fields(options)]  # pyright: ignore[reportArgumentType]
+    groups = [getattr(options, field.name) for field in fields(options)]
     deciding = [flat(group) for group in groups if isinstance(group, Deciding)]
     return to_plain({name: value for group in deciding for name, value in group.items()})
 

@@ -3,17 +3,21 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from adapters.checkpoint import write_atomically
-
-if TYPE_CHECKING:  # matplotlib is imported when the first picture is drawn: ``--help`` is quicker without
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 INK = "#22303c"
 ACCENT = "#c8553d"
@@ -22,9 +26,13 @@ SERIES = (INK, "#4f8a8b", "#c9973f", ACCENT)  # one colour for each of several c
 # For more curves than that; ``ACCENT`` stays apart from all of them.
 MANY = ("#22303c", "#2a9d9d", "#c9973f", "#7a5ea8", "#3f7fd0", "#7d9a3a", "#c67fb0", "#8c6d5a", "#58b5e0", "#9aa5ad")
 DENSITY = "magma"
+OUTLINED = {  # a label among points
+    "color": INK, "fontsize": 10, "fontweight": "bold", "ha": "center", "va": "center",
+    "path_effects": [withStroke(linewidth=2.5, foreground="white")],
+}  # fmt: skip
 GAP = 2  # pixels between the images of a grid
 LABEL = 11
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
     "font.size": 9,
@@ -43,28 +51,7 @@ STYLE: dict[str, Any] = {
 }
 
 
-@contextmanager
-def look(**changes: Any) -> Iterator[Any]:
-    """Pyplot in the shared look, with these changes to it; for files, not for a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style: dict[Any, Any] = STYLE | changes
-    with plt.rc_context(style):
-        yield plt
-
-
-def outlined() -> dict[str, Any]:
-    """How a label among points is written."""
-    from matplotlib.patheffects import withStroke
-
-    place = {"ha": "center", "va": "center", "path_effects": [withStroke(linewidth=2.5, foreground="white")]}
-    return place | {"color": INK, "fontsize": 10, "fontweight": "bold"}
-
-
-def save(drawing: "Figure", path: Path, **options) -> Path:
+def save(drawing: Figure, path: Path, **options) -> Path:
     """As a PNG, whole or not at all."""
     return write_atomically(path, lambda unfinished: drawing.savefig(unfinished, format="png", **options))
 
@@ -72,7 +59,7 @@ def save(drawing: "Figure", path: Path, **options) -> Path:
 @contextmanager
 def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 4), **subplots) -> Iterator:
     """A figure and its axes in the shared look, saved to ``path`` on leaving."""
-    with look() as plt:
+    with plt.rc_context(STYLE):
         drawing, axes = plt.subplots(rows, columns, figsize=size, **subplots)
         try:
             yield drawing, axes
@@ -81,14 +68,14 @@ def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float
             plt.close(drawing)
 
 
-def unit_square(axes: "Axes", title: str) -> None:
+def unit_square(axes: Axes, title: str) -> None:
     """Plots of the toy densities show (0, 1)²."""
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], title=title, aspect="equal")
     for spine in axes.spines.values():
         spine.set_visible(True)
 
 
-def density(axes: "Axes", values: np.ndarray, top: float, title: str) -> "AxesImage":
+def density(axes: Axes, values: np.ndarray, top: float, title: str) -> AxesImage:
     """A density on a grid over (0, 1)², ``values[row, column]`` with row along the second coordinate."""
     unit_square(axes, title)
     return axes.imshow(
@@ -96,13 +83,13 @@ def density(axes: "Axes", values: np.ndarray, top: float, title: str) -> "AxesIm
     )
 
 
-def scatter(axes: "Axes", points: np.ndarray, title: str) -> None:
+def scatter(axes: Axes, points: np.ndarray, title: str) -> None:
     """Points over (0, 1)², as many as stay distinguishable."""
     unit_square(axes, title)
     axes.plot(points[:, 0], points[:, 1], ".", markersize=1.6, color=INK, alpha=0.35, markeredgewidth=0)
 
 
-def curve(axes: "Axes", steps: Sequence[int], values: Sequence[float], smooth: int, label: str) -> None:
+def curve(axes: Axes, steps: Sequence[int], values: Sequence[float], smooth: int, label: str) -> None:
     """A noisy training curve, faint, under its running median."""
     axes.plot(steps, values, color=INK, alpha=0.2, linewidth=0.6)
     half = smooth // 2
@@ -112,10 +99,9 @@ def curve(axes: "Axes", steps: Sequence[int], values: Sequence[float], smooth: i
 
 def save_animation(path: Path, densities: list[np.ndarray], top: float) -> Path:
     """Densities on a grid as a GIF, on one colour scale, that holds its last frame for two seconds."""
-    from matplotlib import colormaps
     from PIL import Image
 
-    colours = (255 * colormaps[DENSITY](np.linspace(0, 1, 256))[:, :3]).astype(np.uint8)
+    colours = (255 * matplotlib.colormaps[DENSITY](np.linspace(0, 1, 256))[:, :3]).astype(np.uint8)
     images = []
     for values in densities:
         indices = (255 * np.clip(values / top, 0, 1)).astype(np.uint8)[::-1]
@@ -145,7 +131,7 @@ def image_grid(path: Path, images: np.ndarray, columns: int, labels: Sequence[st
         mosaic[top : top + height, left : left + width] = image
     scale = max(1, round(1200 / mosaic.shape[1])) if mosaic.shape[1] < 1200 else 1
     size = (scale * mosaic.shape[1] / STYLE["figure.dpi"], scale * mosaic.shape[0] / STYLE["figure.dpi"])
-    with look(**{"figure.constrained_layout.use": False}) as plt:
+    with plt.rc_context({**STYLE, "figure.constrained_layout.use": False}):
         drawing = plt.figure(figsize=size)
         axes = drawing.add_axes((0, 0, 1, 1))
         axes.imshow(mosaic, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
@@ -162,7 +148,7 @@ def image_grid(path: Path, images: np.ndarray, columns: int, labels: Sequence[st
     return path
 
 
-def reference(axes: "Axes", value: float, label: str) -> None:
+def reference(axes: Axes, value: float, label: str) -> None:
     """A level to compare with: a thin dashed line, named at its right end."""
     axes.axhline(value, color=FAINT, linewidth=0.8, linestyle="--")
     axes.annotate(
@@ -171,10 +157,8 @@ def reference(axes: "Axes", value: float, label: str) -> None:
     )  # fmt: skip
 
 
-def log_ticks(axis: "Axis") -> None:
+def log_ticks(axis: Axis) -> None:
     """1, 2, 5, 10, 20, … on a logarithmic axis, as plain numbers; over many decades 1, 10, 100."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
     axis.set_major_formatter("{x:g}")
