@@ -48,7 +48,7 @@ from runs.common.objectives import BitsPerDim
 from runs.common.options import check_at_most, check_flow, check_known, check_seed, check_widths
 from runs.common.pictures import figures
 from runs.common.recipe import Recipe
-from runs.common.results import open_directory, parameter_count, peak_memory, to_plain, write_metrics
+from runs.common.results import newest_run, open_directory, parameter_count, peak_memory, to_plain, write_metrics
 from runs.common.samples import base_noise, decode, in_turn, slerp
 from runs.common.scores import EVALUATION_SEED, log_likelihoods, standard_error
 from runs.common.training_state import Fitted, NotFinite, check_resumable
@@ -518,7 +518,7 @@ def draw_again(
     load: Path, out: Path | None, samples: int, temperature: float, seed: int, device: str
 ) -> dict[str, float]:
     """Samples of a saved run, and its classes if it has any: ``--load``."""
-    load = newest_run(load)
+    load = newest_run(load, FILE)
     flow = load_flow(load)
     if flow.event_shape != (math.prod(SHAPE),) or flow.context_features not in (None, CLASSES):
         raise ValueError(
@@ -531,12 +531,6 @@ def draw_again(
         pictures.append(draw_classes(flow, tuple(map(str, range(CLASSES))), temperature, seed, out))
     print(f"{samples} samples of {load}" + "".join(f"\n  {path}" for path in pictures))
     return {}
-
-
-def newest_run(directory: Path) -> Path:
-    """The directory itself, or else the last run that was written right below it."""
-    below = sorted(directory.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime)
-    return below[-1].parent if below and not (directory / FILE).is_file() else directory
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_the_pictures_of_a_run_are_drawn_again_without_training(tmp_path, capsys
         (tmp_path / "run" / name).unlink()
     assert run("toy", load=tmp_path / "run", out=tmp_path / "elsewhere") == {}
     assert pictures_in(tmp_path / "elsewhere") == drawn and not pictures_in(tmp_path / "run")
-    run("toy", load=tmp_path / "run")
+    run("toy", load=tmp_path)  # the newest run below
     assert pictures_in(tmp_path / "run") == drawn
     assert files == sorted(path.name for path in (tmp_path / "run").iterdir())
     printed = capsys.readouterr().out

@@ -32,13 +32,20 @@ def cli(main: Callable[..., Any], kind: type[Checked] | None = None) -> None:
 
 
 def run(
-    main: Callable[..., Any], kind: type[Checked] | None, arguments: Sequence[str] | None = None, **others: Any
+    main: Callable[..., Any], kind: type[Checked] | None = None, arguments: Sequence[str] | None = None, **seams: Any
 ) -> Any:
-    """What ``main`` returns for the options that a command line asks for; ``others`` are further arguments of it."""
+    """What ``main`` returns for the options that a command line asks for.
+
+    Args:
+        main: of a script: it takes its options, all in one.
+        kind: the class of these options; ``None`` for a ``main`` with a parameter for each option.
+        arguments: the words of the command line; by default those of this process.
+        seams: what else ``main`` takes, beside its options: for tests.
+    """
     description = (main.__doc__ or "").partition("\n")[0]
     if kind is None:
         return tyro.cli(main, args=arguments, description=description)
-    return main(parse(kind, arguments, description), **others)
+    return main(parse(kind, arguments, description), **seams)
 
 
 def was_interrupted(figures: Any) -> bool:

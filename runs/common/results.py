@@ -35,6 +35,12 @@ def open_directory(out: Path) -> Path:
     return out
 
 
+def newest_run(directory: Path, file: str) -> Path:
+    """The directory itself if that file of a run is in it, or else the last run right below it that wrote one."""
+    below = sorted(directory.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+    return below[-1].parent if below and not (directory / file).is_file() else directory
+
+
 def to_plain(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same, of nothing but numbers, strings, lists and dictionaries."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}

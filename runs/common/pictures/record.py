@@ -9,7 +9,7 @@ import torch
 
 from adapters.checkpoint import write_atomically
 from runs.common.options import RunOptions
-from runs.common.results import open_directory
+from runs.common.results import newest_run, open_directory
 
 FILE = "pictures.pt"
 
@@ -53,8 +53,8 @@ class Record:
 
 
 def draw_again(kind: type[Record], run: RunOptions) -> None:
-    """Draw all pictures of the run in ``--load`` from what it has saved, into ``--out`` or beside it."""
+    """Draw all pictures of the run in ``--load``, or of the newest run right below it, into ``--out`` or beside it."""
     assert run.load is not None
-    record = kind.load(run.load)
-    pictures = record.draw(open_directory(run.out or run.load))
-    print("\n".join([f"the pictures of {run.load}", *(f"  {path}" for path in pictures)]))
+    directory = newest_run(run.load, FILE)
+    pictures = kind.load(directory).draw(open_directory(run.out or directory))
+    print("\n".join([f"the pictures of {directory}", *(f"  {path}" for path in pictures)]))
