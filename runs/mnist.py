@@ -51,7 +51,7 @@ from runs.common.recipe import Recipe
 from runs.common.results import newest_run, open_directory, parameter_count, peak_memory, to_plain, write_metrics
 from runs.common.samples import base_noise, decode, in_turn, slerp
 from runs.common.scores import EVALUATION_SEED, log_likelihoods, standard_error
-from runs.common.training_state import Fitted, NotFinite, check_resumable
+from runs.common.training_state import Fitted, check_resumable
 
 RESULTS = Path("results/mnist")
 TRACKERS = tuple(str(kind.value) for kind in LoggerType if kind != LoggerType.ALL)
@@ -253,21 +253,19 @@ def main(
         return bits_per_dim(-total / len(images.validation), math.prod(SHAPE))
 
     camera = Camera(model, temperature, seed)
-    try:
-        fitted = fit(
-            BitsPerDim(model),
-            batches,
-            recipe,
-            validate=validation,
-            describe="{:.3f} bits/dim".format,
-            observe=camera if main_process else None,
-            directory=out,
-            resume=resume,
-            identity=to_plain({name: value for name, value in arguments.items() if name not in FREE}),
-            accelerator=accelerator,
-        )
-    except NotFinite as error:
-        raise NotFinite(f"{error}. They are saved in {save_flow(model, out)}" if main_process else error) from error
+    fitted = fit(
+        BitsPerDim(model),
+        batches,
+        recipe,
+        validate=validation,
+        describe="{:.3f} bits/dim".format,
+        observe=camera if main_process else None,
+        directory=out,
+        resume=resume,
+        identity=to_plain({name: value for name, value in arguments.items() if name not in FREE}),
+        save_weights=lambda: save_flow(model, out),
+        accelerator=accelerator,
+    )
     if not main_process:
         accelerator.end_training()
         return {}

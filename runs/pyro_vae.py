@@ -49,7 +49,7 @@ from runs.common.scores import (
     two_sample_accuracy,
 )
 from runs.common.timing import interleaved, ratio
-from runs.common.training_state import STATE, Fitted, NotFinite, check_resumable
+from runs.common.training_state import STATE, Fitted, check_resumable
 
 PIXELS = math.prod(SHAPE)
 RESULTS = Path("results/pyro_vae")
@@ -337,12 +337,9 @@ def train(
                 directory=directory,
                 resume=resume and (directory / STATE).is_file(),
                 identity=identity,
+                save_weights=lambda: save(vae, directory),
                 accelerator=accelerator,
             )
-        except NotFinite as error:
-            if accelerator.is_main_process:
-                raise NotFinite(f"{error}. They are saved in {save(vae, directory)}") from error
-            raise
         finally:
             accelerator.free_memory()
             vae.eval()

@@ -33,7 +33,6 @@ from runs.common.pictures.record import draw_again
 from runs.common.pictures.toy import Camera, ToyRecord
 from runs.common.results import parameter_count, write_metrics
 from runs.common.scores import TEST_POINTS, score_density
-from runs.common.training_state import NotFinite
 
 RESULTS = Path("results/toy")
 AFFINE = {
@@ -147,20 +146,18 @@ def main(options: Options, *, test_points: int = TEST_POINTS, draw: bool = True)
     )
 
     camera = Camera(flow, recipe.steps) if options.run.animate else None
-    try:
-        fitted = fit(
-            NegativeLogLikelihood(flow),
-            lambda step: true.sample(options.training.batch_size),
-            recipe,
-            describe="NLL {:.4f} nats".format,
-            observe=camera,
-            directory=out,
-            resume=options.run.resume,
-            identity=identity(options),
-            accelerator=accelerator,
-        )
-    except NotFinite as error:
-        raise NotFinite(f"{error}. They are saved in {save_flow(flow, out)}") from error
+    fitted = fit(
+        NegativeLogLikelihood(flow),
+        lambda step: true.sample(options.training.batch_size),
+        recipe,
+        describe="NLL {:.4f} nats".format,
+        observe=camera,
+        directory=out,
+        resume=options.run.resume,
+        identity=identity(options),
+        save_weights=lambda: save_flow(flow, out),
+        accelerator=accelerator,
+    )
     save_flow(flow.eval(), out)
 
     metrics = score_density(flow, true, test_points) | {"parameters": parameter_count(flow)} | fitted.metrics()

@@ -38,6 +38,7 @@ def fit(
     directory: Path | None = None,
     resume: bool = False,
     identity: dict[str, Any] | None = None,
+    save_weights: Callable[[], Path] | None = None,
     accelerator: Accelerator | None = None,
     quiet: bool = False,
 ) -> Fitted:
@@ -64,6 +65,8 @@ def fit(
         resume: go on from the checkpoint in ``directory``.
         identity: what the training depends on beside the code (plain numbers, strings, lists); it is kept in the
             checkpoint, and a training of another identity is not resumed.
+        save_weights: called when the loss stops being finite, with the module back at its last good weights: it writes
+            them, and says where.
         accelerator: device, precision and processes; by default one made from the recipe.
         quiet: show no progress bar, for one of many short trainings.
 
@@ -78,8 +81,10 @@ def fit(
     parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     how = {"betas": recipe.betas, "weight_decay": recipe.weight_decay, "fused": can_fuse(device)}
     optimizer = accelerator.prepare(torch.optim.AdamW(parameters, recipe.lr, **how))
+    if not accelerator.is_main_process:
+        save_weights = None
     where = directory if accelerator.is_main_process else None
-    training = TrainingState(loss, parameters, optimizer, recipe, where, identity)
+    training = TrainingState(loss, parameters, optimizer, recipe, where, identity, save_weights)
     if resume:
         if directory is None:
             raise ValueError("resume needs the directory in which the training began")

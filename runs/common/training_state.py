@@ -68,6 +68,7 @@ class TrainingState:
         recipe: Recipe,
         directory: Path | None,
         identity: dict[str, Any] | None,
+        save_weights: Callable[[], Path] | None,
     ):
         self.module = module
         self.parameters = parameters
@@ -75,6 +76,7 @@ class TrainingState:
         self.recipe = recipe
         self.directory = directory
         self.identity = identity
+        self.save_weights = save_weights
         self.fitted = Fitted()
         self.average = None if recipe.average is None else _copy(parameters)
         self.best: list[Tensor] | None = None
@@ -101,16 +103,17 @@ class TrainingState:
             if not math.isfinite(value):
                 if self.candidate[1] < step:
                     self.snapshot, self.snapshot_step = self.candidate
-                self.restore_snapshot()
-                raise NotFinite(
-                    f"the loss became {value} at step {step + 1}; "
-                    f"the weights of step {self.snapshot_step} are kept. "
-                    f"A lower learning rate than {self.recipe.lr:g} or a smaller clip may help"
-                )
+                advice = f"A lower learning rate than {self.recipe.lr:g} or a smaller clip may help"
+                raise self.not_finite(f"the loss became {value} at step {step + 1}", advice)
         self.snapshot, self.snapshot_step = self.candidate
 
-    def restore_snapshot(self) -> None:
+    def not_finite(self, what: str, *advice: str) -> NotFinite:
+        """Go back to the last weights that gave a finite loss, save them, and say so in an error."""
         _write(self.module.state_dict().values(), self.snapshot)
+        parts = [f"{what}; the weights of step {self.snapshot_step} are kept", *advice]
+        if self.save_weights is not None:
+            parts.append(f"They are saved in {self.save_weights()}")
+        return NotFinite(". ".join(parts))
 
     def average_weights(self) -> None:
         """Move the average; its decay grows from 0 as (1 + n) / (10 + n): the first weights are soon forgotten."""
@@ -133,12 +136,9 @@ class TrainingState:
             self.module.eval()
             value = validate()
             if not math.isfinite(value):
-                self.restore_snapshot()
+                error = self.not_finite(f"the validation loss became {value} at step {self.fitted.steps}")
                 current = _copy(self.parameters)
-                raise NotFinite(
-                    f"the validation loss became {value} at step {self.fitted.steps}; "
-                    f"the weights of step {self.snapshot_step} are kept"
-                )
+                raise error
             self.fitted.validation.append((self.fitted.steps, value))
             self.since_best += 1
             if value < self.best_validation:
