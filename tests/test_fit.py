@@ -17,7 +17,9 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.testing import assert_close
 
-from runs.common.fit import STATE, NotFinite, Recipe, fit
+from runs.common.fit import fit
+from runs.common.recipe import Recipe
+from runs.common.training_state import STATE, NotFinite
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.*")
 

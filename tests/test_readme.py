@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+from runs.common.command_line import parse
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"python runs/(\w+)\.py([^`#&|\n]*)", README)))
 
@@ -26,9 +28,12 @@ def test_the_examples_run_in_order():
 
 @pytest.mark.parametrize(("script", "arguments"), COMMANDS)
 def test_the_commands_are_ones_the_scripts_take(script, arguments):
-    main = importlib.import_module(f"runs.{script}").main
-    parse = functools.wraps(main)(lambda **given: given)
-    tyro.cli(parse, args=[word for word in shlex.split(arguments) if word != "--help"])
+    module = importlib.import_module(f"runs.{script}")
+    words = [word for word in shlex.split(arguments) if word != "--help"]
+    if hasattr(module, "Options"):
+        parse(module.Options, ["masked-affine" if word == "NAME" else word for word in words])
+    else:
+        tyro.cli(functools.wraps(module.main)(lambda **given: given), args=words)
 
 
 def test_pictures_and_files_that_it_names_exist():
@@ -44,4 +49,5 @@ def test_every_script_is_run_by_a_test():
     tests = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     for script in (Path(__file__).parent.parent / "runs").glob("*.py"):
         if script.stem != "__init__":
-            assert f"runs.{script.stem} import" in tests or f"from runs import {script.stem}" in tests, script.name
+            named = f"from runs import {script.stem}", f"runs.{script.stem} import", f'run("{script.stem}", '
+            assert any(name in tests for name in named), script.name

@@ -19,7 +19,8 @@ from torch import nn
 import adapters
 from adapters.catalogue import check_options
 from adapters.preprocess import Logit, Marginals, Standardize
-from runs.common.results import cli
+from runs.common.command_line import cli
+from tests.scripts import run
 
 MASKS = [
     ("checkerboard_mask()", ValueError, "a mask needs sizes of at least 1, not ()"),
@@ -375,7 +376,7 @@ def test_a_wrong_use_says_what_came_and_what_is_wanted(use, error, message, tmp_
 COMMANDS = [
     ("toy --data moons", "unknown data 'moons'; known: two-gaussians, chequerboard"),
     ("toy --flow masked-afine", "unknown flow 'masked-afine'; known: masked-affine,"),
-    ("toy --layers 0", "layers must be a positive integer, not 0"),
+    ("toy --layers 0", "layers must be positive, not 0"),
     ("toy --hidden", "hidden needs at least one width, e.g. --hidden 64 64"),
     ("toy --hidden 8 0", "hidden[1] must be positive, not 0"),
     ("toy --steps 0", "steps must be positive, not 0"),
@@ -400,6 +401,8 @@ COMMANDS = [
     ("toy --flow pyro-spline --options tail_bound -1", "tail_bound must be positive, not -1"),
     ("toy --flow nflows-rqs --options tail_bound -1", "tail_bound must be positive, not -1"),
     ("toy --flow normflows-rqs --options tail_bound -1", "tail_bound must be positive, not -1"),
+    ("toy --load nowhere", "no pictures.pt in nowhere: give the directory of a run that has ended"),
+    ("toy --load nowhere --steps 3 --data chequerboard", "--load trains nothing, so --data, --steps would be ignored"),
     ("toy --resume", "nothing to resume: no training.pt in"),
     ("toy --device gpu", "no device 'gpu' here; there are: auto, cpu"),
     ("mnist --mask chequer", "unknown mask 'chequer'; known: checker, random, pyramid"),
@@ -483,10 +486,10 @@ COMMANDS = [
 @pytest.mark.parametrize(("command", "message"), COMMANDS)
 def test_a_wrong_command_gives_one_line(command, message, tmp_path, monkeypatch):
     script, *arguments = shlex.split(command)
-    main = importlib.import_module(f"runs.{script}").main
+    module = importlib.import_module(f"runs.{script}")
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stopped:
-        cli(main)
+        cli(module.main, getattr(module, "Options", None))
     assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
     assert message in str(stopped.value)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
@@ -496,4 +499,4 @@ def test_a_wrong_command_gives_one_line(command, message, tmp_path, monkeypatch)
 def test_out_that_is_a_file_is_refused(script, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="--out .* can't be written to"):
-        importlib.import_module(f"runs.{script}").main(out=tmp_path / "file")
+        run(script, out=tmp_path / "file")
