@@ -4,8 +4,11 @@ python runs/overhead.py
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import nflows.flows
 import torch
@@ -18,86 +21,136 @@ from adapters.checks import check_positive
 from adapters.flow import StandardNormal
 from adapters.masks import checkerboard_mask
 from runs.common.command_line import cli
-from runs.common.devices import can_fuse, device_of, make_accelerator
-from runs.common.options import check_widths
-from runs.common.results import open_directory, where, write_metrics
-from runs.common.timing import interleaved, ratio
+from runs.common.devices import choose_device, make_accelerator
+from runs.common.options import Checked, check_widths, flat
+from runs.common.results import open_directory, to_plain, where, write_metrics
+from runs.common.timing import interleaved, ratio, training_step
 
 
-def main(
-    features: int = 64,
-    layers: int = 8,
-    hidden: tuple[int, ...] = (128, 128),
-    batch_size: int = 256,
-    rounds: int = 100,
-    out: Path = Path("results/overhead"),
-    device: str = "auto",
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class SizeOptions(Checked):
+    """How large the flows are, and how long they are timed."""
+
+    features: int = 64
+    """D, the width of the data."""
+
+    layers: int = 8
+    """layers of each flow."""
+
+    hidden: tuple[int, ...] = (128, 128)
+    """widths of the conditioners' hidden layers."""
+
+    batch_size: int = 256
+    """rows of a batch."""
+
+    rounds: int = 100
+    """timed steps of each."""
+
+    def check(self) -> None:
+        check_positive(features=self.features, layers=self.layers, batch_size=self.batch_size, rounds=self.rounds)
+        check_widths(hidden=self.hidden)
+        if self.features == 1:
+            raise ValueError("features must be at least 2, not 1: a coupling layer needs a coordinate to read")
+
+
+@dataclass(frozen=True)
+class PlaceOptions(Checked):
+    """Where the flows compute, and where the figures are."""
+
+    out: Path = Path("results/overhead")
+    """directory for metrics.json."""
+
+    device: str = "auto"
+    """where to compute: auto (the fastest that there is), cpu, cuda, cuda:1, mps, …"""
+
+    def check(self) -> None:
+        choose_device(self.device)
+
+
+@dataclass(frozen=True)
+class Options(Checked):
+    """Everything that can be asked for."""
+
+    size: SizeOptions = field(default_factory=SizeOptions)
+    place: PlaceOptions = field(default_factory=PlaceOptions)
+
+
+class Pair(NamedTuple):
+    """Two ways to score the same batch by the same parameters.
+
+    Attributes:
+        library: whose bridge is between the two.
+        module: holds the parameters.
+        bridged: log_prob through the bridge.
+        direct: log_prob without it.
+    """
+
+    library: str
+    module: nn.Module
+    bridged: Callable[[], Tensor]
+    direct: Callable[[], Tensor]
+
+
+def main(options: Options) -> dict[str, float]:
     """Time a training step (log_prob, backward, Adam) of every library's flow, natively and as an nflows Flow.
 
     Both use the same parameters and are timed in turn in one process. Below it the other way: a masked-affine flow
     exported to the library, in the library's own density class, against the same flow in nflows.
-
-    Args:
-        features: D.
-        layers: layers of each flow.
-        hidden: widths of the conditioners' hidden layers.
-        batch_size: rows of a batch.
-        rounds: timed steps of each.
-        out: directory for metrics.json.
-        device: where to compute: auto (the fastest that there is), cpu, cuda, cuda:1, mps, …
     """
-    arguments = dict(locals())
-    check_positive(features=features, layers=layers, batch_size=batch_size, rounds=rounds)
-    check_widths(hidden=hidden)
-    if features == 1:
-        raise ValueError("features must be at least 2, not 1: a coupling layer needs a coordinate to read")
-    place = make_accelerator(device).device
+    size, out = options.size, options.place.out
+    device = make_accelerator(options.place.device).device
     open_directory(out)
     torch.manual_seed(0)
-    x = torch.randn(batch_size, features).to(place)
+    x = torch.randn(size.batch_size, size.features).to(device)
+    print(f"D={size.features}, {size.layers} layers, hidden {size.hidden}, batch {size.batch_size}, on {where(device)}")
     metrics = {}
-    print(f"D={features}, {layers} layers, hidden {hidden}, batch {batch_size}, on {where(place)}")
     print("in: the library's flow as an nflows Flow / natively")
-    for name, makers in native_flows().items():
-        make = next(iter(makers.values()))
-        with place:  # what is made without saying where is made there
-            mask = checkerboard_mask(features)
-            native = make(features, [mask if i % 2 else 1 - mask for i in range(layers)], hidden)
-        ours = as_flow(native.flow)
-        metrics[f"{name}_in"] = compare(
-            name, ours, lambda ours=ours: ours.log_prob(x), lambda native=native: native.log_prob(x), rounds
-        )
+    for pair in imported(size, x):
+        metrics[f"{pair.library}_in"] = compare(pair, size.rounds, device)
     print("out: an nflows flow in the library's own density class / in nflows")
-    for bridge in filter(installed, bridges()):
-        for name in bridge.LIBRARIES:
-            flow = build_flow("masked-affine", features, layers=layers, hidden_features=hidden).to(place)
-            exported = to_library(name, flow)
-            plain = nflows.flows.Flow(flow.transform, StandardNormal([features]).to(place))
-
-            def in_library(exported=exported, bridge=bridge) -> Tensor:
-                return bridge.native_log_prob(exported, x)
-
-            metrics[f"{name}_out"] = compare(name, flow, in_library, lambda plain=plain: plain.log_prob(x), rounds)
-    write_metrics(out, "overhead", arguments, 0, metrics)
+    for pair in exported(size, x):
+        metrics[f"{pair.library}_out"] = compare(pair, size.rounds, device)
+    write_metrics(out, "overhead", to_plain(flat(options)), 0, metrics)
     print(f"figures in {out / 'metrics.json'}")
     return metrics
 
 
-def compare(name: str, module: nn.Module, log_prob: Callable, peer: Callable, rounds: int) -> float:
-    """Median ratio of a training step with ``log_prob`` to one with ``peer``, of the same parameters."""
-    optimizer = torch.optim.Adam(module.parameters(), 1e-5, fused=can_fuse(device_of(module)))
+def imported(size: SizeOptions, x: Tensor) -> Iterator[Pair]:
+    """Each library's own flow as an nflows Flow, and natively."""
+    for name, makers in native_flows().items():
+        make = next(iter(makers.values()))
+        with x.device:  # what is made without saying where is made there
+            mask = checkerboard_mask(size.features)
+            native = make(size.features, [mask if i % 2 else 1 - mask for i in range(size.layers)], size.hidden)
+        flow = as_flow(native.flow)
+        yield Pair(name, flow, partial(flow.log_prob, x), partial(native.log_prob, x))
 
-    def step(log_prob: Callable) -> None:
-        optimizer.zero_grad()
-        (-log_prob().mean()).backward()
-        optimizer.step()
 
-    times = interleaved({"ours": lambda: step(log_prob), "peer": lambda: step(peer)}, rounds, device_of(module))
-    found = ratio(times["ours"], times["peer"])
-    print(f"  {name:<12} {found:.3f}   ({statistics.median(times['peer']):.1f} ms)", flush=True)
+def exported(size: SizeOptions, x: Tensor) -> Iterator[Pair]:
+    """A flow of ours in each library's own density class, and in nflows."""
+    for bridge in filter(installed, bridges()):
+        for name in bridge.LIBRARIES:
+            flow = build_flow("masked-affine", size.features, layers=size.layers, hidden_features=size.hidden)
+            flow.to(x.device)
+            library_flow = to_library(name, flow)
+            plain = nflows.flows.Flow(flow.transform, StandardNormal([size.features]).to(x.device))
+            yield Pair(name, flow, partial(bridge.native_log_prob, library_flow, x), partial(plain.log_prob, x))
+
+
+def compare(pair: Pair, rounds: int, device: torch.device) -> float:
+    """Median ratio of a training step through the bridge to one without it."""
+    parameters = list(pair.module.parameters())
+    steps = {name: training_step(parameters, loss_of(getattr(pair, name))) for name in ("bridged", "direct")}
+    times = interleaved(steps, rounds, device)
+    found = ratio(times["bridged"], times["direct"])
+    print(f"  {pair.library:<12} {found:.3f}   ({statistics.median(times['direct']):.1f} ms)", flush=True)
     return found
 
 
+def loss_of(log_prob: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """−mean log p."""
+    return lambda: -log_prob().mean()
+
+
 if __name__ == "__main__":
-    cli(main)
+    cli(main, Options)

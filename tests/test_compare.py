@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,26 +17,28 @@ from adapters import build_flow, flow_names
 from adapters.flow import Flow, StandardNormal
 from adapters.networks import MLP
 from adapters.preprocess import Standardize
-from runs import compare, pyro_vae
+from runs import pyro_vae
 from runs.common import contestants, gates, speed, tasks
-from runs.common.pictures import figures
-from runs.common.results import parameter_count
+from runs.common.comparison import Effort, parse_budget
+from runs.common.cost import KINDS, peak, time_kind
+from runs.common.fit import fit
+from runs.common.pictures.compare import draw_curves, loss_axis
+from runs.common.results import parameter_count, write_metrics
+from runs.common.table import Table
+from runs.common.timing import Stopwatch, ratio
 from tests.laws import randomise
+from tests.scripts import pictures_in, run
 
 CPU = torch.device("cpu")
 README = (Path(__file__).parent.parent / "README.md").read_text()
 TINY = {"task": "two-gaussians", "budget": "3steps", "layers": 2, "hidden": (8,)}
+QUICK = Stopwatch(seconds=0.01, min_rounds=2)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(speed, "SECONDS", 0.01)
-    monkeypatch.setattr(speed, "MIN_ROUNDS", 2)
-
-
-@pytest.fixture
-def without_pictures(monkeypatch):
-    monkeypatch.setattr(compare, "draw", lambda *_: [])
+def compare(**flags):
+    """What runs/compare.py returns; without pictures, and quickly timed, unless the seams say otherwise."""
+    seams = {"draw": False, "effort": Effort(QUICK)} | flags.pop("seams", {})
+    return run("compare", seams={} if "load" in flags else seams, **flags)
 
 
 @pytest.fixture
@@ -50,22 +51,6 @@ def own_module(tmp_path, monkeypatch):
 def width_of(path):
     with Image.open(path) as image:
         return image.width
-
-
-@contextmanager
-def figures_kept():
-    """The limits of the vertical axes of what is drawn within."""
-    kept, figure = [], figures.figure
-
-    @contextmanager
-    def keeping(*arguments, **options):
-        with figure(*arguments, **options) as (drawing, axes):
-            yield drawing, axes
-            kept.append(axes.get_ylim())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "figure", keeping)
-        yield kept
 
 
 # Gates
@@ -116,7 +101,9 @@ def test_gates_catch_a_wrong_flow_and_no_other(features, wrong, kind, caught):
     torch.manual_seed(0)
     x = 0.3 + 0.5 * torch.randn(1000, features)
     found = gates.failures(gates.check(planted(features, wrong, kind), x, (-4.0, 5.0) if features == 2 else None))
-    assert len(found) == len(caught) and all(any(one.startswith(word) for one in found) for word in caught), found
+    assert len(found) == len(caught) and all(any(failure.startswith(word) for failure in found) for word in caught), (
+        found
+    )
 
 
 class Coupling(Transform):
@@ -201,7 +188,7 @@ def test_what_does_not_show_at_the_identity_is_caught_before_any_training(flow, 
     flow = moved(**flow)
     before, state = torch.get_rng_state(), [parameter.clone() for parameter in flow.parameters()]
     found = gates.failures(gates.check_moved(flow, torch.randn(100, 2)[:50]))
-    assert any(one.startswith(caught) for one in found) if caught else not found, found
+    assert any(failure.startswith(caught) for failure in found) if caught else not found, found
     assert all(map(torch.equal, state, flow.parameters()))
     torch.set_rng_state(before)
     x = torch.randn(100, 2)
@@ -242,24 +229,45 @@ class Wrong(Standardize):
 """
 
 
-def test_a_flow_that_fails_a_gate_is_not_trained(tmp_path, own_module, capsys, without_pictures):
+def test_a_flow_that_fails_a_gate_is_not_trained(tmp_path, own_module, capsys):
     own_module("wrong_one", WRONG)
     arguments = TINY | {"budget": "1steps", "flows": ("wrong_one:Wrong", "masked-affine"), "out": tmp_path / "out"}
-    row = compare.main(**arguments)["wrong_one:Wrong"]
+    row = compare(**arguments)["wrong_one:Wrong"]
     last = capsys.readouterr().out.splitlines()[-3]
     assert last.startswith("wrong_one:Wrong ") and "not trained: log-determinant off by" in last
     assert "not trained: log-det" in (tmp_path / "out/compare.md").read_text() and not row["scores"]
 
 
-def test_a_flow_that_fails_a_gate_after_training_is_not_ranked(tmp_path, monkeypatch, capsys, without_pictures):
-    monkeypatch.setattr(gates, "check", lambda *_: {"round_trip": 1.0, "log_det": math.nan})
-    rows = compare.main(**TINY, flows=("masked-affine",), out=tmp_path)
-    assert "not ranked: round trip off by 1.0e+00; log-determinant off by nan (" in capsys.readouterr().out
-    assert rows["masked-affine"]["gates"] == {"round_trip": 1.0}
-    monkeypatch.undo()
-    monkeypatch.setattr(compare, "draw", lambda *_: [])
-    rows = compare.main(**TINY, flows=("masked-affine",), out=tmp_path, resume=True)
-    assert "gate_failures" not in rows["masked-affine"]
+LATER = """
+import os
+import torch
+from adapters.preprocess import Standardize
+class Later(Standardize):
+    def __init__(self, features, mask):
+        super().__init__(torch.zeros(features), torch.ones(features))
+        self.shift = torch.nn.Parameter(torch.zeros(features))
+        self.register_buffer("passes", torch.zeros(()))
+    def forward(self, inputs, context=None):
+        self.passes += self.training
+        outputs, log_det = super().forward(inputs)
+        return outputs + self.shift, log_det
+    def inverse(self, inputs, context=None):
+        outputs, log_det = super().inverse(inputs - self.shift)
+        return outputs, log_det + 0.1 * (self.passes > 100) * ("RIGHT" not in os.environ)
+"""
+
+
+def test_a_flow_that_fails_a_gate_after_training_is_not_ranked(tmp_path, own_module, monkeypatch, capsys):
+    """In the plane, too, the trained flow's samples are held against their log_prob."""
+    own_module("later", LATER)
+    arguments = TINY | {"budget": "120steps", "flows": ("later:Later", "masked-affine"), "out": tmp_path / "out"}
+    rows = compare(**arguments)
+    words = "not ranked: inverse log-determinant off by 2.0e-01; sample/log_prob off by 2.0e-01 ("
+    assert words in capsys.readouterr().out and words in (tmp_path / "out/compare.md").read_text()
+    assert rows["later:Later"]["gates"]["agreement"] == pytest.approx(0.2)
+    monkeypatch.setenv("RIGHT", "1")
+    rows = compare(**arguments, resume=True)
+    assert "gate_failures" not in rows["later:Later"] and rows["later:Later"]["scores"]
 
 
 # Matching
@@ -295,10 +303,9 @@ def test_networks_of_one_width_come_as_near_as_they_can_and_say_so(name):
 # Rows
 
 
-def test_the_whole_catalogue_has_its_rows_and_its_pictures(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gates, "GRID", 80)
-    monkeypatch.setattr(gates, "SAMPLES", 100)
-    rows = compare.main(**TINY, out=tmp_path)
+def test_the_whole_catalogue_has_its_rows_and_its_pictures(tmp_path, capsys):
+    effort = Effort(QUICK, gates.Quadrature(grid=80, samples=100), test_points=1000)
+    rows = compare(**TINY, out=tmp_path, seams={"draw": True, "effort": effort})
     printed = capsys.readouterr().out
     assert list(rows) == flow_names() and not [row["failed"] for row in rows.values() if "failed" in row]
     for name in flow_names():
@@ -311,37 +318,41 @@ def test_the_whole_catalogue_has_its_rows_and_its_pictures(tmp_path, capsys, mon
     assert "at most 1.001" in text and "The same for all: 3steps of training" in text
 
 
-def test_finished_rows_survive_an_interruption(tmp_path, monkeypatch, without_pictures):
-    run_one, ran = compare.run_one, []
+def test_finished_rows_survive_an_interruption(tmp_path, capsys):
+    trained = []
 
-    def interrupted(task, name, *rest):
-        if name == "nflows-affine" and len(ran) < 3:
+    def counted(*arguments, **options):
+        trained.append(options)
+        return fit(*arguments, **options)
+
+    def interrupted(*arguments, **options):
+        if len(trained) == 2:
             raise KeyboardInterrupt
-        ran.append((name, rest[2]))
-        run_one(task, name, *rest)
+        return counted(*arguments, **options)
 
-    monkeypatch.setattr(compare, "run_one", interrupted)
     flows = ("masked-affine", "zuko-realnvp", "nflows-affine")
     with pytest.raises(KeyboardInterrupt):
-        compare.main(**TINY, flows=flows, out=tmp_path)
+        compare(**TINY, flows=flows, out=tmp_path, seams={"fit": interrupted})
     done = json.loads((tmp_path / "compare.json").read_text())["rows"]
-    assert set(done["masked-affine"]["scores"]) == {"0"} and not done["nflows-affine"]["scores"]
-    ran.append("resumed")
-    rows = compare.main(**TINY, flows=flows, out=tmp_path, resume=True, seeds=2)
-    assert ran[:2] == [("masked-affine", 0), ("zuko-realnvp", 0)]
-    assert ran[3:] == [("masked-affine", 1), ("zuko-realnvp", 1), ("nflows-affine", 0), ("nflows-affine", 1)]
-    assert rows["masked-affine"]["scores"]["0"] == done["masked-affine"]["scores"]["0"]
-    assert rows["masked-affine"]["times"] == done["masked-affine"]["times"]
+    assert [set(row["scores"]) for row in done.values()] == [{"0"}, {"0"}, set()] and list(done) == list(flows)
+    capsys.readouterr()
+    compare(load=tmp_path, out=tmp_path / "so far")
+    assert re.search(r"\nnflows-affine +not trained yet", capsys.readouterr().out)
+    rows = compare(**TINY, flows=flows, out=tmp_path, resume=True, seeds=2, seams={"fit": counted})
+    assert len(trained) == 2 + 4 and all(set(row["scores"]) == {"0", "1"} for row in rows.values())
+    for name in flows[:2]:
+        assert rows[name]["scores"]["0"] == done[name]["scores"]["0"] and rows[name]["times"] == done[name]["times"]
+    assert "3steps of training (2 seeds; ± is" in (tmp_path / "compare.md").read_text()
     with pytest.raises(ValueError, match="budget was 3steps, not 4steps"):
-        compare.main(**TINY | {"budget": "4steps"}, out=tmp_path, resume=True)
+        compare(**TINY | {"budget": "4steps"}, out=tmp_path, resume=True)
     (tmp_path / "compare.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
-        compare.main(**TINY, out=tmp_path, resume=True)
+        compare(**TINY, out=tmp_path, resume=True)
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        compare.main(**TINY, out=tmp_path / "new", resume=True)
+        compare(**TINY, out=tmp_path / "new", resume=True)
 
 
-def test_one_failing_flow_is_a_row_that_says_why(tmp_path, own_module, without_pictures, capsys):
+def test_one_failing_flow_is_a_row_that_says_why(tmp_path, own_module, capsys):
     own_module(
         "failing",
         "from adapters import build_flow\n"
@@ -353,7 +364,7 @@ def test_one_failing_flow_is_a_row_that_says_why(tmp_path, own_module, without_p
         "def text(features):\n    return 'a flow'\n",
     )
     names = ("failing:at_once", "failing:later", "failing:leaves", "failing:fixed", "failing:text", "masked-affine")
-    rows = compare.main(**TINY, flows=names, out=tmp_path / "out")
+    rows = compare(**TINY, flows=names, out=tmp_path / "out")
     assert rows["failing:at_once"]["failed"] == "ZeroDivisionError: in my code"
     assert rows["failing:later"]["failed"] == "ZeroDivisionError: division by zero"
     assert rows["failing:leaves"]["failed"] == "SystemExit: no data"
@@ -363,7 +374,7 @@ def test_one_failing_flow_is_a_row_that_says_why(tmp_path, own_module, without_p
     assert "failed: ZeroDivisionError: in my code" in (tmp_path / "out/compare.md").read_text()
 
 
-def test_the_readmes_own_layer_gets_its_row(tmp_path, monkeypatch, without_pictures):
+def test_the_readmes_own_layer_gets_its_row(tmp_path, monkeypatch):
     (code,) = [
         block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class SoftsignCoupling" in block
     ]
@@ -371,21 +382,21 @@ def test_the_readmes_own_layer_gets_its_row(tmp_path, monkeypatch, without_pictu
     (tmp_path / "my_layer.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["", *__import__("sys").path])
-    rows = compare.main(**TINY | {"layers": 4}, flows=("my_layer:SoftsignCoupling", "masked-affine"), out=tmp_path)
+    rows = compare(**TINY | {"layers": 4}, flows=("my_layer:SoftsignCoupling", "masked-affine"), out=tmp_path)
     row = rows["my_layer:SoftsignCoupling"]
     assert math.isfinite(row["scores"]["0"]["value"]) and "gate_failures" not in row
     assert row["parameters"] == 4 * parameter_count(torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Linear(8, 4)))
 
 
-def test_a_librarys_own_class_is_a_factory(tmp_path, without_pictures):
-    rows = compare.main(**TINY, flows=("zuko.flows:MAF",), out=tmp_path)
+def test_a_librarys_own_class_is_a_factory(tmp_path):
+    rows = compare(**TINY, flows=("zuko.flows:MAF",), out=tmp_path)
     assert math.isfinite(rows["zuko.flows:MAF"]["scores"]["0"]["value"])
 
 
 @pytest.mark.parametrize("task", ["mnist", "vae-prior"])
-def test_image_tasks(task, tmp_path, monkeypatch):
+def test_image_tasks(task, tmp_path):
     arguments = TINY | {"task": task, "limit": 200, "flows": ("masked-affine", "zuko-realnvp"), "match": "parameters"}
-    rows = compare.main(**arguments, out=tmp_path)
+    rows = compare(**arguments, out=tmp_path, seams={"draw": True})
     values = [row["scores"]["0"]["value"] for row in rows.values()]
     assert all(map(math.isfinite, values)) and (tmp_path / "gallery.png").exists()
     assert (max(values) < 0) == (task == "vae-prior")
@@ -398,25 +409,23 @@ def test_a_flow_prior_is_trained_as_its_own_run_trains_it():
 
 
 def test_better_scores_are_ranked_first():
-    class Up(tasks.Toy):
-        higher_is_better = True
+    def ranked(task):
+        return Table({"task": task}, rows).ranked(list("abc"))
 
-    table = compare.Table.__new__(compare.Table)
-    table.rows = {
+    rows = {
         name: {"scores": {"0": {"value": value, "stderr": 0.1}}}
         for name, value in zip("abc", (-3, -1, -2), strict=True)
     }
-    assert table.ranked(list("abc"), Up("two-gaussians", CPU)) == ["b", "c", "a"]
-    assert table.ranked(list("abc"), tasks.Toy("two-gaussians", CPU)) == ["a", "c", "b"]
-    table.rows["a"]["gate_failures"] = ["round trip"]
-    table.rows["b"]["failed"] = "why"
-    assert table.ranked(list("abc"), tasks.Toy("two-gaussians", CPU)) == ["c", "a", "b"]
+    assert ranked("vae-prior") == ["b", "c", "a"] and ranked("two-gaussians") == ["a", "c", "b"]
+    rows["a"]["gate_failures"] = ["round trip"]
+    rows["b"]["failed"] = "why"
+    assert ranked("two-gaussians") == ["c", "a", "b"]
 
 
 # Wrong flows, damaged files
 
 
-def test_a_passing_failure_is_tried_again_when_resumed(tmp_path, own_module, without_pictures, monkeypatch):
+def test_a_passing_failure_is_tried_again_when_resumed(tmp_path, own_module, monkeypatch):
     own_module(
         "passing",
         "import os\nfrom adapters import build_flow\n"
@@ -426,45 +435,56 @@ def test_a_passing_failure_is_tried_again_when_resumed(tmp_path, own_module, wit
     )
     arguments = TINY | {"flows": ("passing:flow", "masked-affine"), "out": tmp_path / "out"}
     monkeypatch.setenv("OUT_OF_MEMORY", "1")
-    assert compare.main(**arguments)["passing:flow"]["failed"] == "MemoryError: for now"
-    assert compare.main(**arguments, resume=True)["passing:flow"]["failed"] == "MemoryError: for now"
+    assert compare(**arguments)["passing:flow"]["failed"] == "MemoryError: for now"
+    assert compare(**arguments, resume=True)["passing:flow"]["failed"] == "MemoryError: for now"
     monkeypatch.delenv("OUT_OF_MEMORY")
-    rows = compare.main(**arguments, resume=True)
+    rows = compare(**arguments, resume=True)
     assert "failed" not in rows["passing:flow"] and rows["passing:flow"]["scores"]["0"]["steps"] == 3
 
 
 def test_that_every_flow_failed_is_the_last_word(tmp_path, own_module):
     own_module("hopeless", "def flow(features):\n    raise OSError('gone')\n")
     with pytest.raises(RuntimeError, match="no flow has a score: .*compare.md says why of each"):
-        compare.main(**TINY, flows=("hopeless:flow",), out=tmp_path / "out")
+        compare(**TINY, flows=("hopeless:flow",), out=tmp_path / "out")
     assert "failed: OSError: gone" in (tmp_path / "out/compare.md").read_text()
 
 
-def test_batch_normalisation_is_timed_as_it_is_used(tmp_path, own_module, without_pictures):
-    own_module(
-        "normed",
-        "from adapters import build_flow\nfrom adapters.flow import Flow, StandardNormal\n"
-        "from nflows.transforms import BatchNorm, CompositeTransform\n"
-        "def flow(features, layers):\n"
-        "    inner = build_flow('masked-affine', features, layers=layers).transform\n"
-        "    layers = [inner, BatchNorm(features)]\n"
-        "    return Flow(CompositeTransform(layers), StandardNormal([features]), (features,))\n",
-    )
-    rows = compare.main(**TINY | {"budget": "300steps"}, flows=("normed:flow",), out=tmp_path / "out")
+NORMED = """
+from adapters import build_flow
+from adapters.flow import Flow, StandardNormal
+from nflows.transforms import BatchNorm, CompositeTransform
+def flow(features, layers):
+    inner = build_flow("masked-affine", features, layers=layers).transform
+    return Flow(CompositeTransform([inner, BatchNorm(features)]), StandardNormal([features]), (features,))
+"""
+
+
+def test_batch_normalisation_is_timed_as_it_is_used(tmp_path, own_module):
+    own_module("normed", NORMED)
+    rows = compare(**TINY | {"budget": "300steps"}, flows=("normed:flow",), out=tmp_path / "out")
     row = rows["normed:flow"]
     assert "failed" not in row and "gate_failures" not in row and row["times"]["sample"]["ms"] > 0, row
 
 
-def test_what_could_not_be_had_is_a_footnote(tmp_path, monkeypatch, without_pictures):
-    fit = compare.fit
+def test_steps_are_timed_in_training_mode_and_the_rest_in_evaluation_mode(own_module):
+    """In training mode nflows' batch normalisation has no inverse, and scoring would change its running statistics."""
+    own_module("normed", NORMED)
+    timed = speed.make_timed(["normed:flow", speed.BARE, *speed.NATIVE_FLOWS], 4, 2, (8,), CPU)
+    flow = timed["normed:flow"].flow
+    for kind in KINDS:
+        before = [buffer.clone() for buffer in flow.buffers()]
+        times, failed = time_kind(kind, timed, CPU, QUICK)
+        assert not failed and times.keys() == timed.keys() - ({speed.BARE} if kind != "step" else set())
+        assert all(map(torch.equal, before, flow.buffers())) == (kind != "step")
 
+
+def test_what_could_not_be_had_is_a_footnote(tmp_path):
     def noting(*arguments, **options):
         fitted = fit(*arguments, **options)
         fitted.notes.append("the step is not compiled: SomeError")
         return fitted
 
-    monkeypatch.setattr(compare, "fit", noting)
-    compare.main(**TINY, flows=("masked-affine",), out=tmp_path, seeds=2)
+    compare(**TINY, flows=("masked-affine",), out=tmp_path, seeds=2, seams={"fit": noting})
     (line,) = [line for line in (tmp_path / "compare.md").read_text().splitlines() if line.startswith("1. ")]
     assert line.endswith("fast. The step is not compiled: SomeError.")
 
@@ -472,11 +492,47 @@ def test_what_could_not_be_had_is_a_footnote(tmp_path, monkeypatch, without_pict
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "SECONDS", 0.01)
-        patch.setattr(speed, "MIN_ROUNDS", 2)
-        compare.main(**TINY, flows=("masked-affine", "nflows-affine"), out=out)
+    compare(**TINY, flows=("masked-affine", "nflows-affine"), out=out, seams={"draw": True})
     return out
+
+
+def test_a_comparison_is_shown_again_without_training(finished, tmp_path, capsys):
+    shown = pictures_in(finished), (finished / "compare.md").read_text()
+    assert shown[0].keys() == {"gallery.png", "quality.png", "times.png"}
+    damaged(finished, tmp_path / "run", lambda record: record.update(versions={"torch": "2"}))
+    before = (tmp_path / "run/compare.json").read_bytes()
+    for name in (*shown[0], "compare.md"):
+        (tmp_path / "run" / name).unlink()
+    capsys.readouterr()
+    assert compare(load=tmp_path / "run", out=tmp_path / "elsewhere") == {}
+    text = (tmp_path / "elsewhere/compare.md").read_text()
+    assert (
+        text.partition("python 3")[0] == shown[1].partition("python 3")[0].replace("\n\npython", "\n")
+        or "torch 2." in text
+    )
+    assert pictures_in(tmp_path / "elsewhere") == shown[0] and not pictures_in(tmp_path / "run")
+    compare(load=tmp_path)  # the newest one below
+    assert pictures_in(tmp_path / "run") == shown[0] and (tmp_path / "run/compare.md").read_text() == text
+    assert (tmp_path / "run/compare.json").read_bytes() == before
+    printed = capsys.readouterr().out
+    assert printed.count("\nmasked-affine ") == 2 and printed.count("/times.png\n") == 2
+
+
+def test_what_a_load_can_not_show_is_said(tmp_path):
+    with pytest.raises(ValueError, match="--load trains nothing, so --budget, --flows would be ignored: leave it out"):
+        compare(load=tmp_path, budget="3s", flows=("masked-affine",))
+    with pytest.raises(FileNotFoundError, match=r"no compare.json in .*: give the directory of a comparison"):
+        compare(load=tmp_path)
+    (tmp_path / "metrics.json").write_text('{"run": "toy", "metrics": {}}')
+    with pytest.raises(ValueError, match="metrics.json is of a run of toy, not of speed"):
+        compare(load=tmp_path)
+    for content in ("{", "[]", '{"run": "speed"}'):
+        (tmp_path / "metrics.json").write_text(content)
+        with pytest.raises(ValueError, match="metrics.json is damaged, or not of this version: run it again"):
+            compare(load=tmp_path)
+    (tmp_path / "compare.json").write_text('{"arguments": {"task": "cifar"}, "rows": {}}')
+    with pytest.raises(ValueError, match=r"compare.json is damaged \(it, arguments lacks 'budget'\); run it again"):
+        compare(load=tmp_path)
 
 
 def damaged(finished, out, change):
@@ -530,7 +586,7 @@ def row_of(record):
 def test_a_damaged_record_is_one_clear_error(change, finished, tmp_path):
     damaged(finished, tmp_path / "out", change)
     with pytest.raises(ValueError, match=r"compare\.json is damaged \(.*\); start again without --resume"):
-        compare.main(**TINY, flows=("masked-affine",), out=tmp_path / "out", resume=True)
+        compare(**TINY, flows=("masked-affine",), out=tmp_path / "out", resume=True)
 
 
 def test_a_gallery_is_drawn_without_the_pictures_that_are_lost(finished, tmp_path):
@@ -538,7 +594,7 @@ def test_a_gallery_is_drawn_without_the_pictures_that_are_lost(finished, tmp_pat
     (tmp_path / "out/learned/masked-affine.npy").write_bytes(b"\x93NUMPY")
     (tmp_path / "out/learned/nflows-affine.npy").unlink()
     (tmp_path / "out/gallery.png").unlink()
-    compare.main(**TINY, flows=("masked-affine", "nflows-affine"), out=tmp_path / "out", resume=True)
+    compare(load=tmp_path / "out")
     assert width_of(tmp_path / "out/gallery.png") > 300
 
 
@@ -552,47 +608,78 @@ def test_a_picture_is_written_whole_or_not_at_all(finished, tmp_path, monkeypatc
 
     monkeypatch.setattr(Figure, "savefig", dies)
     with pytest.raises(KeyboardInterrupt):
-        compare.main(**TINY, flows=("masked-affine",), out=tmp_path / "out", resume=True)
+        compare(load=tmp_path / "out")
     assert (tmp_path / "out/times.png").read_bytes() == before and not list((tmp_path / "out").glob(".*"))
 
 
 @pytest.mark.parametrize("losses", [(-0.01, -0.02, -0.01), (1.0, 0.1, -0.02), (1.0, 1e-9, 0.1), (0.0, 0.0, 0.0), ()])
 def test_a_negative_estimate_breaks_no_picture(losses, tmp_path):
-    table = compare.Table(tmp_path, {}, False)
-    table.rows["a"] = {"curves": {"0": [[0.5 + i, loss] for i, loss in enumerate(losses)]}}
-    with figures_kept() as kept:
-        compare.draw_curves(table, ["a"], tasks.Toy("two-gaussians", CPU), tmp_path / "quality.png")
-    low, high = kept[0]
-    assert low < high and (low <= 0 or high / low < 2000)
+    rows = {"a": {"curves": {"0": [[0.5 + i, loss] for i, loss in enumerate(losses)]}}}
+    assert width_of(draw_curves(Table({"task": "two-gaussians"}, rows), ["a"], tmp_path / "quality.png")) > 300
+    logarithmic, limits = loss_axis(losses, divergence=True, higher_is_better=False)
+    assert logarithmic == any(loss > 0 for loss in losses) and (limits is None) == (not losses)
+    if limits is not None:
+        low, high = limits
+        assert low < high and (not logarithmic or (low > 0 and high / low < 2000))
 
 
 # Speed
 
 
-def test_speed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "WIDTHS", (2, 4))
-    monkeypatch.setattr(speed, "DEPTHS", (1, 2))
-    found = speed.speed(("freia-affine",), 2, (4, 4), False, tmp_path, CPU, features=6)
-    assert set(found["table"]) == {*speed.OURS, *speed.NATIVE_FLOWS, "freia-affine", speed.BARE}
+def test_speed(tmp_path, capsys):
+    found = speed.measure_speed(
+        ("freia-affine",), 2, (4, 4), False, tmp_path, CPU, features=6, widths=(2, 4), depths=(1, 2), stopwatch=QUICK
+    )
+    assert set(found["table"]) == {*contestants.OURS, *speed.NATIVE_FLOWS, "freia-affine", speed.BARE}
     assert found["table"][speed.BARE]["step_to_bare"] == found["table"]["masked-affine"]["step_ours"] == 1
-    assert "per layer at D=2" in capsys.readouterr().out and width_of(tmp_path / "growth.png") > 300
+    printed, drawn = capsys.readouterr().out, pictures_in(tmp_path)
+    assert "per layer at D=2" in printed and width_of(tmp_path / "growth.png") > 300
+    (tmp_path / "growth.png").unlink()
+    compare(load=tmp_path)
+    assert pictures_in(tmp_path) == drawn
+    lines = printed.splitlines()[1:]  # all but the heading, and the line of metrics.json
+    assert capsys.readouterr().out.splitlines() == [line for line in lines if not line.endswith("metrics.json")]
+
+
+def test_what_no_device_can_tell_is_nan_and_is_shown_so(tmp_path, capsys):
+    """JSON has no NaN: it is written as null, and read again."""
+    row = {f"{kind}_{what}": 1.0 for kind in KINDS for what in ("ms", "ours")} | {"step_to_bare": 1.0}
+    metrics = {
+        "table": {"masked-affine": row | {"memory_mib": math.nan}},
+        "compiled": {"masked-affine": {"ms": 1.0, "to_eager": 1.0, "to_bare": math.nan, "ours": 1.0}},
+        "width": {2: {"masked-affine": {"ms": 1.0, "mib": math.nan}}},
+        "depth": {1: {"masked-affine": {"ms": 1.0, "mib": math.nan}}},
+        "per_layer_ms": {"masked-affine": 0.5},
+    }
+    write_metrics(tmp_path, "speed", {}, 0, metrics)
+    compare(load=tmp_path)
+    assert capsys.readouterr().out.count(" nan") == 2 and width_of(tmp_path / "growth.png") > 300
 
 
 def test_memory_counts_what_a_step_allocates():
     weight = torch.zeros(1, requires_grad=True)
-    assert 4 <= speed.peak(lambda: (weight * torch.ones(2**20)).sum().backward(), [weight]) < 20
+    assert 4 <= peak(lambda: (weight * torch.ones(2**20)).sum().backward(), [weight]) < 20
 
     def hold_three() -> None:
         [torch.ones(2**20) for _ in range(3)]
 
-    assert 12 <= speed.peak(hold_three, [weight]) < 13
+    assert 12 <= peak(hold_three, [weight]) < 13
 
 
-def test_slow_calls_are_timed_once_and_failing_ones_named(monkeypatch):
-    monkeypatch.setattr(speed, "SLOW", 0.0)
-    times, failed = speed.measure({"slow": lambda: None, "fails": lambda: 1 / 0}, CPU)
+def test_slow_calls_are_timed_once_and_failing_ones_named():
+    times, failed = Stopwatch(slow=0.0).measure({"slow": lambda: None, "fails": lambda: 1 / 0}, CPU)
     assert len(times["slow"]) == 1 and isinstance(failed["fails"], ZeroDivisionError)
-    assert compare.ratio_of([4.0], [1.0, 2.0, 3.0]) == 2
+    assert ratio([4.0], [1.0, 2.0, 3.0]) == 2
+
+
+@pytest.mark.parametrize(
+    "budget", ["soon", "0s", "inf", "nan", "-3s", "1e400s", "9" * 400 + "s", "2.5steps", "", "1e9s", "2000000000steps"]
+)
+def test_a_budget_is_seconds_or_steps(budget):
+    shown = re.escape(repr(budget) if len(budget) < 20 else repr(budget[:20]) + "…")
+    with pytest.raises(ValueError, match=f"budget must be seconds or steps, at most 10⁹, .* 2000steps, not {shown}"):
+        parse_budget(budget)
+    assert parse_budget("30") == parse_budget(" 30 s") == (30.0, False) and parse_budget("7steps") == (7.0, True)
 
 
 @pytest.mark.parametrize(
@@ -613,19 +700,11 @@ def test_slow_calls_are_timed_once_and_failing_ones_named(monkeypatch):
         ({"flows": ("bad_syntax:flow",)}, ImportError, "bad_syntax can't be imported .SyntaxError: .* mend it first"),
         ({"flows": ("bad_import:flow",)}, ImportError, "bad_import can't be imported .ZeroDivisionError: division by"),
         ({"flows": ("bad_exit:flow",)}, ImportError, "bad_exit can't be imported .SystemExit: 3.; mend it first"),
-        ({"budget": "0s"}, ValueError, "budget must be"),
-        ({"budget": "inf"}, ValueError, "budget must be seconds or steps, at most 10⁹, .* not 'inf'"),
-        ({"budget": "nan"}, ValueError, "budget must be"),
-        ({"budget": "-3s"}, ValueError, "budget must be"),
-        ({"budget": "1e400s"}, ValueError, "budget must be"),
-        ({"budget": "9" * 400 + "s"}, ValueError, "budget must be .* not '99999999999999999999'…"),
-        ({"budget": "2.5steps"}, ValueError, "budget must be"),
-        ({"budget": ""}, ValueError, "budget must be"),
         ({"seeds": 10**11}, ValueError, "seeds must be at most 1,000, not 100,000,000,000"),
         ({"seeds": -1}, ValueError, "seeds must be positive, not -1"),
         ({"layers": 0}, ValueError, "layers must be positive, not 0"),
         ({"layers": 10**9}, ValueError, "layers must be at most 1,000, not 1,000,000,000"),
-        ({"hidden": ()}, ValueError, "hidden needs at least one width, such as 64 64"),
+        ({"hidden": ()}, ValueError, "hidden needs at least one width, e.g. --hidden 64 64"),
         ({"hidden": (10**9,)}, ValueError, r"hidden\[0\] must be at most 131,072, not 1,000,000,000"),
         ({"task": "mnist", "limit": 5}, ValueError, "limit must be at least 128, the images of a batch, not 5"),
         ({"task": "vae-prior", "limit": 127}, ValueError, "limit must be at least 128, the images of a batch, not 127"),
@@ -644,16 +723,15 @@ def test_mistakes_are_named_before_any_work(arguments, error, message, tmp_path,
     for name, code in {"bad_syntax": "def flow(:", "bad_import": "1 / 0", "bad_exit": "raise SystemExit(3)"}.items():
         own_module(name, code)
     with pytest.raises(error, match=message):
-        compare.main(**arguments, out=tmp_path / "new")
+        compare(**arguments, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("task", ["chequerboard", "speed"])
-def test_an_out_that_is_a_file_is_named_before_any_work(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "prepare", None)
+def test_an_out_that_is_a_file_is_named_before_any_work(task, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="--out .*file can't be written to .*; choose another directory"):
-        compare.main(task=task, out=tmp_path / "file")
+        compare(task=task, out=tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", speed.NATIVE_FLOWS)

@@ -16,13 +16,16 @@ from adapters import FlowDistribution, build_flow, flow_names
 from adapters.normal import rational_ndtri
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
 from adapters.vae import VAE, Decoder, Encoder
-from runs import compare, mnist, overhead, pyro_vae
-from runs.common import densities, scores, speed, step
+from runs import mnist, pyro_vae
+from runs.common import densities, step
+from runs.common.comparison import Effort
 from runs.common.devices import make_accelerator
 from runs.common.fit import ASK_EVERY, SNAPSHOT_EVERY, fit
+from runs.common.gates import Quadrature
 from runs.common.objectives import NegativeLogLikelihood
 from runs.common.recipe import Recipe
-from runs.common.timing import interleaved
+from runs.common.speed import measure_speed
+from runs.common.timing import Stopwatch, interleaved
 from runs.common.training_state import NotFinite
 from tests import pretend
 from tests.laws import randomise
@@ -108,7 +111,11 @@ SCRIPTS = {
     "compare-vae": ("compare", COMPARE | {"task": "vae-prior", "limit": 200, "flows": ("masked-affine",)}),
 }  # fmt: skip
 
-SEAMS = {"toy": {"test_points": 500}}  # smaller figures, the same for both devices
+QUICK = Stopwatch(seconds=0.01, min_rounds=2)
+SEAMS = {  # smaller figures, the same for both devices
+    "toy": {"test_points": 500},
+    "compare": {"effort": Effort(QUICK, Quadrature(grid=20, samples=50), test_points=500)},
+}
 
 
 def untimed(figures):
@@ -119,18 +126,8 @@ def untimed(figures):
     return figures
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Small figures: the same for both devices."""
-    monkeypatch.setattr(scores, "TEST_POINTS", 500)
-    monkeypatch.setattr(speed, "SECONDS", 0.01)
-    monkeypatch.setattr(speed, "MIN_ROUNDS", 2)
-    monkeypatch.setattr(compare.gates, "GRID", 20)
-    monkeypatch.setattr(compare.gates, "SAMPLES", 50)
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_gives_the_same_figures_on_every_device(name, tmp_path, quick):
+def test_a_script_gives_the_same_figures_on_every_device(name, tmp_path):
     script, arguments = SCRIPTS[name]
     figures = {}
     for where in ("cpu", "pretend"):
@@ -144,13 +141,14 @@ def test_a_saved_run_draws_there_too(tmp_path):
     mnist.main(load=tmp_path, samples=4, device="pretend")
 
 
-def test_costs_are_timed_there(device, tmp_path, quick, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "WIDTHS", (2, 4))
-    monkeypatch.setattr(speed, "DEPTHS", (1, 2))
+def test_costs_are_timed_there(device, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pyro_vae, "interleaved", lambda calls, _, device, warmup: interleaved(calls, 2, device, 1))
-    found = speed.speed((), 2, (4,), False, tmp_path, device, features=6)
+    found = measure_speed(
+        (), 2, (4,), False, tmp_path, device, features=6, widths=(2, 4), depths=(1, 2), stopwatch=QUICK
+    )
     assert found["table"]["masked-affine"]["step_ms"] > 0
-    assert overhead.main(4, 2, (8,), 8, 2, tmp_path / "overhead", device="pretend")["zuko_in"] > 0
+    arguments = {"features": 4, "layers": 2, "hidden": (8,), "batch_size": 8, "rounds": 2}
+    assert run("overhead", **arguments, out=tmp_path / "overhead", device="pretend")["zuko_in"] > 0
     found = pyro_vae.main(benchmark=True, latent=2, layers=2, hidden=(4,), width=(4,), device="pretend")
     assert found["step_ratio"] > 0 and pretend.waits["synchronize"] > 50
     assert capsys.readouterr().out.count("on pretend") == 2
@@ -330,7 +328,7 @@ def test_several_processes_take_no_single_device(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["toy-spline", "mnist", "mnist-histogram"])
-def test_where_a_device_lacks_an_operation_there_is_another_way(name, tmp_path, quick, monkeypatch):
+def test_where_a_device_lacks_an_operation_there_is_another_way(name, tmp_path, monkeypatch):
     """Apple's MPS has no Φ⁻¹."""
     script, arguments = SCRIPTS[name]
     expected = untimed(run(script, seams=SEAMS.get(script), **arguments, out=tmp_path / "cpu", device="cpu"))

@@ -8,13 +8,13 @@ import torch
 from adapters.bridges import libraries
 from adapters.catalogue import native_flows
 from runs.common.timing import interleaved, ratio
-from runs.overhead import main
+from tests.scripts import run
 
 CPU = torch.device("cpu")
 
 
 def test_every_library_is_timed_both_ways(tmp_path):
-    metrics = main(features=4, layers=2, hidden=(8,), batch_size=8, rounds=2, out=tmp_path)
+    metrics = run("overhead", features=4, layers=2, hidden=(8,), batch_size=8, rounds=2, out=tmp_path)
     assert set(metrics) == {f"{name}_in" for name in native_flows()} | {f"{name}_out" for name in libraries()}
     assert all(found > 0 for found in metrics.values()) and (tmp_path / "metrics.json").is_file()
 
@@ -35,4 +35,4 @@ def test_timing_is_in_turn_and_its_ratio_pairwise():
 
 def test_numbers_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="rounds must be positive, not 0"):
-        main(rounds=0, out=tmp_path)
+        run("overhead", rounds=0, out=tmp_path)

@@ -31,7 +31,7 @@ def test_the_commands_are_ones_the_scripts_take(script, arguments):
     module = importlib.import_module(f"runs.{script}")
     words = [word for word in shlex.split(arguments) if word != "--help"]
     if hasattr(module, "Options"):
-        parse(module.Options, ["masked-affine" if word == "NAME" else word for word in words])
+        parse(module.Options, ["masked-affine" if word == "NAME" or ":" in word else word for word in words])
     else:
         tyro.cli(functools.wraps(module.main)(lambda **given: given), args=words)
 

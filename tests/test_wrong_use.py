@@ -472,6 +472,24 @@ COMMANDS = [
     ("pyro_vae --options layers 3", "layers is no option, but an argument of its own"),
     ("pyro_vae --benchmark --batch-size 0", "batch_size must be positive, not 0"),
     ("pyro_vae --resume", "nothing to resume: no training.pt in"),
+    ("compare --task cifar", "unknown task 'cifar'; known: two-gaussians, chequerboard, mnist, vae-prior, speed"),
+    ("compare --flows maf", "unknown flow 'maf'; known: masked-affine,"),
+    ("compare --flows math:pi", "math:pi is a float; a flow is made by a function or a class"),
+    ("compare --budget soon", "budget must be seconds or steps, at most 10⁹, such as 30s or 2000steps, not 'soon'"),
+    ("compare --match depth", "unknown match 'depth'; known: width, parameters"),
+    ("compare --hidden", "hidden needs at least one width"),
+    ("compare --hidden 1000000", "hidden[0] must be at most 131,072, not 1,000,000"),
+    ("compare --layers 0", "layers must be positive, not 0"),
+    ("compare --seeds 0", "seeds must be positive, not 0"),
+    ("compare --limit 200", "limit is of the images of mnist and vae-prior; chequerboard has none: leave it out"),
+    ("compare --task mnist --limit 0", "limit must be positive, not 0"),
+    ("compare --task mnist --limit 5", "limit must be at least 128, the images of a batch, not 5"),
+    ("compare --data-dir images", "data_dir is of the images of mnist and vae-prior; chequerboard has none"),
+    ("compare --resume", "nothing to resume: no compare.json in"),
+    ("compare --task speed --resume", "--resume: speed has no rows to keep; run it again without"),
+    ("compare --load nowhere", "no compare.json in nowhere: give the directory of a comparison"),
+    ("compare --load nowhere --task mnist", "--load trains nothing, so --task would be ignored: leave it out"),
+    ("compare --device tpu", "no device 'tpu' here"),
     ("overhead --hidden", "hidden needs at least one width"),
     ("overhead --hidden 0", "hidden[0] must be positive, not 0"),
     ("overhead --features 0", "features must be positive, not 0"),
@@ -495,7 +513,7 @@ def test_a_wrong_command_gives_one_line(command, message, tmp_path, monkeypatch)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-@pytest.mark.parametrize("script", ["toy", "mnist", "pyro_vae", "overhead"])
+@pytest.mark.parametrize("script", ["toy", "mnist", "pyro_vae", "compare", "overhead"])
 def test_out_that_is_a_file_is_refused(script, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="--out .* can't be written to"):

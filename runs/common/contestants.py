@@ -2,10 +2,10 @@
 
 A name with a colon, ``my_module:my_flow``, is a dotted path to
 
-- a function called with ``features=`` and those of ``layers=``, ``hidden_features=`` and ``masks=`` that it takes,
-  which gives a flow or a transform of any library; ``zuko.flows:NAF`` is one;
-- or an nflows ``Transform`` class, of which a stack is made: one for each mask, called with those of ``features=``,
-  ``hidden_features=`` and ``mask=`` that it takes; its ``forward`` runs data → noise.
+- a function that gives a flow or a transform of any library. It is called with those of ``features=``, ``layers=``,
+  ``hidden_features=`` and ``masks=`` that it takes. A library's own class is such a function: ``zuko.flows:NAF``;
+- or a subclass of nflows' ``Transform``, whose ``forward`` runs data → noise. A stack of its layers is made, one for
+  each mask; each is called with those of ``features=``, ``hidden_features=`` and ``mask=`` that it takes.
 """
 
 import importlib
@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from typing import Any
 
 from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from adapters.parts import base_of, transform_of
 from runs.common.results import parameter_count
 
 REFERENCE = "masked-affine"  # whose parameters the others match, and whose times the ratios are to
+OURS = (REFERENCE, "masked-affine-textbook")  # the hand-written affine coupling layers
 WIDEST = 2**17
 TOLERANCE = 0.02  # of matched numbers of parameters
 
@@ -51,8 +53,8 @@ def load(name: str) -> Callable:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's code does while it is read
         remedy = "run from the directory it is in" if isinstance(error, ImportError) else "mend it first"
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ImportError(f"{name}: {module} can't be imported ({said}); {remedy}") from error
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ImportError(f"{name}: {module} can't be imported ({message}); {remedy}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{name}: {module} has no {attribute}")
@@ -69,9 +71,14 @@ def build(
     hidden_features: Sequence[int],
     masks: Sequence[Tensor],
     preprocess: Transform | None = None,
-    options: dict | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Flow:
-    """That contestant's flow; ``options`` go to those flows of the catalogue that have them.
+    """The flow of that name.
+
+    Args:
+        name: of the catalogue, or the path of somebody's own.
+        features, layers, hidden_features, masks, preprocess: as for ``build_flow``; an own flow gets those it takes.
+        options: further options, of which each flow of the catalogue gets those that it has.
 
     Raises:
         TypeError, ValueError: if what the user's own factory takes or gives is not what it should be.
@@ -102,7 +109,7 @@ def _is_layer(make: Callable) -> bool:
     return inspect.isclass(make) and issubclass(make, Transform)
 
 
-def _call(name: str, make: Callable, offered: dict):
+def _call(name: str, make: Callable, offered: dict[str, Any]) -> Any:
     return make(**{key: offered[key] for key in _arguments(name, make, offered)})
 
 
@@ -112,8 +119,9 @@ def _arguments(name: str, make: Callable, offered: Iterable[str]) -> list[str]:
         parameters = inspect.signature(make).parameters
     except ValueError:
         raise TypeError(f"{name} does not say what it takes; wrap it in a function of features") from None
-    named = {key: one for key, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
-    if unmet := [key for key, one in named.items() if one.default is one.empty and key not in offered]:
+    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {key: parameter.default for key, parameter in parameters.items() if parameter.kind not in unnamed}
+    if unmet := [key for key, default in named.items() if default is inspect.Parameter.empty and key not in offered]:
         raise TypeError(f"{name} wants {', '.join(unmet)}; it may only want {', '.join(offered)}")
     return [key for key in offered if key in named]
 
@@ -158,10 +166,10 @@ def match_parameters(
 
 
 def footnote(name: str, flow: Flow, hidden_features: Sequence[int], target: int | None) -> str:
-    """What about this contestant can't be made equal: in its own words, and what matching left over."""
-    said = describe_flow(name) if ":" not in name else f"`{name}`, built by its own code; its base is its own."
+    """What could not be made equal for this flow: what the catalogue says of it, and what matching left over."""
+    text = describe_flow(name) if ":" not in name else f"`{name}`, built by its own code; its base is its own."
     if target is not None and abs(parameter_count(flow) / target - 1) > TOLERANCE:
-        said += f" Its widths can't be chosen to match: {100 * (parameter_count(flow) / target - 1):+.0f} % parameters."
+        text += f" Its widths can't be chosen to match: {100 * (parameter_count(flow) / target - 1):+.0f} % parameters."
     elif target is not None and name != REFERENCE:
-        said += f" Hidden widths {', '.join(map(str, hidden_features))} match the parameters."
-    return said
+        text += f" Hidden widths {', '.join(map(str, hidden_features))} match the parameters."
+    return text

@@ -34,10 +34,12 @@ def open_directory(out: Path) -> Path:
     return out
 
 
-def newest_run(directory: Path, file: str) -> Path:
-    """The directory itself if that file of a run is in it, or else the last run right below it that wrote one."""
-    below = sorted(directory.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
-    return below[-1].parent if below and not (directory / file).is_file() else directory
+def newest_run(directory: Path, *files: str) -> Path:
+    """The directory itself if one of these files of a run is in it, or else that of the newest one right below it."""
+    if any((directory / file).is_file() for file in files):
+        return directory
+    below = [path for file in files for path in directory.glob(f"*/{file}")]
+    return max(below, key=lambda path: path.stat().st_mtime).parent if below else directory
 
 
 def to_plain(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +69,34 @@ def write_metrics(out: Path, run: str, arguments: dict[str, Any], seed: int, met
     }
     text = json.dumps(without_nan(record), indent=2, default=str, allow_nan=False)
     return write_text(out / "metrics.json", text + "\n")
+
+
+def read_metrics(directory: Path, run: str) -> dict[str, Any]:
+    """The figures that ``write_metrics`` has written of a run, ``None`` read as the NaN that it was.
+
+    Args:
+        directory: of the run.
+        run: the script, or the part of it, that the figures must be of.
+
+    Raises:
+        ValueError: if the file is damaged, or another script's.
+    """
+    path = directory / "metrics.json"
+    try:
+        record = json.loads(path.read_text())
+        kind, metrics = record["run"], record["metrics"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or not of this version: run it again") from error
+    if kind != run:
+        raise ValueError(f"{path} is of a run of {kind}, not of {run}")
+    return with_nan(metrics)
+
+
+def with_nan(record: Any) -> Any:
+    """The same with NaN for each ``None``: see ``without_nan``."""
+    if isinstance(record, dict):
+        return {key: with_nan(value) for key, value in record.items()}
+    return math.nan if record is None else record
 
 
 def without_nan(record: Any) -> Any:

@@ -3,12 +3,13 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from nflows.transforms import Transform
 from torch import Tensor, nn
 
 from adapters.flow import Flow
@@ -16,12 +17,11 @@ from adapters.masks import checkerboard_mask
 from adapters.preprocess import Marginals
 from adapters.priors import FlowPrior
 from adapters.vae import VAE, Decoder, Encoder
-from runs.common import scores
 from runs.common.densities import DENSITIES
 from runs.common.images import SHAPE, Batches, bits_per_dim, dequantize, load_images, mosaic, threshold
 from runs.common.objectives import BitsPerDim, NegativeELBO, NegativeLogLikelihood
 from runs.common.samples import base_noise, decode, decoded_samples
-from runs.common.scores import divergence, elbo_terms, log_likelihoods, on_grid, standard_error
+from runs.common.scores import TEST_POINTS, divergence, elbo_terms, log_likelihoods, on_grid, standard_error
 
 SPLINES = {"bins": 8, "tail_bound": 4.0}  # of every flow that has them
 GRID = 150
@@ -54,23 +54,30 @@ class Task(ABC):
         device: where data and flows are.
     """
 
-    measure: str
-    features: int
-    layers: int
-    hidden: tuple[int, ...]
-    batch_size: int
+    measure: ClassVar[str]
+    unit: ClassVar[str] = "nats"
+    higher_is_better: ClassVar[bool] = False
+    features: ClassVar[int]
+    layers: ClassVar[int]
+    hidden: ClassVar[tuple[int, ...]]
+    batch_size: ClassVar[int]
     recipe: ClassVar[dict[str, Any]]
+    box: ClassVar[tuple[float, float] | None] = None
     device: torch.device
-
-    unit = "nats"
-    higher_is_better = False
-    preprocess = None
-    box = None
 
     @property
     def masks(self) -> list[Tensor]:
         mask = checkerboard_mask(self.features)
         return [mask, 1 - mask]
+
+    @property
+    def preprocess(self) -> Transform | None:
+        return None
+
+    @classmethod
+    def true_picture(cls) -> np.ndarray | None:
+        """What a perfect flow's picture would show; ``None`` where nobody knows."""
+        return None
 
     @abstractmethod
     def vectors(self, n: int) -> Tensor:
@@ -81,17 +88,24 @@ class Task(ABC):
         """That flow's training with that seed, from its start."""
 
 
-class Toy(Task):
+class PlaneTask(Task):
     """KL(true ‖ flow) on one of the exercise's densities, fresh points in every step."""
 
     measure, features, layers, hidden, batch_size = "KL", 2, 8, (64, 64), 1024
     recipe: ClassVar = {"lr": 3e-3, "betas": (0.9, 0.99), "average": 0.999}
+    data: ClassVar[str]
 
-    def __init__(self, data: str, device: torch.device):
-        self.device = device
-        self.true = DENSITIES[data](device)
-        self.preprocess = self.true.preprocess()
-        self.box = {"two-gaussians": (-0.5, 1.5), "chequerboard": (0.0, 1.0)}[data]
+    def __init__(self, device: torch.device, test_points: int = TEST_POINTS):
+        self.device, self.test_points = device, test_points
+        self.true = DENSITIES[self.data](device)
+
+    @property
+    def preprocess(self) -> Transform | None:
+        return self.true.preprocess()
+
+    @classmethod
+    def true_picture(cls) -> np.ndarray | None:
+        return on_grid(DENSITIES[cls.data](), GRID).numpy()
 
     def vectors(self, n: int) -> Tensor:
         return self.true.sample(n)
@@ -102,30 +116,52 @@ class Toy(Task):
         return Trial(
             loss,
             lambda step: self.true.sample(self.batch_size),
-            lambda: divergence(self.true, flow.log_prob, self.true.sample(scores.TEST_POINTS)),
+            lambda: divergence(self.true, flow.log_prob, self.true.sample(self.test_points)),
             lambda: on_grid(flow, GRID).numpy(),
         )
 
 
-class Mnist(Task):
+class TwoGaussians(PlaneTask):
+    data, box = "two-gaussians", (-0.5, 1.5)
+
+
+class Chequerboard(PlaneTask):
+    data, box = "chequerboard", (0.0, 1.0)
+
+
+class ImageTask(Task):
+    """A task on MNIST.
+
+    Args:
+        device: where the flows are.
+        data_dir: where MNIST is unpacked; by default the user's cache.
+        limit: use only so many images of each split.
+    """
+
+    def __init__(self, device: torch.device, data_dir: Path | None = None, limit: int | None = None):
+        self.device = device
+        self.images = load_images("MNIST", data_dir).first(limit)
+
+
+class Mnist(ImageTask):
     """Bits per dimension on MNIST, each pixel's histogram as preprocessing, chequerboard masks."""
 
     measure, unit, layers, hidden, batch_size = "NLL", "bits/dim", 8, (256, 256), 128
     features = math.prod(SHAPE)
     recipe: ClassVar = {"lr": 1e-3, "average": 0.999}
 
-    def __init__(self, device: torch.device, data_dir: Path | None = None, limit: int | None = None):
-        self.device = device
-        self.images = load_images("MNIST", data_dir).first(limit)
-
-    @cached_property
-    def preprocess(self) -> Marginals:
-        return Marginals.of(self.images.train.flatten(1))
-
     @property
     def masks(self) -> list[Tensor]:
         mask = checkerboard_mask(*SHAPE).flatten()
         return [mask, 1 - mask]
+
+    @property
+    def preprocess(self) -> Transform | None:
+        return self._marginals
+
+    @cached_property
+    def _marginals(self) -> Marginals:
+        return Marginals.of(self.images.train.flatten(1))
 
     def vectors(self, n: int) -> Tensor:
         return dequantize(self.images.validation[:n].to(self.device))
@@ -143,15 +179,11 @@ class Mnist(Task):
         return Trial(BitsPerDim(flow), batches, score, picture)
 
 
-class VaePrior(Task):
+class VaePrior(ImageTask):
     """The ELBO of the course's VAE under that flow as prior, pixels > 0.5."""
 
     measure, higher_is_better, features, layers, hidden, batch_size = "ELBO", True, 32, 8, (128, 128), 128
     recipe: ClassVar = {"lr": 1e-3, "warmup": 0.05, "decay": 0.3, "average": 0.999, "clip": None}
-
-    def __init__(self, device: torch.device, data_dir: Path | None = None, limit: int | None = None):
-        self.device = device
-        self.images = load_images("MNIST", data_dir).first(limit)
 
     def vectors(self, n: int) -> Tensor:
         return torch.randn(n, self.features, device=self.device)
@@ -171,9 +203,32 @@ class VaePrior(Task):
         return Trial(NegativeELBO(vae), batches, score, picture)
 
 
-TASKS = {
-    "two-gaussians": partial(Toy, "two-gaussians"),
-    "chequerboard": partial(Toy, "chequerboard"),
+TASKS: dict[str, type[Task]] = {
+    "two-gaussians": TwoGaussians,
+    "chequerboard": Chequerboard,
     "mnist": Mnist,
     "vae-prior": VaePrior,
 }
+IMAGE_TASKS = [name for name, task in TASKS.items() if issubclass(task, ImageTask)]
+
+
+def make_task(
+    name: str,
+    device: torch.device,
+    test_points: int = TEST_POINTS,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+) -> Task:
+    """The task of that name, with its data.
+
+    Args:
+        name: one of ``TASKS``.
+        device: where data and flows are.
+        test_points: fresh points that a density in the plane is scored on.
+        data_dir, limit: see ``ImageTask``.
+    """
+    kind = TASKS[name]
+    if issubclass(kind, PlaneTask):
+        return kind(device, test_points)
+    assert issubclass(kind, ImageTask)
+    return kind(device, data_dir, limit)

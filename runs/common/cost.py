@@ -1,0 +1,135 @@
+"""What a flow costs: the time of a training step, of log_prob and of sampling, and the memory that a step allocates."""
+
+import math
+import os
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from adapters.catalogue.specification import NativeFlow
+from adapters.flow import Flow
+from runs.common.devices import module_of
+from runs.common.step import WARMUP
+from runs.common.timing import Stopwatch, ratio, training_step
+
+KINDS = ("step", "log_prob", "sample")
+
+
+class TimedFlow:
+    """A flow and a batch, ready to be timed in each of ``KINDS``.
+
+    A step is timed in training mode, log_prob and sampling are timed in evaluation mode, as they are used: a layer may
+    compute something else in training, and batch normalisation can't be inverted there.
+
+    Attributes:
+        parameters: what a step changes.
+        loss: −mean log p of the batch.
+        calls: what is timed, by kind.
+    """
+
+    def __init__(self, flow: Any, parameters: Iterable[Tensor], loss: Callable[[], Tensor]):
+        self.flow, self.parameters, self.loss = flow, list(parameters), loss
+        self.calls: dict[str, Callable[[], object]] = {"step": training_step(self.parameters, loss)}
+
+    @classmethod
+    def native(cls, native: NativeFlow, x: Tensor) -> "TimedFlow":
+        """A flow that is called by functions of its own, on the batch ``(n, D)``."""
+        timed = cls(native.flow, native.parameters, lambda: -native.log_prob(x).mean())
+        timed.calls["log_prob"] = torch.no_grad()(lambda: native.log_prob(x))
+        timed.calls["sample"] = torch.no_grad()(lambda: native.sample(len(x)))
+        return timed
+
+    @classmethod
+    def of(cls, flow: Flow, x: Tensor) -> "TimedFlow":
+        """A flow as ``build_flow`` makes it, on the batch ``(n, D)``."""
+        return cls.native(NativeFlow(flow, flow.log_prob, flow.sample, list(flow.parameters())), x)
+
+    def train(self, mode: bool = True) -> "TimedFlow":
+        """Training or evaluation mode, where the flow has such modes: Pyro's distributions have none."""
+        if isinstance(self.flow, nn.Module):
+            self.flow.train(mode)
+        return self
+
+    def memory(self) -> float:
+        """MiB that a training step allocates at most, beyond parameters and Adam's moments, which are there before."""
+        return peak(self.train().calls["step"], self.parameters)
+
+    def fast_step(self) -> Callable[[], Tensor]:
+        """A training step as ``--compile`` makes it."""
+        return training_step(self.parameters, self.loss, fast=True)
+
+
+def time_kind(
+    kind: str, flows: dict[str, TimedFlow], device: torch.device, stopwatch: Stopwatch
+) -> tuple[dict[str, list[float]], dict[str, BaseException]]:
+    """Milliseconds of one of ``KINDS``, of all flows that have it, in turn, and the errors of those that fail."""
+    timed = {name: flow.train(kind == "step") for name, flow in flows.items() if kind in flow.calls}
+    return stopwatch.measure({name: flow.calls[kind] for name, flow in timed.items()}, device)
+
+
+def peak(step: Callable[[], object], parameters: list[Tensor]) -> float:
+    """MiB that the second call of ``step`` allocates at most, on a CPU from the allocator's own record.
+
+    NaN on a device that keeps no record of it.
+    """
+    step()
+    for parameter in parameters:
+        parameter.grad = None
+    device = parameters[0].device
+    if device.type != "cpu":
+        module = module_of(device)
+        if not hasattr(module, "reset_peak_memory_stats"):
+            return math.nan
+        module.reset_peak_memory_stats(device)
+        before = module.memory_allocated(device)
+        step()
+        return (module.max_memory_allocated(device) - before) / 2**20
+    with _no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    held = most = 0
+    kineto: Any = record.profiler  # has no types
+    for event in kineto.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most / 2**20
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """The profiler greets and complains from C++, where only the file descriptor stops it."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def compile_gain(flow: TimedFlow, device: torch.device, stopwatch: Stopwatch) -> dict[str, float | str]:
+    """How many times faster a step is under ``--compile``, and that step's milliseconds; or why it can't be."""
+    flow.train()
+    torch._dynamo.reset()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fast = flow.fast_step()
+            if not torch.allclose(fast(), flow.loss().detach(), atol=1e-3, rtol=1e-3):
+                return {"failed": "another value"}
+            eager = training_step(flow.parameters, flow.loss)
+            times, failed = stopwatch.measure({"eager": eager, "fast": fast}, device, WARMUP + 1)
+        if failed:
+            raise next(iter(failed.values()))
+    except Exception as error:  # whatever the compiler says
+        return {"failed": type(error).__name__}
+    return {"gain": 1 / ratio(times["fast"], times["eager"]), "ms": statistics.median(times["fast"])}
