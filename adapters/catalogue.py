@@ -15,6 +15,7 @@ import torch
 from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor
 
+from adapters.checks import shown
 from adapters.flow import Flow, StandardNormal
 from adapters.masks import as_mask, check_mask, checkerboard_mask
 from adapters.networks import check_activation
@@ -162,7 +163,7 @@ def check_options(name: str, options: dict) -> None:
 
 def _maker(name: str) -> Callable[..., Transform]:
     if not isinstance(name, str) or name not in _flows():
-        raise ValueError(f"unknown flow {name!r}; known: {', '.join(flow_names())}")
+        raise ValueError(f"unknown flow {shown(name)}; known: {', '.join(flow_names())}")
     make, module = _flows()[name]
     check_installed(module)
     return make
@@ -179,7 +180,7 @@ def _cycle(masks: Sequence[Tensor] | None, features: int, layers: int) -> tuple[
         mask = checkerboard_mask(features)
         masks = (mask, 1 - mask)
     elif isinstance(masks, str) or not hasattr(masks, "__iter__"):
-        raise TypeError(f"masks must be a list of masks, not {masks!r}")
+        raise TypeError(f"masks must be a list of masks, not {shown(masks)}")
     else:
         masks = tuple(_mask(mask, features) for mask in masks)
     if not masks:
@@ -219,7 +220,7 @@ def _option(parameter: inspect.Parameter, value):
         return value
     wanted, words = KINDS[kind]
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{name} must be {words}, not {value!r}")
+        raise TypeError(f"{name} must be {words}, not {shown(value)}")
     value = kind(value)
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, not {value}")
@@ -239,5 +240,5 @@ def _widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
 
 def _count(name: str, count: int) -> int:
     if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"{name} must be a positive integer, not {count!r}")
+        raise ValueError(f"{name} must be a positive integer, not {shown(count)}")
     return int(count)

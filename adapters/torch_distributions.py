@@ -24,6 +24,7 @@ from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import lazy_property
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from adapters.checks import check_tensor
 from adapters.exports import EventDim, check_event_dim
 from adapters.flow import Flow
 
@@ -349,12 +350,14 @@ class ExportedTransform(Transform, nn.Module):
         return self.watched.state(x, y, self.context)
 
     def _run(self, value: Tensor, to_noise: bool) -> tuple[Tensor, Tensor]:
+        check_tensor(value, "the inputs of this transform")
         dimensions = self.dimensions[0 if to_noise else 1]
         if value.dim() < dimensions:
             raise ValueError(f"this transform takes inputs of at least {dimensions} dimensions, not {value.dim()}")
         batch, event = value.shape[: value.dim() - dimensions], value.shape[value.dim() - dimensions :]
         context = self.context
         if context is not None:
+            check_tensor(context, "the context of this transform")
             batch = _broadcast(batch, context)
             context = context.expand(*batch, context.shape[-1]).reshape(math.prod(batch), context.shape[-1])
         flat = value

@@ -19,6 +19,7 @@ from nflows.flows import Flow
 from nflows.transforms import Transform
 
 from adapters.bridges import nflows as hub
+from adapters.checks import shown
 from adapters.exports import EventDim, check_event_dim, event_dim_of, reads_context, whole_transform
 from adapters.registry import check_installed, installed, modules
 
@@ -78,7 +79,7 @@ def to_library(library: str, thing: Transform | Flow, *, event_dim: EventDim | N
     """
     bridge = next((bridge for bridge in bridges() if library in bridge.LIBRARIES), None)
     if bridge is None:
-        raise ValueError(f"unknown library {library!r}; known: {', '.join(libraries())}")
+        raise ValueError(f"unknown library {shown(library)}; known: {', '.join(libraries())}")
     if not isinstance(thing, Transform | Flow):
         raise TypeError(
             f"to_library exports an nflows Transform, not {_name(thing)}; as_transform makes one of another library's "
