@@ -106,7 +106,7 @@ def test_what_it_links_to_exists(document):
 def test_files_that_it_names_exist(document):
     """In the text as ``path/to/file.py``, in "Where things are" at the start of a line: from the project's root."""
     text = document.read_text()
-    named = re.findall(r"`((?:adapters|runs|tests)/[\w./]+)`", text)
+    named = re.findall(r"`((?:adapters|runs|tests|\.ci)/[\w./]+)`", text)
     named += re.findall(r"^((?:adapters|runs|tests)/\S+)  ", text, re.M)
     assert named
     for name in named:
