@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from adapters.bridges import as_flow
+from adapters.checks import check_no_labels, check_tensor, shown, sizes
 from adapters.last_result import LastResult
 from adapters.parts import base_of, context_width_of, embedding_of, event_shape_of, transform_of
 
@@ -38,7 +39,7 @@ class FlowDistribution(TorchDistribution):
         validate_args: check context and values, as torch's own distributions do.
 
     Raises:
-        TypeError: for what is no flow.
+        TypeError: for what is no flow, or a context, shape, support or value that is none.
         ValueError: for a context that is missing, superfluous or of another width; for an event shape that nothing
             says; in a call, for values of another event shape and, when validating, outside the support.
         nflows.transforms.InverseNotAvailable: when a flow is sampled that can only score.
@@ -65,7 +66,9 @@ class FlowDistribution(TorchDistribution):
         self.context = context
         _check_context(self.flow, context)
         self._support, self._last = support, LastResult()
-        event_shape = _event_shape(self.flow) if event_shape is None else torch.Size(event_shape)
+        if not isinstance(support, constraints.Constraint):
+            raise TypeError(f"support must be a constraint of torch.distributions.constraints, not {shown(support)}")
+        event_shape = _event_shape(self.flow) if event_shape is None else sizes(event_shape, "event_shape")
         super().__init__(
             torch.Size() if context is None else context.shape[:-1], event_shape, validate_args=validate_args
         )
@@ -86,7 +89,7 @@ class FlowDistribution(TorchDistribution):
 
     def expand(self, batch_shape, _instance=None) -> "FlowDistribution":
         new: Any = self._get_checked_instance(FlowDistribution, _instance)
-        batch_shape = torch.Size(batch_shape)
+        batch_shape = sizes(batch_shape, "batch_shape")
         try:
             torch.empty(()).expand(self.batch_shape).expand(batch_shape)
         except RuntimeError:
@@ -99,6 +102,7 @@ class FlowDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """In nats: ``(*sample, *batch, *event)``, or what broadcasts with it, → ``(*sample, *batch)``."""
+        check_tensor(value, "the values of this distribution")
         leading = value.shape[: max(0, value.dim() - len(self.event_shape))]
         if value.shape[len(leading) :] != self.event_shape:
             raise ValueError(f"values must end in the event shape {tuple(self.event_shape)}, not {tuple(value.shape)}")
@@ -132,7 +136,7 @@ class FlowDistribution(TorchDistribution):
         return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
 
     def _draw(self, sample_shape) -> Tensor:
-        shape = self._extended_shape(torch.Size(sample_shape))
+        shape = self._extended_shape(sizes(sample_shape, "sample_shape"))
         rows = shape[: len(shape) - len(self.event_shape)]
         count, dtype = int(math.prod(rows)), _like(self.flow)  # while torch.jit traces, sizes are tensors
         if count == 0:
@@ -184,6 +188,8 @@ def _outside(error: InputOutsideDomain) -> InputOutsideDomain:
 
 def _check_context(flow: Flow, context: Tensor | None) -> None:
     width = getattr(flow, "context_features", ...)  # only our own Flow knows
+    if context is not None:
+        check_tensor(context, "the context of this distribution")
     base = base_of(flow)
     if isinstance(base, MADEMoG) and isinstance(embedding_of(flow), torch.nn.Identity):
         width = context_width_of(base)  # given no context, it would silently do without
@@ -192,6 +198,8 @@ def _check_context(flow: Flow, context: Tensor | None) -> None:
     if isinstance(width, int) and context is None:
         raise ValueError(f"this flow is conditional: give a context of shape (*batch, {width})")
     if context is not None and (context.dim() == 0 or (isinstance(width, int) and context.shape[-1] != width)):
+        if isinstance(width, int):
+            check_no_labels(context, width, "the context")
         expected = width if isinstance(width, int) else "C"
         raise ValueError(f"the context must have the shape (*batch, {expected}), not {tuple(context.shape)}")
 

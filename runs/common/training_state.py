@@ -73,6 +73,7 @@ class TrainingState:
         self.module = module
         self.parameters = parameters
         self.optimizer = optimizer
+        self.scaler = getattr(optimizer, "scaler", None)  # what accelerate multiplies a loss in fp16 by, and adapts
         self.recipe = recipe
         self.directory = directory
         self.identity = identity
@@ -161,6 +162,7 @@ class TrainingState:
         state = {
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "average": self.average,
             "best": self.best,
             "best_validation": self.best_validation,
@@ -200,6 +202,8 @@ class TrainingState:
         try:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.scaler is not None and state.get("scaler") is not None:
+                self.scaler.load_state_dict(state["scaler"])
             for name in ("average", "best"):
                 kept = state[name]
                 if kept is not None and [tensor.shape for tensor in kept] != [one.shape for one in self.parameters]:

@@ -21,6 +21,7 @@ from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import lazy_property
 
 from adapters.bridges.common.exports import EventDim, check_event_dim
+from adapters.checks import check_tensor
 from adapters.flow import Flow
 from adapters.last_result import LastResult
 
@@ -268,12 +269,14 @@ class ExportedTransform(Transform, nn.Module):
         return {**self.__dict__, "_inv": None}
 
     def _run(self, value: Tensor, to_noise: bool) -> tuple[Tensor, Tensor]:
+        check_tensor(value, "the inputs of this transform")
         dimensions = self.dimensions[0 if to_noise else 1]
         if value.dim() < dimensions:
             raise ValueError(f"this transform takes inputs of at least {dimensions} dimensions, not {value.dim()}")
         batch, event = value.shape[: value.dim() - dimensions], value.shape[value.dim() - dimensions :]
         context = self.context
         if context is not None:
+            check_tensor(context, "the context of this transform")
             batch = _broadcast(batch, context)
             context = context.expand(*batch, context.shape[-1]).reshape(math.prod(batch), context.shape[-1])
         flat = value
