@@ -5,7 +5,6 @@ import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import pyro
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -20,9 +19,8 @@ from runs import compare, mnist, overhead, pyro_vae
 from runs.common import densities, scores, speed, step
 from runs.common.devices import make_accelerator
 from runs.common.fit import ASK_EVERY, SNAPSHOT_EVERY, fit
-from runs.common.objectives import NegativeLogLikelihood
+from runs.common.objectives import NegativeELBO, NegativeLogLikelihood, without_argument_checks
 from runs.common.recipe import Recipe
-from runs.common.timing import interleaved
 from runs.common.training_state import NotFinite
 from tests import pretend
 from tests.laws import randomise
@@ -147,11 +145,11 @@ def test_a_saved_run_draws_there_too(tmp_path):
 def test_costs_are_timed_there(device, tmp_path, quick, monkeypatch, capsys):
     monkeypatch.setattr(speed, "WIDTHS", (2, 4))
     monkeypatch.setattr(speed, "DEPTHS", (1, 2))
-    monkeypatch.setattr(pyro_vae, "interleaved", lambda calls, _, device, warmup: interleaved(calls, 2, device, 1))
     found = speed.speed((), 2, (4,), False, tmp_path, device, features=6)
     assert found["table"]["masked-affine"]["step_ms"] > 0
     assert overhead.main(4, 2, (8,), 8, 2, tmp_path / "overhead", device="pretend")["zuko_in"] > 0
-    found = pyro_vae.main(benchmark=True, latent=2, layers=2, hidden=(4,), width=(4,), device="pretend")
+    sizes = {"latent": 2, "layers": 2, "hidden": (4,), "width": (4,)}
+    found = run("pyro_vae", benchmark=True, device="pretend", **sizes, seams={"rounds": 2})
     assert found["step_ratio"] > 0 and pretend.waits["synchronize"] > 50
     assert capsys.readouterr().out.count("on pretend") == 2
 
@@ -188,9 +186,9 @@ def test_a_step_of_the_vae_does_not_wait_for_the_device(prior, posterior, device
         return build_flow("masked-affine", 2, context_features, layers=2, hidden_features=(8,))
 
     encoder = Encoder(2, 9, (8,), flow=flow(4) if posterior == "flow" else None)
-    made = pyro_vae.PRIORS[prior](pyro_vae.Given(2, encoder, flow, torch.rand(3, 9)))
-    loss = pyro_vae.NegativeELBO(VAE(made, encoder, Decoder(2, 9, (8,))))
-    with pyro.validation_enabled(False):
+    made = pyro_vae.PRIORS[prior](pyro_vae.Ingredients(2, encoder, flow, torch.rand(3, 9)))
+    loss = NegativeELBO(VAE(made, encoder, Decoder(2, 9, (8,))))
+    with without_argument_checks():
         steps(loss, lambda step: (torch.rand(16, 9, device=device), torch.tensor(0.5)))
     assert dict(pretend.waits) == {"tolist": 2}
 

@@ -471,6 +471,8 @@ COMMANDS = [
     ("pyro_vae --lr 1e400", "lr must be positive and finite, not inf"),
     ("pyro_vae --options layers 3", "layers is no option, but an argument of its own"),
     ("pyro_vae --benchmark --batch-size 0", "batch_size must be positive, not 0"),
+    ("pyro_vae --load nowhere", "no pictures.pt in nowhere: give the directory of a run that has ended"),
+    ("pyro_vae --load nowhere --prior all", "--load trains nothing, so --prior would be ignored: leave it out"),
     ("pyro_vae --resume", "nothing to resume: no training.pt in"),
     ("overhead --hidden", "hidden needs at least one width"),
     ("overhead --hidden 0", "hidden[0] must be positive, not 0"),
