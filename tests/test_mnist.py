@@ -22,6 +22,7 @@ from adapters import build_flow, load_flow, save_flow
 from adapters.masks import pyramid_masks
 from adapters.preprocess import Standardize
 from runs.common import images as images_module
+from runs.common import progress
 from runs.common.images import (
     HIGH,
     MD5,
@@ -36,7 +37,6 @@ from runs.common.images import (
 from runs.common.objectives import BitsPerDim
 from runs.common.pictures.mnist import nearest_images
 from runs.common.pictures.record import FILE
-from runs.common.progress import progress
 from runs.common.samples import base_noise, slerp
 from runs.common.scores import EVALUATION_SEED, log_likelihoods, score_images
 from runs.common.training_state import STATE, NotFinite, read_checkpoint
@@ -115,11 +115,15 @@ def test_processes_score_with_the_noise_of_one():
     assert_close(parts[1], whole[1::2])
 
 
-def test_only_what_takes_long_shows_a_bar(capsys):
-    for delay, shown in [(60.0, False), (0.0, True)]:
-        with progress(4, "scoring", "image", delay=delay) as bar:
-            bar.update(4)
-        assert ("scoring" in capsys.readouterr().err) == shown
+def test_only_what_takes_long_shows_a_bar(capsys, monkeypatch):
+    images, flow = torch.zeros(9, 2, 2, dtype=torch.uint8), gaussian_flow(torch.zeros(4), torch.ones(4))
+    log_likelihoods(flow, images, None, draws=3)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(progress, "DELAY", 0)
+    log_likelihoods(flow, images, None, draws=3)
+    assert "scoring" in capsys.readouterr().err
+    log_likelihoods(flow, images, None, share=(1, 2))  # of several processes the first one alone
+    assert capsys.readouterr() == ("", "")
 
 
 # Data
@@ -324,6 +328,11 @@ def test_every_option(arguments, run, data_dir, tmp_path):
     assert score_images(flow, images.test, images.test_labels)["nll"] == pytest.approx(metrics["nll"], rel=1e-4)
 
 
+def test_one_image_is_enough(run, tmp_path):
+    run(draw=True, limit=1, batch_size=1, samples=1, importance=1, out=tmp_path)
+    assert pictures_in(tmp_path).keys() == {f"{name}.png" for name in ("samples", "training", "progress", "neighbours")}
+
+
 def test_random_masks_are_saved_and_follow_the_seed(run, tmp_path):
     masks = []
     for seed, out in [(3, "a"), (3, "b"), (4, "c")]:
@@ -369,7 +378,9 @@ def test_other_samples_of_a_run_overwrite_none_of_its_pictures(other, run, tmp_p
     assert pictures_in(tmp_path) == drawn and again.keys() == drawn.keys()
     anew = {name for name in drawn if again[name] != drawn[name]}
     assert anew == ({"samples.png"} if "samples" in other else {"samples.png", "classes.png"})
-    assert f"{tmp_path / 'again' / 'samples.png'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'again' / 'samples.png'}" in printed
+    assert "the run's own samples are those of --samples 12 --temperature 1.0 --seed 0\n" in printed
 
 
 def test_a_flow_whose_training_left_no_record_is_sampled(run, tmp_path):

@@ -142,13 +142,15 @@ class MnistRecord(SampleRecord):
         )
 
     def draw(self, out: Path) -> list[Path]:
-        return [
+        pictures = [
             *super().draw(out),
             self.draw_training(out / "training.png"),
             self.draw_progress(out / "progress.png"),
-            figures.image_grid(out / "interpolations.png", self.interpolations.numpy(), COLUMNS),
             self.draw_neighbours(out / "neighbours.png"),
         ]
+        if len(self.interpolations):  # they need two test images
+            pictures.append(figures.image_grid(out / "interpolations.png", self.interpolations.numpy(), COLUMNS))
+        return pictures
 
     def draw_training(self, path: Path) -> Path:
         """Training and validation, beside those of the published figures that lie in sight."""
@@ -253,3 +255,6 @@ def draw_again(run: RunOptions, sampling: Sampling) -> None:
         record, out = new if own is None else replace(own, **vars(new)), directory / AGAIN
     pictures = record.draw(open_directory(run.out or out))
     print("\n".join([f"{sampling.samples} samples of {directory}", *(f"  {path}" for path in pictures)]))
+    if own is not None and own.sampling != sampling:
+        flags = " ".join(f"--{name} {value}" for name, value in own.sampling._asdict().items())
+        print(f"the run's own samples are those of {flags}")
