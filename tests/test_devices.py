@@ -15,7 +15,7 @@ from adapters import FlowDistribution, build_flow, flow_names
 from adapters.normal import rational_ndtri
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
 from adapters.vae import VAE, Decoder, Encoder
-from runs import compare, mnist, overhead, pyro_vae
+from runs import compare, overhead, pyro_vae
 from runs.common import densities, scores, speed, step
 from runs.common.devices import make_accelerator
 from runs.common.fit import ASK_EVERY, SNAPSHOT_EVERY, fit
@@ -138,8 +138,9 @@ def test_a_script_gives_the_same_figures_on_every_device(name, tmp_path, quick):
 
 
 def test_a_saved_run_draws_there_too(tmp_path):
-    mnist.main(**MNIST, out=tmp_path, device="cpu")
-    mnist.main(load=tmp_path, samples=4, device="pretend")
+    run("mnist", **MNIST, out=tmp_path, device="cpu")
+    run("mnist", load=tmp_path, samples=5, device="pretend")
+    assert (tmp_path / "again" / "samples.png").is_file()
 
 
 def test_costs_are_timed_there(device, tmp_path, quick, monkeypatch, capsys):
@@ -318,7 +319,7 @@ def test_a_device_that_is_not_there_is_named_before_any_work(script, tmp_path, m
 
 def test_a_precision_that_the_device_has_not_is_refused(tmp_path):
     with pytest.raises(ValueError, match="precision fp16 can't be had on cpu; bf16 and no can"):
-        mnist.main(**MNIST, device="cpu", precision="fp16", out=tmp_path)
+        run("mnist", **MNIST, device="cpu", precision="fp16", out=tmp_path)
 
 
 def test_several_processes_take_no_single_device(monkeypatch):

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -13,7 +14,7 @@ from adapters.flow import Flow
 from adapters.vae import VAE
 from runs.common.densities import Density
 from runs.common.devices import device_of, seeded
-from runs.common.images import dequantize
+from runs.common.images import bits_per_dim, context_for, dequantize
 from runs.common.progress import progress
 
 TEST_POINTS = 100_000  # fresh points of a density in the plane
@@ -94,12 +95,52 @@ def log_likelihoods(
     scores = []
     contexts = itertools.repeat(None) if context is None else context.split(CHUNK)
     mine = slice(share[0], None, share[1])
-    for chunk, given in zip(images.split(CHUNK), contexts, strict=False):
-        chunk = chunk.to(device)
-        given = None if given is None else given[mine].to(device)
-        each = [flow.log_prob(dequantize(chunk, generator)[mine], given) for _ in range(draws)]
-        scores.append(torch.stack(each).logsumexp(0) - math.log(draws))
+    with progress(draws * len(images), "scoring", "image", quiet=share[0] > 0) as bar:
+        for chunk, given in zip(images.split(CHUNK), contexts, strict=False):
+            chunk = chunk.to(device)
+            given = None if given is None else given[mine].to(device)
+            each = []
+            for _ in range(draws):
+                each.append(flow.log_prob(dequantize(chunk, generator)[mine], given))
+                bar.update(len(chunk))
+            scores.append(torch.stack(each).logsumexp(0) - math.log(draws))
     return torch.cat(scores)
+
+
+def score_images(flow: Flow, images: Tensor, labels: Tensor, importance: int = 0) -> dict[str, float]:
+    """What held-out images say: the mean NLL in nats, and bits per dimension with the mean's standard error.
+
+    Args:
+        flow: of dequantised images, ``(n, D)``.
+        images: bytes ``(n, height, width)``.
+        labels: their classes, for a conditional flow.
+        importance: draws of dequantisation noise for an image's importance-weighted bits per dimension; 0 for none.
+    """
+    context, dimensions = context_for(flow, labels), images[0].numel()
+    scores = log_likelihoods(flow, images, context).cpu().double()
+    nll = -scores.mean().item()
+    metrics = {
+        "bits_per_dim": bits_per_dim(nll, dimensions),
+        "bits_per_dim_stderr": standard_error(scores, dimensions),
+        "nll": nll,
+    }
+    if importance:
+        scores = log_likelihoods(flow, images, context, importance).cpu().double()
+        metrics |= {
+            "bits_per_dim_importance": bits_per_dim(-scores.mean().item(), dimensions),
+            "bits_per_dim_importance_stderr": standard_error(scores, dimensions),
+            "importance_samples": importance,
+        }
+    return metrics
+
+
+def shared_bits_per_dim(flow: Flow, images: Tensor, labels: Tensor, accelerator: Accelerator) -> float:
+    """Mean bits per dimension of held-out images; several processes share the work, and all get the same figure."""
+    share = (accelerator.process_index, accelerator.num_processes)
+    scores = log_likelihoods(flow, images, context_for(flow, labels), share=share)
+    total = accelerator.reduce(scores.sum(), "sum")
+    assert isinstance(total, Tensor)  # as what went in
+    return bits_per_dim(-total.item() / len(images), images[0].numel())
 
 
 def standard_error(scores: Tensor, dimensions: int) -> float:
