@@ -1,5 +1,7 @@
 """Priors of a latent variable: a prior is a module whose call gives a Pyro distribution over ``(latent,)``.
 
+Any such module will do. For runs/pyro_vae.py to train under it, it needs a line in that script's ``PRIORS``, too.
+
 class Laplace(nn.Module):
     def __init__(self, latent):
         super().__init__()
@@ -22,7 +24,13 @@ from adapters.distribution import FlowDistribution
 
 
 class StandardNormalPrior(nn.Module):
-    """p(z) = N(0, I)."""
+    """p(z) = N(0, I).
+
+    Args:
+        latent: M, the width of z.
+    """
+
+    zero: Tensor
 
     def __init__(self, latent: int):
         super().__init__()
@@ -37,7 +45,7 @@ class MixturePrior(nn.Module):
     """p(z) = Σ_k π_k N(z; μ_k, diag σ_k²): weights, means and deviations are learned.
 
     Args:
-        latent: M.
+        latent: M, the width of z.
         components: K; their means start at draws of N(0, I), their deviations at 1.
     """
 
@@ -77,7 +85,11 @@ class VampPrior(nn.Module):
 
 
 class FlowPrior(nn.Module):
-    """p(z) = a flow's density, learned with the rest. ``flow`` is of any library."""
+    """p(z) = a flow's density, learned with the rest.
+
+    Args:
+        flow: over M features, of any library.
+    """
 
     def __init__(self, flow: Flow):
         super().__init__()

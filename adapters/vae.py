@@ -7,6 +7,7 @@ Prior, encoder and decoder are modules whose call gives a Pyro distribution: p(z
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -48,7 +49,7 @@ class Encoder(nn.Module):
         self.latent = latent
         self.network = _network((pixels, *hidden_features, 2 * latent), dropout)
         self.flow = None if flow is None else as_flow(flow)
-        if flow is not None:
+        if self.flow is not None:
             event_shape = FlowDistribution(self.flow, torch.zeros(1, 2 * latent)).event_shape
             _check_width(event_shape, latent, "the posterior's flow")
 
@@ -56,7 +57,8 @@ class Encoder(nn.Module):
         loc, log_scale = (parameters := self.network(x)).chunk(2, -1)
         if self.flow is None:
             return dist.Normal(loc, log_scale.exp(), validate_args=False).to_event(1)
-        to_data = AffineTransform(loc, log_scale.exp(), event_dim=1, cache_size=1)  # with it, a sample is scored free
+        # The cache keeps u of the sample z = μ + σ ⊙ u, so that log q of that sample needs no second pass of the flow.
+        to_data = AffineTransform(loc, log_scale.exp(), event_dim=1, cache_size=1)
         return dist.TransformedDistribution(FlowDistribution(self.flow, parameters), [to_data], validate_args=False)
 
 
@@ -75,7 +77,7 @@ class Decoder(nn.Module):
         self.network = _network((latent, *hidden_features, pixels), dropout)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
-        # grey pixels are scored by the same formula, which Pyro would refuse
+        # Grey pixels are scored by the same formula; Pyro would refuse them if it checked its arguments.
         return dist.Bernoulli(logits=self.network(z), validate_args=False).to_event(1)
 
 
@@ -86,7 +88,7 @@ class Model(nn.Module):
         ValueError: in a call, for images outside [0, 1], where looking at them costs no wait: see ``check_images``.
     """
 
-    def __init__(self, prior: Callable, decoder: Callable):
+    def __init__(self, prior: nn.Module, decoder: nn.Module):
         super().__init__()
         self.prior, self.decoder = prior, decoder
 
@@ -101,7 +103,7 @@ class Model(nn.Module):
 class Guide(nn.Module):
     """z ~ q(z | x): a Pyro guide."""
 
-    def __init__(self, encoder: Callable):
+    def __init__(self, encoder: nn.Module):
         super().__init__()
         self.encoder = encoder
 
@@ -132,7 +134,8 @@ class VAE(nn.Module):
     def __init__(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module):
         super().__init__()
         self.model, self.guide = Model(prior, decoder), Guide(encoder)
-        _check_width(prior().event_shape, encoder.latent, "the prior")
+        latent: Any = encoder.latent  # a number, where type checkers expect a module or a tensor
+        _check_width(prior().event_shape, latent, "the prior")
 
     @property
     def prior(self) -> nn.Module:
@@ -170,7 +173,7 @@ class ReparameterizedELBO(Trace_ELBO):
     """
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
-        elbo = 0.0
+        elbo: Any = 0.0  # a tensor from the first particle on
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             sites = guide_trace.iter_stochastic_nodes()
             if not all(getattr(site["fn"], "has_rsample", False) for _, site in sites):

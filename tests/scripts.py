@@ -29,8 +29,7 @@ def run(script: str, *, seams: dict[str, Any] | None = None, **flags: Any) -> An
         flags: its options, by the names of the flags.
     """
     module = importlib.import_module(f"runs.{script}")
-    options = getattr(module, "Options", None)
-    return command_line.run(module.main, options, arguments(**flags), **(seams or {}))
+    return command_line.run(module.main, module.Options, arguments(**flags), **(seams or {}))
 
 
 def pictures_in(directory: Path) -> dict[str, bytes]:

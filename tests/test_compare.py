@@ -1,6 +1,5 @@
 """runs/compare.py: its gates catch wrong flows, matching matches, rows survive, and anybody's own flow takes part."""
 
-import inspect
 import json
 import math
 import re
@@ -22,6 +21,7 @@ from runs.common import contestants, gates, speed, tasks
 from runs.common.comparison import Effort, parse_budget
 from runs.common.cost import KINDS, peak, time_kind
 from runs.common.fit import fit
+from runs.common.options import flat
 from runs.common.pictures.compare import draw_curves, loss_axis
 from runs.common.results import parameter_count, write_metrics
 from runs.common.table import Table
@@ -403,8 +403,8 @@ def test_image_tasks(task, tmp_path):
 
 
 def test_a_flow_prior_is_trained_as_its_own_run_trains_it():
-    defaults = inspect.signature(pyro_vae.main).parameters
-    assert tasks.VaePrior.recipe == {name: defaults[name].default for name in tasks.VaePrior.recipe}
+    defaults = flat(pyro_vae.Options())
+    assert tasks.VaePrior.recipe == {name: defaults[name] for name in tasks.VaePrior.recipe}
     assert {"lr", "warmup", "decay", "average", "clip"} <= set(tasks.VaePrior.recipe)
 
 

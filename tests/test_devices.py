@@ -5,7 +5,6 @@ import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import pyro
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -16,16 +15,16 @@ from adapters import FlowDistribution, build_flow, flow_names
 from adapters.normal import rational_ndtri
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
 from adapters.vae import VAE, Decoder, Encoder
-from runs import mnist, pyro_vae
+from runs import pyro_vae
 from runs.common import densities, step
 from runs.common.comparison import Effort
 from runs.common.devices import make_accelerator
 from runs.common.fit import ASK_EVERY, SNAPSHOT_EVERY, fit
 from runs.common.gates import Quadrature
-from runs.common.objectives import NegativeLogLikelihood
+from runs.common.objectives import NegativeELBO, NegativeLogLikelihood, without_argument_checks
 from runs.common.recipe import Recipe
 from runs.common.speed import measure_speed
-from runs.common.timing import Stopwatch, interleaved
+from runs.common.timing import Stopwatch
 from runs.common.training_state import NotFinite
 from tests import pretend
 from tests.laws import randomise
@@ -137,19 +136,20 @@ def test_a_script_gives_the_same_figures_on_every_device(name, tmp_path):
 
 
 def test_a_saved_run_draws_there_too(tmp_path):
-    mnist.main(**MNIST, out=tmp_path, device="cpu")
-    mnist.main(load=tmp_path, samples=4, device="pretend")
+    run("mnist", **MNIST, out=tmp_path, device="cpu")
+    run("mnist", load=tmp_path, samples=5, device="pretend")
+    assert (tmp_path / "again" / "samples.png").is_file()
 
 
-def test_costs_are_timed_there(device, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pyro_vae, "interleaved", lambda calls, _, device, warmup: interleaved(calls, 2, device, 1))
+def test_costs_are_timed_there(device, tmp_path, capsys):
     found = measure_speed(
         (), 2, (4,), False, tmp_path, device, features=6, widths=(2, 4), depths=(1, 2), stopwatch=QUICK
     )
     assert found["table"]["masked-affine"]["step_ms"] > 0
     arguments = {"features": 4, "layers": 2, "hidden": (8,), "batch_size": 8, "rounds": 2}
     assert run("overhead", **arguments, out=tmp_path / "overhead", device="pretend")["zuko_in"] > 0
-    found = pyro_vae.main(benchmark=True, latent=2, layers=2, hidden=(4,), width=(4,), device="pretend")
+    sizes = {"latent": 2, "layers": 2, "hidden": (4,), "width": (4,)}
+    found = run("pyro_vae", benchmark=True, device="pretend", **sizes, seams={"rounds": 2})
     assert found["step_ratio"] > 0 and pretend.waits["synchronize"] > 50
     assert capsys.readouterr().out.count("on pretend") == 2
 
@@ -186,9 +186,9 @@ def test_a_step_of_the_vae_does_not_wait_for_the_device(prior, posterior, device
         return build_flow("masked-affine", 2, context_features, layers=2, hidden_features=(8,))
 
     encoder = Encoder(2, 9, (8,), flow=flow(4) if posterior == "flow" else None)
-    made = pyro_vae.PRIORS[prior](pyro_vae.Given(2, encoder, flow, torch.rand(3, 9)))
-    loss = pyro_vae.NegativeELBO(VAE(made, encoder, Decoder(2, 9, (8,))))
-    with pyro.validation_enabled(False):
+    made = pyro_vae.PRIORS[prior](pyro_vae.Ingredients(2, encoder, flow, torch.rand(3, 9)))
+    loss = NegativeELBO(VAE(made, encoder, Decoder(2, 9, (8,))))
+    with without_argument_checks():
         steps(loss, lambda step: (torch.rand(16, 9, device=device), torch.tensor(0.5)))
     assert dict(pretend.waits) == {"tolist": 2}
 
@@ -318,7 +318,7 @@ def test_a_device_that_is_not_there_is_named_before_any_work(script, tmp_path, m
 
 def test_a_precision_that_the_device_has_not_is_refused(tmp_path):
     with pytest.raises(ValueError, match="precision fp16 can't be had on cpu; bf16 and no can"):
-        mnist.main(**MNIST, device="cpu", precision="fp16", out=tmp_path)
+        run("mnist", **MNIST, device="cpu", precision="fp16", out=tmp_path)
 
 
 def test_several_processes_take_no_single_device(monkeypatch):

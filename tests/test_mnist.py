@@ -21,10 +21,27 @@ from torch.testing import assert_close
 from adapters import build_flow, load_flow, save_flow
 from adapters.masks import pyramid_masks
 from adapters.preprocess import Standardize
-from runs import mnist
 from runs.common import images as images_module
-from runs.common.images import HIGH, MD5, Batches, bits_per_dim, dequantize, load_images, unpack_mnist
+from runs.common import progress
+from runs.common.images import (
+    HIGH,
+    MD5,
+    Batches,
+    bits_per_dim,
+    class_context,
+    dequantize,
+    load_images,
+    standardize,
+    unpack_mnist,
+)
+from runs.common.objectives import BitsPerDim
+from runs.common.pictures.mnist import nearest_images
+from runs.common.pictures.record import FILE
+from runs.common.samples import base_noise, slerp
+from runs.common.scores import EVALUATION_SEED, log_likelihoods, score_images
 from runs.common.training_state import STATE, NotFinite, read_checkpoint
+from tests import scripts
+from tests.scripts import pictures_in
 
 ROOT = Path(__file__).parent.parent
 TINY = {"limit": 64, "epochs": 2, "batch_size": 32, "layers": 2, "hidden": (8,), "samples": 12}
@@ -39,14 +56,11 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, data_dir):
-    """``main``, tiny, with the data read only once and no pictures unless asked for."""
-    monkeypatch.setattr(mnist, "load_images", lambda dataset, _: _cached_images(data_dir))
+def run(data_dir):
+    """The script, tiny, with the data read only once and no pictures unless asked for."""
 
-    def call(pictures=False, **arguments):
-        if not pictures:
-            monkeypatch.setattr(mnist, "draw", lambda *_: [])
-        return mnist.main(**TINY | arguments)
+    def call(draw=False, **flags):
+        return scripts.run("mnist", seams={"read": lambda *_: _cached_images(data_dir), "draw": draw}, **TINY | flags)
 
     yield call
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps the first precision for the process
@@ -73,12 +87,12 @@ def test_uniform_pixels_cost_eight_bits():
 def test_scores_are_those_of_a_density_known_in_closed_form():
     images = torch.randint(256, (6, 2, 2), dtype=torch.uint8)
     mean, std = torch.tensor([0.4, 0.5, 0.6, 0.5]), torch.tensor([0.02, 0.1, 0.2, 0.3])
-    x = dequantize(images, torch.Generator().manual_seed(mnist.EVALUATION_SEED))
+    x = dequantize(images, torch.Generator().manual_seed(EVALUATION_SEED))
     exact = Normal(mean, std).log_prob(x).sum(1)
     flow = gaussian_flow(mean, std)
-    assert_close(mnist.log_likelihoods(flow, images, None), exact, atol=1e-3, rtol=1e-5)
+    assert_close(log_likelihoods(flow, images, None), exact, atol=1e-3, rtol=1e-5)
     expected = -exact.mean() / (4 * math.log(2)) + math.log2(255)
-    assert_close(mnist.BitsPerDim(flow)((x, None)).detach(), expected)
+    assert_close(BitsPerDim(flow)((x, None)).detach(), expected)
 
 
 def test_importance_weighting_approaches_the_discrete_probability():
@@ -87,7 +101,7 @@ def test_importance_weighting_approaches_the_discrete_probability():
     edge = images.flatten(1).double() / 255
     exact = (255 * (normal.cdf(edge + 1 / 255) - normal.cdf(edge))).log().sum(1)
     flow = gaussian_flow(torch.full((4,), 0.5), torch.full((4,), 0.02))
-    scores = {draws: mnist.log_likelihoods(flow, images, None, draws).double() for draws in (1, 2000)}
+    scores = {draws: log_likelihoods(flow, images, None, draws).double() for draws in (1, 2000)}
     assert (scores[2000] - exact).abs().max() < 0.05 < (scores[1] - exact).abs().max()
     assert scores[1].mean() < scores[2000].mean()
 
@@ -95,10 +109,21 @@ def test_importance_weighting_approaches_the_discrete_probability():
 def test_processes_score_with_the_noise_of_one():
     images = torch.randint(256, (9, 2, 2), dtype=torch.uint8)
     flow = gaussian_flow(torch.full((4,), 0.5), torch.full((4,), 0.1))
-    parts = [mnist.log_likelihoods(flow, images, None, share=(k, 2)) for k in (0, 1)]
-    whole = mnist.log_likelihoods(flow, images, None)
+    parts = [log_likelihoods(flow, images, None, share=(k, 2)) for k in (0, 1)]
+    whole = log_likelihoods(flow, images, None)
     assert_close(parts[0], whole[0::2])
     assert_close(parts[1], whole[1::2])
+
+
+def test_only_what_takes_long_shows_a_bar(capsys, monkeypatch):
+    images, flow = torch.zeros(9, 2, 2, dtype=torch.uint8), gaussian_flow(torch.zeros(4), torch.ones(4))
+    log_likelihoods(flow, images, None, draws=3)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(progress, "DELAY", 0)
+    log_likelihoods(flow, images, None, draws=3)
+    assert "scoring" in capsys.readouterr().err
+    log_likelihoods(flow, images, None, share=(1, 2))  # of several processes the first one alone
+    assert capsys.readouterr() == ("", "")
 
 
 # Data
@@ -117,7 +142,7 @@ def test_dequantisation_is_uniform_within_each_level():
 
 def test_batches_are_functions_of_seed_and_number_and_an_epoch_sees_each_image_once():
     images = torch.arange(10, dtype=torch.uint8)[:, None, None].expand(10, 2, 2)
-    labels = mnist.class_context(torch.arange(10))
+    labels = class_context(torch.arange(10))
     batches, again = Batches(images, labels, 3, seed=5), Batches(images, labels, 3, seed=5)
     assert batches.per_epoch == 3
     seen = [batches(i) for i in range(6)]
@@ -143,7 +168,7 @@ def test_processes_share_a_batch():
 def test_affine_preprocessing_standardises():
     images = torch.randint(256, (7000, 2, 2), dtype=torch.uint8)
     images[:, 0, 0] = 0
-    transform = mnist.PREPROCESS["affine"](images.flatten(1))
+    transform = standardize(images.flatten(1))
     x = dequantize(images)
     y, log_det = transform(x)
     assert_close(y.mean().item(), 0.0, atol=1e-3, rtol=0)
@@ -253,8 +278,8 @@ def test_torchvision_that_is_missing_or_does_not_fit(error, message, monkeypatch
 
 
 @pytest.mark.parametrize("conditional", [False, True])
-def test_end_to_end(conditional, run, tmp_path, capsys):
-    metrics = run(pictures=True, conditional=conditional, importance=2, out=tmp_path)
+def test_end_to_end(conditional, run, data_dir, tmp_path, capsys):
+    metrics = run(draw=True, conditional=conditional, importance=2, out=tmp_path)
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert record["run"] == "mnist" and record["metrics"] == metrics and record["arguments"]["limit"] == 64
     assert metrics["steps"] == 4 and metrics["parameters"] > 0
@@ -269,9 +294,8 @@ def test_end_to_end(conditional, run, tmp_path, capsys):
             image.load()
     assert (tmp_path / "classes.png").exists() == conditional
     flow = load_flow(tmp_path).eval()
-    test = mnist.load_images("MNIST", None).first(64)
-    context = mnist.class_context(test.test_labels) if conditional else None
-    assert -mnist.log_likelihoods(flow, test.test, context).mean().item() == pytest.approx(metrics["nll"], rel=1e-5)
+    images = _cached_images(data_dir).first(64)
+    assert score_images(flow, images.test, images.test_labels)["nll"] == pytest.approx(metrics["nll"], rel=1e-5)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -295,14 +319,18 @@ def test_end_to_end(conditional, run, tmp_path, capsys):
     ],
     ids=lambda arguments: "-".join(f"{name}={value}" for name, value in arguments.items() if name != "options"),
 )
-def test_every_option(arguments, run, tmp_path):
+def test_every_option(arguments, run, data_dir, tmp_path):
     metrics = run(out=tmp_path, **arguments)
     flow = load_flow(tmp_path).eval()
     masks = flow.recipe["masks"]
     assert len(masks) == (TINY | arguments)["layers"] or len(masks) == len(pyramid_masks(28, 28))
-    images = mnist.load_images("MNIST", None).first(64)
-    context = mnist.class_context(images.test_labels) if arguments.get("conditional") else None
-    assert -mnist.log_likelihoods(flow, images.test, context).mean().item() == pytest.approx(metrics["nll"], rel=1e-4)
+    images = _cached_images(data_dir).first(64)
+    assert score_images(flow, images.test, images.test_labels)["nll"] == pytest.approx(metrics["nll"], rel=1e-4)
+
+
+def test_one_image_is_enough(run, tmp_path):
+    run(draw=True, limit=1, batch_size=1, samples=1, importance=1, out=tmp_path)
+    assert pictures_in(tmp_path).keys() == {f"{name}.png" for name in ("samples", "training", "progress", "neighbours")}
 
 
 def test_random_masks_are_saved_and_follow_the_seed(run, tmp_path):
@@ -323,31 +351,63 @@ def test_tracker_gets_the_curves(run, tmp_path):
     assert [event.step for event in events.Scalars("validation")] == [2, 4]
 
 
-def test_loaded_run_is_sampled_without_training(run, tmp_path, capsys):
-    run(conditional=True, out=tmp_path / "runs" / "one")
-    mnist.main(load=tmp_path / "runs", samples=5, temperature=0.5, out=tmp_path / "drawn")
-    assert "5 samples of" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["classes.png", "samples.png"]
-    mnist.main(load=tmp_path / "runs" / "one", samples=5)
-    assert (tmp_path / "runs" / "one" / "samples.png").exists()
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_pictures_of_a_run_are_drawn_again_without_training(conditional, run, tmp_path, capsys):
+    directory = tmp_path / "runs" / "one"
+    run(draw=True, conditional=conditional, seed=3, temperature=0.7, out=directory)
+    drawn = pictures_in(directory)
+    assert drawn.keys() == {f"{name}.png" for name in PICTURES[: None if conditional else -1]}
+    for name in drawn:
+        (directory / name).unlink()
+    own = {"samples": TINY["samples"], "seed": 3, "temperature": 0.7}
+    assert scripts.run("mnist", load=tmp_path / "runs", out=tmp_path / "drawn", **own) == {}  # the newest run below
+    assert pictures_in(tmp_path / "drawn") == drawn and not pictures_in(directory)
+    scripts.run("mnist", load=directory, **own)
+    assert pictures_in(directory) == drawn and not (directory / "again").exists()
+    assert capsys.readouterr().out.count("12 samples of") == 2
+
+
+@pytest.mark.parametrize(
+    "other", [{"samples": 5}, {"temperature": 0.5}, {"seed": 1}], ids=lambda other: next(iter(other))
+)
+def test_other_samples_of_a_run_overwrite_none_of_its_pictures(other, run, tmp_path, capsys):
+    run(draw=True, conditional=True, out=tmp_path)
+    drawn = pictures_in(tmp_path)
+    scripts.run("mnist", load=tmp_path, **{"samples": TINY["samples"]} | other)
+    again = pictures_in(tmp_path / "again")
+    assert pictures_in(tmp_path) == drawn and again.keys() == drawn.keys()
+    anew = {name for name in drawn if again[name] != drawn[name]}
+    assert anew == ({"samples.png"} if "samples" in other else {"samples.png", "classes.png"})
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'again' / 'samples.png'}" in printed
+    assert "the run's own samples are those of --samples 12 --temperature 1.0 --seed 0\n" in printed
+
+
+def test_a_flow_whose_training_left_no_record_is_sampled(run, tmp_path):
+    with pytest.raises(NotFinite, match=r"at step \d+.*saved in .*flow.safetensors"):
+        run(out=tmp_path, conditional=True, lr=1e30, weight_decay=0.0, epochs=20)
+    assert all(parameter.isfinite().all() for parameter in load_flow(tmp_path).parameters())  # the last good weights
+    assert not (tmp_path / FILE).exists()
+    scripts.run("mnist", load=tmp_path, samples=5)
+    assert pictures_in(tmp_path / "again").keys() == {"samples.png", "classes.png"}
 
 
 def test_temperature_scales_the_noise():
-    hot, cold = (mnist.base_noise(50, temperature, seed=0) for temperature in (1.0, 0.5))
+    hot, cold = (base_noise(50, temperature, seed=0) for temperature in (1.0, 0.5))
     assert torch.equal(cold, 0.5 * hot) and hot.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_slerp_stays_on_the_sphere():
     a, b = torch.randn(2, 784)
     share = torch.linspace(0, 1, 5)[:, None]
-    path = mnist.slerp(a, b * a.norm() / b.norm(), share)
+    path = slerp(a, b * a.norm() / b.norm(), share)
     assert_close(path.norm(dim=1), a.norm().expand(5))
     assert_close(path[0], a)
 
 
 def test_neighbours_are_the_nearest():
     train = torch.randint(256, (50, 784), dtype=torch.uint8)
-    distances, indices = mnist.nearest_images(train[[7, 31]] / 255, train, 3)
+    distances, indices = nearest_images(train[[7, 31]] / 255, train, 3)
     assert indices[:, 0].tolist() == [7, 31] and torch.all(distances[:, 0] < 1e-2) and torch.all(distances[:, 1] > 1)
 
 
@@ -377,12 +437,14 @@ def test_neighbours_are_the_nearest():
         ({"importance": -1}, "must not be negative"),
         ({"average": 1.5}, "average must lie between 0 and 1, not 1.5"),
         ({"weight_decay": -1.0}, "weight_decay must not be negative, and finite, but is -1.0"),
+        ({"track": "paper"}, "unknown track 'paper'; known: .*tensorboard"),
+        ({"options": {"bins": 4}}, "masked-affine has no option 'bins'"),
     ],
 )
-def test_mistakes_are_named_before_any_work(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(mnist, "load_images", lambda *_: pytest.fail("images were loaded"))
-    with pytest.raises(ValueError, match=message):
-        mnist.main(**arguments, out=tmp_path / "new")
+def test_mistakes_are_named_before_any_work(arguments, message, tmp_path):
+    read = {"read": lambda *_: pytest.fail("images were loaded")}
+    with pytest.raises((ValueError, TypeError), match=message):
+        scripts.run("mnist", seams=read, **arguments, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -390,12 +452,11 @@ def test_mistakes_are_named_before_any_work(arguments, message, tmp_path, monkey
     ("arguments", "message"),
     [
         ({"batch_size": 65}, "batch_size 65 is more than the 64 training images"),
-        ({"track": "paper"}, "unknown track 'paper'; known: .*tensorboard"),
-        ({"options": {"bins": 4}}, "masked-affine has no option 'bins'"),
+        ({"accumulate": 5}, "accumulate 5 is more than the 4 batches of the training"),
     ],
 )
 def test_mistakes_are_named_before_training(arguments, message, run, tmp_path):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         run(**arguments, out=tmp_path)
     assert not (tmp_path / STATE).exists()
 
@@ -403,21 +464,15 @@ def test_mistakes_are_named_before_training(arguments, message, run, tmp_path):
 def test_directories_that_do_not_serve_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="can't be written to"):
-        mnist.main(out=tmp_path / "file")
+        scripts.run("mnist", out=tmp_path / "file")
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        mnist.main(resume=True, out=tmp_path / "new")
+        scripts.run("mnist", resume=True, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
     with pytest.raises(FileNotFoundError, match=r"no flow.safetensors in .*: give the directory that a run wrote"):
-        mnist.main(load=tmp_path)
+        scripts.run("mnist", load=tmp_path)
     save_flow(build_flow("masked-affine", 2, layers=1), tmp_path / "toy")
     with pytest.raises(ValueError, match=r"not one of runs/mnist.py: its data have shape \(2,\)"):
-        mnist.main(load=tmp_path / "toy")
-
-
-def test_nan_keeps_the_last_good_weights(run, tmp_path):
-    with pytest.raises(NotFinite, match=r"at step \d+.*saved in .*flow.safetensors"):
-        run(out=tmp_path, lr=1e30, weight_decay=0.0, epochs=20)
-    assert all(parameter.isfinite().all() for parameter in load_flow(tmp_path).parameters())
+        scripts.run("mnist", load=tmp_path / "toy")
 
 
 # Interruptions and processes
@@ -435,14 +490,13 @@ def test_ctrl_c_ends_cleanly_and_can_be_resumed(run, tmp_path, monkeypatch, capf
     arguments = {"epochs": 10, "options": {"dropout": 0.3}}
     run(out=tmp_path / "whole", **arguments)
 
-    class Interrupting(Batches):
-        def __call__(self, i):
-            if i == 7:
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().__call__(i)
+    def interrupting(self, i, call=Batches.__call__):
+        if i == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return call(self, i)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mnist, "Batches", Interrupting)
+        patch.setattr(Batches, "__call__", interrupting)
         metrics = run(out=tmp_path / "parts", **arguments)
     assert metrics["steps"] == 8 and math.isfinite(metrics["bits_per_dim"])
     assert "interrupted at step 8" in "".join(capfd.readouterr()) and (tmp_path / "parts" / "metrics.json").exists()

@@ -3,36 +3,41 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
+from PIL import Image, ImageColor
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
-from torch.distributions import MultivariateNormal, kl_divergence
+from torch.distributions import Distribution, MultivariateNormal, kl_divergence
 from torch.testing import assert_close
 
 from adapters import FlowDistribution, build_flow, load_flow
 from adapters.preprocess import Standardize
-from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPrior
+from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior
 from adapters.vae import VAE, Decoder, Encoder, ReparameterizedELBO
 from runs import pyro_vae
-from runs.common import scores
+from runs.common import progress, scores
 from runs.common.command_line import cli, was_interrupted
 from runs.common.images import Batches, Images, binarize, threshold, warped
+from runs.common.objectives import without_argument_checks
+from runs.common.pictures.pyro_vae import STYLES, VAERecord, kept_apart
 from runs.common.recipe import Recipe
-from runs.common.timing import ratio
 from runs.common.training_state import STATE, NotFinite
+from runs.common.vae_benchmark import plain_loss, pyro_loss
 from tests.laws import batch, randomise
+from tests.scripts import pictures_in, run
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -41,18 +46,39 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def run(monkeypatch):
-    """``main``, tiny, on images of this test's own, and no pictures unless asked for."""
-    monkeypatch.setattr(pyro_vae, "load_images", lambda dataset, data_dir: _images())
-
-    def call(pictures=False, **arguments):
-        if not pictures:
-            monkeypatch.setattr(pyro_vae, "draw", lambda *_: [])
-        return pyro_vae.main(**TINY | arguments)
-
-    yield call
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    pyro.clear_param_store()
+    before = Distribution._validate_args
+    yield
+    assert Distribution._validate_args == before
+    assert not pyro.get_param_store()
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def tiny(draw=False, **flags):
+    """The script, tiny, on images of these tests' own, and no pictures unless asked for."""
+    return run("pyro_vae", **TINY | flags, seams={"read": lambda dataset, data_dir: _images(), "draw": draw})
+
+
+@pytest.fixture
+def batches_seen(monkeypatch):
+    """The batches of a tiny training, as they are before they are binarised: a list, and what to do at the i-th one."""
+
+    def prepare(images, generator):
+        if len(images) == TINY["batch_size"]:
+            seen.append(images)
+            at.pop(len(seen) - 1, lambda: None)()
+        return threshold(images, generator)
+
+    seen, at = [], {}
+    monkeypatch.setitem(pyro_vae.BINARIZE, "threshold", prepare)
+    return seen, at
+
+
+def interrupt():
+    """Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 @cache
@@ -151,27 +177,28 @@ def test_elsewhere_it_is_less_by_the_kl_and_importance_weighting_makes_up_for_it
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_the_runs_evaluation_is_that_elbo_and_that_gap(name, monkeypatch):
+def test_the_runs_evaluation_is_that_elbo_and_that_gap(name):
     prior, moments = LINEAR[name]
     vae, x, evidence = linear_gaussian(prior, error=0.1, **moments)
     vae.register_parameter("device", nn.Parameter(torch.zeros(())))
-    reconstruction, kl = pyro_vae.elbo_terms(vae, x, 1500)
+    reconstruction, kl = scores.elbo_terms(vae, x, 1500)
     gap = kl_divergence(vae.encoder(x), vae.encoder.exact(x))
     assert_close(reconstruction - kl, evidence - gap, atol=0.05, rtol=0)
-    assert_close(pyro_vae.importance_gaps(vae, x, 5000), gap, atol=0.05, rtol=0)
-    assert pyro_vae.mean_elbo(vae, x) == pyro_vae.mean_elbo(vae, x)  # its noise is fixed
+    assert_close(scores.importance_gaps(vae, x, 5000), gap, atol=0.05, rtol=0)
+    assert scores.mean_elbo(vae, x) == scores.mean_elbo(vae, x)  # its noise is fixed
 
 
 def a_vae(prior="flow", flow="masked-affine", posterior=False, latent=2, scale=0.3):
     torch.manual_seed(0)
     conditional = build_flow(flow, latent, 2 * latent, layers=2, hidden_features=(8,)) if posterior else None
     encoder = Encoder(latent, 6, (8,), flow=conditional)
-    made = {
-        "gaussian": lambda: StandardNormalPrior(latent),
-        "mog": lambda: MixturePrior(latent, 3),
-        "vamp": lambda: VampPrior(encoder, (batch(4, 6) > 0).float()),
-        "flow": lambda: FlowPrior(build_flow(flow, latent, layers=2, hidden_features=(8,))),
-    }[prior]()
+    given = pyro_vae.Ingredients(
+        latent,
+        encoder,
+        lambda: build_flow(flow, latent, layers=2, hidden_features=(8,)),
+        (batch(4, 6) > 0).float(),
+    )
+    made = pyro_vae.PRIORS[prior](given)
     x = (batch(9, 6, seed=5) > 0).double()
     return randomise(VAE(made, encoder, Decoder(latent, 6, (8,))), scale=scale), x
 
@@ -295,23 +322,23 @@ def test_widths_that_differ_are_refused():
         ({"options": {"bins": 4}}, "masked-affine has no option 'bins'"),
     ],
 )
-def test_mistakes_are_named_before_any_work(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(pyro_vae, "load_images", lambda *_: pytest.fail("noticed too late"))
+def test_mistakes_are_named_before_any_work(arguments, message, tmp_path):
+    seams = {"read": lambda *_: pytest.fail("noticed too late")}
     with pytest.raises((ValueError, TypeError), match=message):
-        pyro_vae.main(**arguments, out=tmp_path / "new")
+        run("pyro_vae", **arguments, out=tmp_path / "new", seams=seams)
     assert not (tmp_path / "new").exists()
 
 
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        pyro_vae.main(resume=True, out=tmp_path / "new")
+        run("pyro_vae", resume=True, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "flow"])
-def test_nan_stops_with_the_step_and_keeps_the_last_good_state(prior, run, tmp_path):
+def test_nan_stops_with_the_step_and_keeps_the_last_good_state(prior, tmp_path):
     with pytest.raises(NotFinite, match=r"at step \d+; the weights of step \d+ are kept.*saved in .*vae.safetensors"):
-        run(prior=prior, lr=1e30, epochs=20, out=tmp_path)
+        tiny(prior=prior, lr=1e30, epochs=20, out=tmp_path)
     weights = safetensors.torch.load_file(tmp_path / f"{prior}-0" / "vae.safetensors")
     assert len(weights) > 8 and all(weight.isfinite().all() for weight in weights.values())
     if prior == "flow":
@@ -338,14 +365,14 @@ def test_command_line_says_a_mistake_in_one_line(tmp_path):
         ("flow", {"binarize": "dynamic"}, "--prior all trains the Gaussian prior too"),
     ],
 )
-def test_the_first_question_always_has_an_answer(run, prior, options, said, capsys):
-    run(prior=prior, **options)
+def test_the_first_question_always_has_an_answer(prior, options, said, tmp_path, capsys):
+    tiny(prior=prior, out=tmp_path, **options)
     answered = capsys.readouterr().out.split("Is the test ELBO better?")[1].split("Do prior")[0]
     assert said in answered and answered.count("\n") == 2
 
 
-def test_end_to_end_with_all_priors(run, tmp_path, capsys):
-    metrics = run(pictures=True, prior="all", seeds=2, out=tmp_path)
+def test_end_to_end_with_all_priors(tmp_path, capsys):
+    metrics = tiny(draw=True, prior="all", seeds=2, out=tmp_path)
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert record["run"] == "pyro_vae" and record["metrics"] == metrics and list(metrics) == list(pyro_vae.PRIORS)
     for found in metrics.values():
@@ -369,14 +396,96 @@ def test_end_to_end_with_all_priors(run, tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
+class LaplacePrior(nn.Module):
+    """A prior of a user's own."""
+
+    def __init__(self, latent):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(latent))
+
+    def forward(self):
+        return dist.Laplace(0.0, self.log_scale.exp()).to_event(1)
+
+
+def test_a_prior_of_ones_own_is_a_line_in_the_table(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(pyro_vae.PRIORS, "laplace", lambda given: LaplacePrior(given.latent))
+        metrics = tiny(draw=True, prior="all", out=tmp_path)
+        assert list(metrics) == [*pyro_vae.PRIORS] == ["gaussian", "mog", "vamp", "flow", "laplace"]
+    printed = capsys.readouterr().out
+    assert "laplace prior, seed 0" in printed and re.search(r"^laplace +-", printed, re.M)
+    assert "  laplace: a classifier" in printed and re.search(r"  laplace: .* than the Gaussian prior", printed)
+    drawn = pictures_in(tmp_path)
+    assert drawn.keys() == {"elbo.png", "priors.png"} | {
+        f"{kind}-{prior}.png" for kind in ("samples", "reconstructions", "match") for prior in metrics
+    }
+    colours = {ImageColor.getrgb(colour) for _, colour in STYLES[: len(metrics)]}
+    with Image.open(tmp_path / "elbo.png") as image:
+        shown = {colour[:3] for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
+    assert len(colours) == len(metrics) and colours <= shown
+    run("pyro_vae", load=tmp_path, out=tmp_path / "again")  # where the table has no such line
+    assert pictures_in(tmp_path / "again") == drawn
+
+
+def test_a_prior_that_does_not_fit_is_refused_before_the_others_are_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(pyro_vae.PRIORS, "laplace", lambda given: LaplacePrior(given.latent + 1))
+    with pytest.raises(ValueError, match=r"the prior is over \(4,\), but the encoder's z has the shape \(3,\)"):
+        tiny(prior="all", out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_there_is_a_look_for_each_of_many_priors():
+    assert len(set(STYLES)) == len(STYLES) >= 40
+
+
+def test_the_pictures_of_a_run_are_drawn_again_without_training(tmp_path, capsys):
+    tiny(draw=True, prior="flow", out=tmp_path / "run", latent=2)
+    drawn = pictures_in(tmp_path / "run")
+    assert len(drawn) == 4
+    for name in drawn:
+        (tmp_path / "run" / name).unlink()
+    files = sorted((tmp_path / "run").rglob("*"))
+    assert run("pyro_vae", load=tmp_path / "run", out=tmp_path / "elsewhere") == {}
+    assert pictures_in(tmp_path / "elsewhere") == drawn and files == sorted((tmp_path / "run").rglob("*"))
+    run("pyro_vae", load=tmp_path)  # the newest run below
+    assert pictures_in(tmp_path / "run") == drawn
+    assert capsys.readouterr().out.count("/match-flow.png\n") == 3
+
+
+def test_what_a_load_can_not_draw_is_said(tmp_path):
+    with pytest.raises(ValueError, match="--load trains nothing, so --epochs, --benchmark would be ignored"):
+        run("pyro_vae", load=tmp_path, epochs=3, benchmark=True)
+    for values in ({"priors": {"flow": {"title": "flow"}}}, {"priors": 3}, {}):
+        torch.save({"kind": "VAERecord", "values": values}, tmp_path / "pictures.pt")
+        with pytest.raises(ValueError, match="pictures.pt is damaged, or not of this version"):
+            run("pyro_vae", load=tmp_path)
+
+
+def test_numbers_in_a_picture_are_kept_apart_and_within():
+    generator = np.random.default_rng(0)
+    for places in (np.zeros((10, 2)), 0.1 * generator.normal(size=(10, 2)), np.full((3, 2), 0.99)):
+        moved = kept_apart(places, 0.2, 1.0)
+        gaps = np.linalg.norm(moved[:, None] - moved, axis=2)[~np.eye(len(places), dtype=bool)]
+        assert gaps.min() > 0.19 and np.abs(moved).max() <= 0.9
+    far = np.array([[-0.5, 0.5], [0.5, 0.5]])
+    assert np.abs(kept_apart(far, 0.2, 1.0) - far).max() < 1e-3  # what is far enough stays where it is
+
+
+def test_scoring_shows_its_progress(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "DELAY", 0)
+    tiny(prior="gaussian", out=tmp_path)
+    shown = capsys.readouterr().err
+    assert all(f"scoring: {what}" in shown for what in ("ELBO", "log p(x)", "prior and posterior"))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         {"prior": "vamp", "binarize": "dynamic"},
-        {"prior": "mog", "latent": 2, "pictures": True},
-        {"prior": "gaussian", "latent": 1, "pictures": True},
+        {"prior": "mog", "latent": 2, "draw": True},
+        {"prior": "gaussian", "latent": 1, "draw": True},
         {"posterior": "flow", "dropout": 0.2, "average": 0.99, "weight_decay": 1e-3, "clip": 5.0, "decay": 0.3},
-        {"latent": 1, "flow": "nflows-maf", "pictures": True},
+        {"latent": 1, "flow": "nflows-maf", "draw": True},
         {"latent": 1, "flow": "masked-autoregressive", "posterior": "flow"},
         {"seconds": 0.01, "epochs": 100_000},
         {"precision": "bf16", "augment": 1.0},
@@ -385,8 +494,8 @@ def test_end_to_end_with_all_priors(run, tmp_path, capsys):
     ],
     ids=lambda arguments: "-".join(f"{name}={value}" for name, value in arguments.items()),
 )
-def test_every_option(arguments, run, tmp_path):
-    metrics = run(out=tmp_path, **arguments)
+def test_every_option(arguments, tmp_path):
+    metrics = tiny(out=tmp_path, **arguments)
     (found,) = metrics.values()
     assert math.isfinite(found["elbo"]) and (tmp_path / "flow.safetensors").exists() == ("flow" in metrics)
 
@@ -416,61 +525,46 @@ def test_warped_images_move_by_draws_of_their_own_and_no_further_than_said():
     assert (warped(torch.ones(9, 28, 28), 5.0)[:, 0, 0] < 1).any()  # what moves in is black
 
 
-def test_augmentation_follows_the_rate(run, tmp_path, monkeypatch):
-    seen, plain = [], []
-
-    def look(images, amount, generator):
-        seen.append(amount)
-        return images.float()
-
-    def train(vae, batches, kl_weight, recipe, *_):
-        assert recipe.validate_every == batches.per_epoch == recipe.steps / 5
-        plain.extend(torch.equal(batches(i)[0], batches(i)[0]) for i in range(recipe.steps))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pyro_vae, "warped", look)
-    monkeypatch.setattr(pyro_vae, "train", train)
-    with pytest.raises(KeyboardInterrupt):
-        run(out=tmp_path, augment=0.5, epochs=5, warmup=0.2, decay=0.4)
-    seen = seen[::2]
-    assert all(plain) and seen[:6] == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.5])
-    assert seen[6:] == pytest.approx([0.25 * (1 + math.cos(math.pi * share)) for share in (0, 0.25, 0.5, 0.75)])
+def test_augmentation_follows_the_rate():
+    augment = pyro_vae.augmentation(0.5, Recipe(steps=1, lr=0.1, warmup=0.2, decay=0.4), epochs=5)
+    images = _images().train[:9]
+    for epoch, amount in ((0, 0), (0.5, 0.25), (1, 0.5), (3, 0.5), (3.5, 0.4267767), (4, 0.25), (5, 0)):
+        found, expected = (
+            change(images, argument, torch.Generator().manual_seed(0))
+            for change, argument in ((augment, epoch), (warped, amount))
+        )
+        assert_close(found, expected)
 
 
-def test_the_kls_weight_rises_and_depends_on_the_step_alone(run, tmp_path, monkeypatch):
-    def weights(**arguments):
-        def fit(loss, batch, recipe, **_):
-            seen.extend(batch(i)[1].item() for i in reversed(range(recipe.steps)))
-            raise KeyboardInterrupt
-
-        seen = []
-        monkeypatch.setattr(pyro_vae, "fit", fit)
-        with pytest.raises(KeyboardInterrupt):
-            run(out=tmp_path, epochs=4, **arguments)
-        return seen[::-1]
-
-    assert set(weights()) == {1.0}
-    rising = weights(kl_warmup=2.5)
-    per_epoch = len(rising) // 4
-    assert rising[0] == pytest.approx(1e-3) and rising[per_epoch] == pytest.approx(0.4)
-    assert rising[:per_epoch] == sorted(set(rising[:per_epoch])) and set(rising[-per_epoch:]) == {1.0}
+def test_a_training_sees_images_that_are_changed_while_the_rate_is_high(batches_seen, tmp_path):
+    metrics = tiny(out=tmp_path, augment=1.0, epochs=5, warmup=0.2, decay=0.4)
+    assert metrics["flow"]["steps"] == 10
+    as_they_are = {tuple(image.flatten().tolist()) for image in _images().train[:64].round()}
+    changed = [
+        sum(tuple(image.flatten().round().int().tolist()) not in as_they_are for image in images)
+        for images in batches_seen[0]
+        if images.is_floating_point()
+    ]
+    assert len(changed) == 10 and changed[0] == 0 and min(changed[2:6]) == 32
+    seen = len(batches_seen[0])
+    tiny(out=tmp_path, epochs=5)
+    assert not any(images.is_floating_point() for images in batches_seen[0][seen:])
 
 
-def test_the_picture_shows_no_loss_in_which_the_kl_weighs_less(run, tmp_path, monkeypatch):
-    def draw(trained, *_):
-        seen.append([step for step, _ in trained["flow"].fitted.losses])
-        return []
+def test_the_kls_weight_rises_over_the_warmup(tmp_path):
+    rising = pyro_vae.VAETrainingOptions(kl_warmup=2.5)
+    assert [rising.kl_weight(epoch) for epoch in (0, 1, 2, 2.5, 9)] == [1e-3, 0.4, 0.8, 1, 1]
+    assert pyro_vae.VAETrainingOptions().kl_weight(0) == 1
+    arguments = {"prior": "gaussian", "epochs": 60, "lr": 5e-3}
+    plain = tiny(out=tmp_path / "plain", **arguments)["gaussian"]
+    warmed = tiny(out=tmp_path / "warmed", kl_warmup=1e6, **arguments)["gaussian"]
+    assert warmed["kl"] > 2 * plain["kl"]  # next to no weight all along
 
-    def every_step(*arguments, **keywords):
-        fitted = fit(*arguments, **keywords)
-        fitted.losses = [(step, 0.0) for step in range(1, fitted.steps + 1)]
-        return fitted
 
-    seen, fit = [], pyro_vae.fit
-    monkeypatch.setattr(pyro_vae, "draw", draw)
-    monkeypatch.setattr(pyro_vae, "fit", every_step)
-    steps = run(pictures=True, prior="flow", epochs=4, kl_warmup=2.0, out=tmp_path)["flow"]["steps"]
-    assert seen == [list(range(steps // 2, steps + 1))]
+def test_the_picture_shows_no_loss_in_which_the_kl_weighs_less(tmp_path):
+    for kl_warmup, shown in ((0.0, [8]), (2.0, [8]), (4.5, [])):
+        tiny(prior="flow", epochs=4, kl_warmup=kl_warmup, out=tmp_path)
+        assert [step for step, _ in VAERecord.load(tmp_path).priors["flow"].losses] == shown
 
 
 def test_a_weight_of_the_kl_weighs_the_kl_alone():
@@ -485,9 +579,9 @@ def test_a_weight_of_the_kl_weighs_the_kl_alone():
         Trace_ELBO()(vae.model, vae.guide)(x, 0.0)
 
 
-def test_training_improves_the_elbo_and_dynamic_binarisation_is_fresh(run, tmp_path):
-    short = run(prior="gaussian", epochs=1, out=tmp_path / "short")["gaussian"]
-    long = run(prior="gaussian", epochs=60, lr=5e-3, out=tmp_path / "long")["gaussian"]
+def test_training_improves_the_elbo_and_dynamic_binarisation_is_fresh(tmp_path):
+    short = tiny(prior="gaussian", epochs=1, out=tmp_path / "short")["gaussian"]
+    long = tiny(prior="gaussian", epochs=60, lr=5e-3, out=tmp_path / "long")["gaussian"]
     assert long["elbo"] > short["elbo"] + 50
     grey = torch.full((4, 28, 28), 128, dtype=torch.uint8)
     assert threshold(grey).eq(1).all() and threshold(grey - 1).eq(0).all()
@@ -496,22 +590,15 @@ def test_training_improves_the_elbo_and_dynamic_binarisation_is_fresh(run, tmp_p
     assert not torch.equal(batches(0)[0], batches(1)[0]) and torch.equal(batches(0)[0], batches(0)[0])
 
 
-def test_resumed_training_ends_where_an_uninterrupted_one_does(run, tmp_path, monkeypatch, capfd):
+def test_resumed_training_ends_where_an_uninterrupted_one_does(batches_seen, tmp_path):
     arguments = {"prior": "flow", "epochs": 5, "dropout": 0.2, "kl_warmup": 4.0}
-    run(out=tmp_path / "whole", **arguments)
-
-    class Interrupting(Batches):
-        def __call__(self, i):
-            if i == 5:
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().__call__(i)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pyro_vae, "Batches", Interrupting)
-        assert run(out=tmp_path / "parts", **arguments)["flow"]["steps"] == 6
+    tiny(out=tmp_path / "whole", **arguments)
+    seen, at = batches_seen
+    at[len(seen) + 5] = interrupt
+    assert tiny(out=tmp_path / "parts", **arguments)["flow"]["steps"] == 6
     with pytest.raises(ValueError, match="belongs to another training: dropout was 0.2, not 0.3"):
-        run(out=tmp_path / "parts", resume=True, **arguments | {"dropout": 0.3})
-    run(out=tmp_path / "parts", resume=True, **arguments)
+        tiny(out=tmp_path / "parts", resume=True, **arguments | {"dropout": 0.3})
+    tiny(out=tmp_path / "parts", resume=True, importance_samples=3, **arguments)  # which does not touch the weights
     one, other = (
         safetensors.torch.load_file(tmp_path / name / "flow-0" / "vae.safetensors") for name in ("whole", "parts")
     )
@@ -547,46 +634,42 @@ def test_a_constant_rate_and_one_that_decays_at_the_end():
         Recipe(steps=100, decay=2)
 
 
-def test_the_benchmark_compares_the_same_elbo(monkeypatch, tmp_path):
-    compared = {}
-
-    def timed(functions, rounds, device, warmup):
-        for name, function in functions.items():
-            torch.manual_seed(0)
-            compared[name] = function
-            function()
-        return {name: [1.0, 2.0] for name in functions}
-
-    monkeypatch.setattr(pyro_vae, "interleaved", timed)
-    found = pyro_vae.main(benchmark=True, **{key: TINY[key] for key in ("latent", "layers", "hidden", "width")})
-    assert found["step_ratio"] == ratio([1.0], [1.0]) and set(compared) == {"pyro", "plain"}
-
-
-@pytest.fixture(autouse=True)
-def pyro_is_left_as_it_was():
-    pyro.clear_param_store()
-    before = torch.distributions.Distribution._validate_args
-    yield
-    assert torch.distributions.Distribution._validate_args == before
-    assert not pyro.get_param_store()
+def test_the_benchmark_compares_the_same_elbo(tmp_path):
+    flags = {key: TINY[key] for key in ("latent", "layers", "hidden", "width", "batch_size")}
+    found = run("pyro_vae", benchmark=True, prior="gaussian", out=tmp_path / "new", **flags, seams={"rounds": 2})
+    assert found.keys() == {"step_ratio", "pyro_ms", "plain_ms"} and found["step_ratio"] > 0
+    assert not (tmp_path / "new").exists()
+    vae = randomise(pyro_vae.ModelOptions(latent=3, layers=2, hidden=(8,), width=(8,)).vae("flow", torch.zeros(1, 784)))
+    x = threshold(_images().test[:9]).double()
+    losses = []
+    for make in (pyro_loss, plain_loss):
+        torch.manual_seed(0)
+        loss = make(vae, x)()
+        losses.append((loss, *torch.autograd.grad(loss, list(vae.parameters()))))
+    assert_close(losses[0], losses[1])
 
 
-def test_ctrl_c_ends_the_run_after_the_prior_at_hand_and_is_not_compared(run, tmp_path, monkeypatch, capsys):
-    def score(vae, images, mean_elbo=pyro_vae.mean_elbo):
-        if isinstance(vae.prior, MixturePrior) and not stopped:
-            stopped.append(os.kill(os.getpid(), signal.SIGINT))
-        return mean_elbo(vae, images)
+@pytest.mark.parametrize("found", [True, False])
+def test_argument_checks_are_left_as_they_were(found, monkeypatch):
+    """torch.compile, for one, switches torch's off and not Pyro's."""
+    monkeypatch.setattr(Distribution, "_validate_args", found)
+    of_pyro = pyro.distributions.is_validation_enabled()
+    with pytest.raises(KeyError), without_argument_checks():
+        assert not Distribution._validate_args and not pyro.distributions.is_validation_enabled()
+        raise KeyError
+    assert Distribution._validate_args is found and pyro.distributions.is_validation_enabled() == of_pyro
 
-    stopped = []
-    monkeypatch.setattr(pyro_vae, "mean_elbo", score)
-    metrics = run(pictures=True, prior="all", epochs=3, out=tmp_path)
+
+def test_ctrl_c_ends_the_run_after_the_prior_at_hand_and_is_not_compared(batches_seen, tmp_path, capsys):
+    batches_seen[1][8] = interrupt  # in the third of six steps under the second prior
+    metrics = tiny(draw=True, prior="all", epochs=3, out=tmp_path)
     assert list(metrics) == ["gaussian", "mog"] and metrics["mog"]["interrupted"] and was_interrupted(metrics)
     assert "interrupted" not in metrics["gaussian"] and metrics["mog"]["steps"] < metrics["gaussian"]["steps"]
     printed = capsys.readouterr().out
     assert "mixture (interrupted)" in printed and "than the Gaussian prior" not in printed
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert record["metrics"]["mog"]["interrupted"] is True
-    whole = run(prior="all", epochs=3, out=tmp_path, resume=True)
+    whole = tiny(prior="all", epochs=3, out=tmp_path, resume=True)
     assert list(whole) == list(pyro_vae.PRIORS) and not was_interrupted(whole)
     assert {found["steps"] for found in whole.values()} == {metrics["gaussian"]["steps"]}
 

@@ -1,6 +1,5 @@
 """What README.md and runs/README.md show must run, and every command, file and picture that they name must exist."""
 
-import functools
 import importlib
 import re
 import shlex
@@ -10,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tyro
 
 from adapters.bridges import libraries
+from runs.common import command_line
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = DOCUMENTS = ROOT / "README.md", ROOT / "runs/README.md"
@@ -50,11 +49,8 @@ def section(title: str) -> str:
 def parse(script: str, arguments: str) -> None:
     """Let a script's own parser read its arguments; it ends with ``SystemExit`` or an error at what it doesn't take."""
     module = importlib.import_module(f"runs.{script}")
-    words = ["masked-affine" if word == "NAME" else word for word in shlex.split(arguments) if word != "--help"]
-    if hasattr(module, "Options"):
-        importlib.import_module("runs.common.command_line").parse(module.Options, words)
-    else:
-        tyro.cli(functools.wraps(module.main)(lambda **given: given), args=words)
+    words = [word for word in shlex.split(arguments) if word != "--help"]
+    command_line.parse(module.Options, ["masked-affine" if word == "NAME" or ":" in word else word for word in words])
 
 
 @each_document

@@ -609,6 +609,8 @@ COMMANDS = [
     ("pyro_vae --lr 1e400", "lr must be positive and finite, not inf"),
     ("pyro_vae --options layers 3", "layers is no option, but an argument of its own"),
     ("pyro_vae --benchmark --batch-size 0", "batch_size must be positive, not 0"),
+    ("pyro_vae --load nowhere", "no pictures.pt in nowhere: give the directory of a run that has ended"),
+    ("pyro_vae --load nowhere --prior all", "--load trains nothing, so --prior would be ignored: leave it out"),
     ("pyro_vae --resume", "nothing to resume: no training.pt in"),
     ("compare --task cifar", "unknown task 'cifar'; known: two-gaussians, chequerboard, mnist, vae-prior, speed"),
     ("compare --flows maf", "unknown flow 'maf'; known: masked-affine,"),
@@ -645,7 +647,7 @@ def test_a_wrong_command_gives_one_line(command, message, tmp_path, monkeypatch)
     module = importlib.import_module(f"runs.{script}")
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stopped:
-        cli(module.main, getattr(module, "Options", None))
+        cli(module.main, module.Options)
     assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
     assert message in str(stopped.value)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))

@@ -13,8 +13,8 @@ INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 Options = TypeVar("Options", bound=Checked)
 
 
-def cli(main: Callable[..., Any], kind: type[Checked] | None = None) -> None:
-    """Run ``main`` with the command line's arguments; a mistake of the user's is one clear line, not a traceback.
+def cli(main: Callable[..., Any], kind: type[Checked]) -> None:
+    """Run ``main`` with the options that the command line asks for; a user's mistake is one clear line, no traceback.
 
     The exit status is 0, 1 after an error, and 130 after Ctrl-C, even if the run has ended well after it.
     """
@@ -31,20 +31,16 @@ def cli(main: Callable[..., Any], kind: type[Checked] | None = None) -> None:
         sys.exit(INTERRUPTED)
 
 
-def run(
-    main: Callable[..., Any], kind: type[Checked] | None = None, arguments: Sequence[str] | None = None, **seams: Any
-) -> Any:
+def run(main: Callable[..., Any], kind: type[Checked], arguments: Sequence[str] | None = None, **seams: Any) -> Any:
     """What ``main`` returns for the options that a command line asks for.
 
     Args:
         main: of a script: it takes its options, all in one.
-        kind: the class of these options; ``None`` for a ``main`` with a parameter for each option.
+        kind: the class of these options.
         arguments: the words of the command line; by default those of this process.
         seams: what else ``main`` takes, beside its options: for tests.
     """
     description = (main.__doc__ or "").partition("\n")[0]
-    if kind is None:
-        return tyro.cli(main, args=arguments, description=description)
     return main(parse(kind, arguments, description), **seams)
 
 

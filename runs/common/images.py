@@ -10,7 +10,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, one_hot
 
 from adapters.checkpoint import write_atomically
+from adapters.flow import Flow
+from adapters.preprocess import Standardize
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "mnist"
 MD5 = {
@@ -55,7 +57,7 @@ class Images:
 
     def first(self, n: int | None) -> "Images":
         """At most ``n`` images of each split; ``None`` for all."""
-        return Images(*(part[:n] for part in list(vars(self).values())[:-1]), self.classes)
+        return replace(self, **{name: part[:n] for name, part in vars(self).items() if isinstance(part, Tensor)})
 
 
 def load_images(dataset: str = "MNIST", data_dir: Path | None = None) -> Images:
@@ -160,6 +162,24 @@ def warped(images: Tensor, amount: float, generator: torch.Generator | None = No
     return grid_sample(images[:, None].float(), places, align_corners=False)[:, 0]
 
 
+def standardize(images: Tensor) -> Standardize:
+    """The map that gives dequantised images zero mean and unit deviation over all pixels together.
+
+    U(0, 1) adds 1/2 to the mean of the levels, and 1/12 to their variance. All pixels share one mean and one deviation:
+    at the border some are black in all training images, and with deviations of their own any ink there would lie 800
+    of them away.
+
+    Args:
+        images: bytes ``(n, D)``.
+    """
+    share = torch.bincount(images.flatten(), minlength=LEVELS + 1).double() / images.numel()
+    level = torch.arange(LEVELS + 1, dtype=torch.float64)
+    mean = (share * level).sum()
+    deviation = ((share * (level - mean).square()).sum() + 1 / 12).sqrt()
+    same = torch.ones(images.shape[1])
+    return Standardize(same * (mean + 0.5).item() / LEVELS, same * deviation.item() / LEVELS)
+
+
 class Batches:
     """Shuffled, freshly prepared batches without end; an epoch's last images, too few for a batch, are left out.
 
@@ -208,7 +228,7 @@ class Batches:
         self.seconds = 0.0  # spent here so far
         self.served = 0
         self._generator = torch.Generator(device)
-        self._epoch, self._order = -1, None
+        self._epoch, self._order = -1, torch.empty(0)
 
     def __call__(self, i: int) -> tuple[Tensor, Tensor | None]:
         """The i-th batch: ``(size / P, D)``, in [0, 256/255] if dequantised, and its context."""
@@ -233,6 +253,11 @@ class Batches:
 def class_context(labels: Tensor) -> Tensor:
     """Labels ``(n,)`` as one-hot rows ``(n, 10)``: the context of a class-conditional flow."""
     return one_hot(labels.long(), CLASSES).float()
+
+
+def context_for(flow: Flow, labels: Tensor) -> Tensor | None:
+    """What a flow is told of images with these labels: their ``class_context``, or ``None`` if it takes no context."""
+    return None if flow.context_features is None else class_context(labels)
 
 
 def bits_per_dim(nll: Nats, dimensions: int) -> Nats:

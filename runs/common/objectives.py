@@ -1,6 +1,11 @@
 """What the trainings minimise: each a module whose call on a batch gives a loss, as ``fit`` wants it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from adapters.flow import Flow
 from adapters.priors import FlowPrior
@@ -47,3 +52,17 @@ class NegativeELBO(nn.Module):
     def forward(self, batch: tuple[Tensor, Tensor | None]) -> Tensor:
         x, kl_weight = batch
         return self.elbo(x, 1.0 if kl_weight is None else kl_weight) / len(x)
+
+
+@contextmanager
+def without_argument_checks() -> Iterator[None]:
+    """Within, Pyro and torch.distributions check no arguments, which saves time; afterwards they do as they did before.
+
+    ``pyro.validation_enabled`` alone would leave torch's switch as Pyro's own is, which need not be as it was found.
+    """
+    found = Distribution._validate_args
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        Distribution.set_default_validate_args(found)

@@ -7,6 +7,7 @@ What decides the weights is a type. Two trainings are the same if their ``Decidi
 other options say where and how a training is computed, kept, scored and shown.
 """
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -271,6 +272,13 @@ def check_at_most(most: int, **values: int) -> None:
     for name, value in values.items():
         if value > most:
             raise ValueError(f"{name} must be at most {most:,}, not {value:,}")
+
+
+def check_none_or_positive(**values: float) -> None:
+    """Raise a ValueError unless each value is 0, which stands for none, or positive and finite."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be 0 (none) or positive, not {value}")
 
 
 def check_seed(seed: int) -> None:

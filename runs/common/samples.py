@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,17 @@ from torch import Tensor, nn
 from adapters.flow import Flow
 from adapters.vae import VAE
 from runs.common.devices import device_of, seeded
-from runs.common.images import CLASSES, SHAPE, class_context
+from runs.common.images import CLASSES, SHAPE, context_for
 
 CHUNK = 500  # images made at once
+
+
+class Sampling(NamedTuple):
+    """Which samples of a flow are asked for: how many, the factor on the base's noise, and the seed of that noise."""
+
+    samples: int
+    temperature: float
+    seed: int
 
 
 @torch.no_grad()
@@ -26,7 +35,7 @@ def decode(flow: Flow, noise: Tensor, context: Tensor | None) -> Tensor:
 
 def in_turn(flow: Flow, count: int) -> Tensor | None:
     """A context for ``count`` samples, class after class; ``None`` for an unconditional flow."""
-    return None if flow.context_features is None else class_context(torch.arange(count) % CLASSES)
+    return context_for(flow, torch.arange(count) % CLASSES)
 
 
 def base_noise(count: int, temperature: float, seed: int) -> Tensor:

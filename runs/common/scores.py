@@ -2,9 +2,11 @@
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -12,11 +14,13 @@ from adapters.flow import Flow
 from adapters.vae import VAE
 from runs.common.densities import Density
 from runs.common.devices import device_of, seeded
-from runs.common.images import dequantize
+from runs.common.images import bits_per_dim, context_for, dequantize
+from runs.common.progress import progress
 
 TEST_POINTS = 100_000  # fresh points of a density in the plane
 EVALUATION_SEED = 0  # of the noise on validation and test images: always the same
 CHUNK = 500  # images scored at once
+ELBO_DRAWS = 10  # of z for each test image
 ROWS = 5_000  # draws of z scored at once, for the importance weights
 MATCHED = 10_000  # draws of prior and posterior that the classifier tells apart
 
@@ -91,12 +95,52 @@ def log_likelihoods(
     scores = []
     contexts = itertools.repeat(None) if context is None else context.split(CHUNK)
     mine = slice(share[0], None, share[1])
-    for chunk, given in zip(images.split(CHUNK), contexts, strict=False):
-        chunk = chunk.to(device)
-        given = None if given is None else given[mine].to(device)
-        each = [flow.log_prob(dequantize(chunk, generator)[mine], given) for _ in range(draws)]
-        scores.append(torch.stack(each).logsumexp(0) - math.log(draws))
+    with progress(draws * len(images), "scoring", "image", quiet=share[0] > 0) as bar:
+        for chunk, given in zip(images.split(CHUNK), contexts, strict=False):
+            chunk = chunk.to(device)
+            given = None if given is None else given[mine].to(device)
+            each = []
+            for _ in range(draws):
+                each.append(flow.log_prob(dequantize(chunk, generator)[mine], given))
+                bar.update(len(chunk))
+            scores.append(torch.stack(each).logsumexp(0) - math.log(draws))
     return torch.cat(scores)
+
+
+def score_images(flow: Flow, images: Tensor, labels: Tensor, importance: int = 0) -> dict[str, float]:
+    """What held-out images say: the mean NLL in nats, and bits per dimension with the mean's standard error.
+
+    Args:
+        flow: of dequantised images, ``(n, D)``.
+        images: bytes ``(n, height, width)``.
+        labels: their classes, for a conditional flow.
+        importance: draws of dequantisation noise for an image's importance-weighted bits per dimension; 0 for none.
+    """
+    context, dimensions = context_for(flow, labels), images[0].numel()
+    scores = log_likelihoods(flow, images, context).cpu().double()
+    nll = -scores.mean().item()
+    metrics = {
+        "bits_per_dim": bits_per_dim(nll, dimensions),
+        "bits_per_dim_stderr": standard_error(scores, dimensions),
+        "nll": nll,
+    }
+    if importance:
+        scores = log_likelihoods(flow, images, context, importance).cpu().double()
+        metrics |= {
+            "bits_per_dim_importance": bits_per_dim(-scores.mean().item(), dimensions),
+            "bits_per_dim_importance_stderr": standard_error(scores, dimensions),
+            "importance_samples": importance,
+        }
+    return metrics
+
+
+def shared_bits_per_dim(flow: Flow, images: Tensor, labels: Tensor, accelerator: Accelerator) -> float:
+    """Mean bits per dimension of held-out images; several processes share the work, and all get the same figure."""
+    share = (accelerator.process_index, accelerator.num_processes)
+    scores = log_likelihoods(flow, images, context_for(flow, labels), share=share)
+    total = accelerator.reduce(scores.sum(), "sum")
+    assert isinstance(total, Tensor)  # as what went in
+    return bits_per_dim(-total.item() / len(images), images[0].numel())
 
 
 def standard_error(scores: Tensor, dimensions: int) -> float:
@@ -107,20 +151,74 @@ def standard_error(scores: Tensor, dimensions: int) -> float:
 # The VAE
 
 
+def score_vae(
+    vae: VAE, test: Tensor, train: Tensor, importance_samples: int, importance_images: int
+) -> dict[str, float]:
+    """Test ELBO and its terms, log p(x), all in nats per image, and how well prior and aggregate posterior match.
+
+    log p(x) is the ELBO over all images plus the mean gap over some of them, evenly spaced in the test set. The gap
+    differs little from image to image, unlike log p(x) itself, so few images give its mean.
+
+    Args:
+        vae: the model.
+        test: images, ``(n, D)``.
+        train: training images, for their ELBO.
+        importance_samples: draws of z for an image's log p(x).
+        importance_images: how many test images say how large the gap is.
+    """
+    reconstruction, kl = elbo_terms(vae, test, ELBO_DRAWS, doing="scoring: ELBO")
+    elbo = reconstruction - kl
+    some = torch.linspace(0, len(test) - 1, min(importance_images, len(test))).round().long()
+    gaps = importance_gaps(vae, test[some], importance_samples)
+    elbo_train = mean_elbo(vae, train)
+    posterior, prior = draws_of_both(vae, test)
+    return {
+        "elbo": elbo.mean().item(),
+        "elbo_stderr": elbo.std(correction=0).item() / math.sqrt(len(elbo)),
+        "reconstruction": reconstruction.mean().item(),
+        "kl": kl.mean().item(),
+        "log_likelihood": (elbo.mean() + gaps.mean()).item(),
+        "importance_samples": importance_samples,
+        "importance_images": len(some),
+        "prior_match": two_sample_accuracy(posterior, prior),
+        "elbo_train": elbo_train,
+    }
+
+
+def mean_over_seeds(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the seeds and, for what is estimated, standard deviations; ``interrupted`` if any seed was."""
+    interrupted = any(found.get("interrupted") for found in metrics)
+    metrics = [{key: value for key, value in found.items() if key != "interrupted"} for found in metrics]
+    means = {key: statistics.fmean(found[key] for found in metrics) for key in metrics[0]}
+    means = {key: int(mean) if isinstance(metrics[0][key], int) else mean for key, mean in means.items()}
+    if len(metrics) > 1:
+        for key in ("elbo", "reconstruction", "kl", "log_likelihood", "prior_match"):
+            means[f"{key}_std"] = statistics.stdev(found[key] for found in metrics)
+    return means | ({"interrupted": True} if interrupted else {})
+
+
 @torch.no_grad()
-def elbo_terms(vae: VAE, images: Tensor, draws: int = 1) -> tuple[Tensor, Tensor]:
-    """Reconstruction and KL of each image in nats, ``(n,)``, means over ``draws`` of z, with noise fixed in advance."""
+def elbo_terms(vae: VAE, images: Tensor, draws: int = 1, doing: str | None = None) -> tuple[Tensor, Tensor]:
+    """Reconstruction and KL of each image in nats, ``(n,)``, means over ``draws`` of z, with noise fixed in advance.
+
+    If it takes long, a progress bar says what is being done, if ``doing`` does.
+    """
     device = device_of(vae)
     terms = []
-    with seeded(EVALUATION_SEED, device):
+    with (
+        seeded(EVALUATION_SEED, device),
+        progress(len(images), doing or "", "image", quiet=doing is None) as bar,
+    ):
         for chunk in images.split(CHUNK):
             each = [torch.stack(vae.terms(chunk.to(device))) for _ in range(draws)]
             terms.append(torch.stack(each).mean(0).cpu())
+            bar.update(len(chunk))
     reconstruction, kl = torch.cat(terms, dim=1).double()
     return reconstruction, kl
 
 
 def mean_elbo(vae: VAE, images: Tensor) -> float:
+    """The ELBO in nats per image, with one draw of z for each, and noise fixed in advance."""
     reconstruction, kl = elbo_terms(vae, images)
     return (reconstruction - kl).mean().item()
 
@@ -134,10 +232,11 @@ def importance_gaps(vae: VAE, images: Tensor, samples: int) -> Tensor:
     """
     device = device_of(vae)
     gaps = []
-    with seeded(EVALUATION_SEED, device):
+    with seeded(EVALUATION_SEED, device), progress(len(images), "scoring: log p(x)", "image") as bar:
         for chunk in images.split(max(1, ROWS // samples)):
             log_weights = vae.log_weights(chunk.to(device), samples).cpu().double()
             gaps.append(log_weights.logsumexp(0) - math.log(samples) - log_weights.mean(0))
+            bar.update(len(chunk))
     return torch.cat(gaps)
 
 
@@ -158,7 +257,11 @@ def two_sample_accuracy(one: Tensor, other: Tensor, epochs: int = 30) -> float:
     x = torch.cat((one, other))
     x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
     y = torch.cat((torch.ones(len(one)), torch.zeros(len(other))))
-    with seeded(EVALUATION_SEED, x.device), torch.enable_grad():
+    with (
+        seeded(EVALUATION_SEED, x.device),
+        torch.enable_grad(),
+        progress(epochs, "scoring: prior and posterior", "epoch") as bar,
+    ):
         train, judged = torch.randperm(len(x)).tensor_split(2)
         network = nn.Sequential(
             nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1), nn.Flatten(0)
@@ -169,4 +272,5 @@ def two_sample_accuracy(one: Tensor, other: Tensor, epochs: int = 30) -> float:
                 optimizer.zero_grad()
                 binary_cross_entropy_with_logits(network(x[rows]), y[rows]).backward()
                 optimizer.step()
+            bar.update()
         return ((network(x[judged]) > 0).float() == y[judged]).double().mean().item()

@@ -1,7 +1,7 @@
 """What a run saves for its pictures, so that they can be drawn again without any training."""
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -12,6 +12,8 @@ from runs.common.options import RunOptions
 from runs.common.results import newest_run, open_directory
 
 FILE = "pictures.pt"
+# What is raised when a file is read that is damaged, or of another version.
+DAMAGED = (RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError, pickle.UnpicklingError)
 
 
 @dataclass
@@ -19,7 +21,8 @@ class Record:
     """All that the pictures of a run are drawn from: losses, densities, samples, latents, frames, …
 
     A subclass declares what its pictures need, as tensors on the CPU, numbers, strings, and tuples, lists and
-    dictionaries of these; and it draws them in ``draw``, from nothing else.
+    dictionaries of these; and it draws them in ``draw``, from nothing else. A dataclass among them comes back from the
+    file as a dictionary.
     """
 
     def draw(self, out: Path) -> list[Path]:
@@ -28,7 +31,7 @@ class Record:
 
     def save(self, directory: Path) -> Path:
         """Write it beside the run's other results, whole or not at all."""
-        content = {"kind": type(self).__name__, "values": vars(self)}
+        content = {"kind": type(self).__name__, "values": asdict(self)}
         return write_atomically(directory / FILE, lambda unfinished: torch.save(content, unfinished))
 
     @classmethod
@@ -47,7 +50,7 @@ class Record:
             kind, values = content["kind"], content["values"]
             if kind == cls.__name__:
                 return cls(**values)
-        except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        except DAMAGED as error:
             raise ValueError(f"{path} is damaged, or not of this version: run it again") from error
         raise ValueError(f"{path} is of a run of another script: its pictures are a {kind}, not a {cls.__name__}")
 
