@@ -159,6 +159,10 @@ class ModelOptions(FlowOptions):
         made = PRIORS[prior](Ingredients(self.latent, encoder, partial(self.build, self.latent), images))
         return VAE(made, encoder, Decoder(self.latent, PIXELS, self.width[::-1], self.dropout))
 
+    def trial_vae(self, prior: str) -> VAE:
+        """The same, made of noise: it shows whether such a VAE can be made, and how long its steps take."""
+        return self.vae(prior, torch.rand(min(self.components, 1_000), PIXELS).round())
+
 
 @dataclass(frozen=True)
 class VAETrainingOptions(EpochOptions):
@@ -264,17 +268,16 @@ def main(
         draw: whether to draw the pictures.
         rounds: of the benchmark.
     """
-    images, model, training, evaluation, run = vars(options).values()
+    model, training, evaluation, run = options.model, options.training, options.evaluation, options.run
     if run.load is not None:
         draw_again(VAERecord, run)
         return {}
     for prior in model.priors():
-        model.vae(prior, torch.zeros(1, PIXELS))  # what can't be built says so now, not after other priors' trainings
+        model.trial_vae(prior)  # what can't be made says so now, not after the trainings of other priors
     accelerator = make_accelerator(run.device, training.precision)
     if run.benchmark:
         torch.manual_seed(0)
-        vae = model.vae("flow", torch.zeros(1, PIXELS)).to(accelerator.device)
-        return benchmark(vae, training.batch_size, rounds)
+        return benchmark(model.trial_vae("flow").to(accelerator.device), training.batch_size, rounds)
     with_flow = model.prior in ("flow", "all")
     out = run.out or RESULTS / "-".join([model.prior] + [model.flow] * with_flow)
     trainings = options.trainings()
@@ -282,20 +285,19 @@ def main(
         check_resumable(out / trainings[0].name())
     open_directory(out)
     with accelerator.local_main_process_first():  # the others find the files that the first one fetched
-        data = read(images.dataset, run.data_dir).first(images.limit)
-    test, train_part = (
-        images.prepare(part, EVALUATION_SEED) for part in (data.test, data.train[: len(data.validation)])
-    )
+        images = read(options.images.dataset, run.data_dir).first(options.images.limit)
+    some = images.train[: len(images.validation)]
+    test, some = (options.images.prepare(part, EVALUATION_SEED) for part in (images.test, some))
 
-    found: dict[str, list[dict[str, float]]] = {}  # by prior, for one seed after the other
+    by_prior: dict[str, list[dict[str, float]]] = {}  # metrics, for one seed after the other
     record = VAERecord({})
     for each in trainings:
-        vae, fitted = train(each, data, out / each.name(), accelerator)
+        vae, fitted = train(each, images, out / each.name(), accelerator)
         if accelerator.is_main_process:
             prior, seed = each.model.prior, each.training.seed
-            metrics = score_vae(vae, test, train_part, evaluation.importance_samples, evaluation.importance_images)
+            metrics = score_vae(vae, test, some, evaluation.importance_samples, evaluation.importance_images)
             metrics |= training_metrics(vae, fitted, training.batch_size)
-            found.setdefault(prior, []).append(metrics)
+            by_prior.setdefault(prior, []).append(metrics)
             print(
                 f"elbo {metrics['elbo']:.2f}   reconstruction {metrics['reconstruction']:.2f}   "
                 f"kl {metrics['kl']:.2f}   prior_match {metrics['prior_match']:.3f}   "
@@ -303,16 +305,16 @@ def main(
             )
             if seed == training.seed:
                 save_prior(vae, out)
-                shown = PriorRecord.of(title(prior), vae, fitted, metrics, test, data.test_labels, seed)
+                shown = PriorRecord.of(title(prior), vae, fitted, metrics, test, images.test_labels, seed)
                 record.priors[prior] = shown
         if fitted.interrupted:
             break
     if not accelerator.is_main_process:
         return {}
 
-    means = {prior: mean_over_seeds(metrics) for prior, metrics in found.items()}
+    means = {prior: mean_over_seeds(metrics) for prior, metrics in by_prior.items()}
     write_metrics(out, "pyro_vae", flat(options) | {"out": out}, training.seed, means)
-    report(means, comparable=images.binarize == "threshold" and images.dataset == "MNIST")
+    report(means, options.images.binarize == "threshold" and options.images.dataset == "MNIST")
     record.save(out)
     if draw:
         print("\n".join(f"  {path}" for path in record.draw(out)))

@@ -16,6 +16,7 @@ from runs.common.devices import device_of, seeded
 from runs.common.images import SHAPE, mosaic
 from runs.common.pictures import figures
 from runs.common.pictures.record import Record
+from runs.common.progress import progress
 from runs.common.samples import decoded_samples
 from runs.common.scores import EVALUATION_SEED, draws_of_both
 from runs.common.training_state import Fitted
@@ -240,8 +241,12 @@ def in_a_plane(vae: VAE, test: Tensor) -> dict[str, Any]:
         density = vae.prior().log_prob(points).exp().view(GRID, GRID).cpu()
     else:
         times, draws = DENSITY_DRAWS
-        with seeded(EVALUATION_SEED, device):
-            many = project(torch.cat([vae.prior().sample((draws,)).cpu() for _ in range(times)])).numpy()
+        parts = []
+        with seeded(EVALUATION_SEED, device), progress(times * draws, "drawing from the prior", "draw") as bar:
+            for _ in range(times):
+                parts.append(project(vae.prior().sample((draws,)).cpu()))
+                bar.update(draws)
+        many = torch.cat(parts).numpy()
         counts = np.histogram2d(many[:, 1], many[:, 0], bins=GRID, range=[(-reach, reach)] * 2)[0]
         density = torch.from_numpy(smooth(counts))
     return {
