@@ -17,19 +17,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, TransformedDistribution, transforms
 from torch.overrides import TorchFunctionMode
 
+from adapters.bridges.common.bounds import Limits, bounds, within
+from adapters.bridges.common.context import Width, one_width
+from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
-from adapters.bridges.common.torch_distributions import (
-    ExportedTransform,
-    ForeignFlow,
-    Held,
-    Limits,
-    TorchBase,
-    Width,
-    bounds,
-    one_width,
-    rows,
-    within,
-)
+from adapters.bridges.common.held import Held
+from adapters.bridges.common.tensors import per_row
+from adapters.bridges.common.torch_base import TorchBase
 from adapters.checks import check_context, naming_shape
 from adapters.finite import finite_rows
 from adapters.flow import Flow
@@ -82,8 +76,7 @@ class TorchTransform(Transform):
         self.backwards = [backwards for _, backwards in steps]
         self.one_way = [_name(part) for part, backwards in steps if backwards and not _has_inverse(part)]
         widths = [context_features, *(_context_of(part) for part, _ in steps)]
-        widths = [width for width in widths if width is not None]
-        self.context_features = one_width(widths, f"the context of {self.name}") if widths else None
+        self.context_features = one_width(widths, f"the context of {self.name}")
         self.features = next((width for width in (_features(part) for part, _ in reversed(steps)) if width), None)
         self.keeps_shape = not any(_changes_shape(part) for part, _ in steps)
         self.takes_any_row = not any("Spline" in _name(part) for part, _ in steps)  # Pyro's assert something of them
@@ -173,8 +166,7 @@ def flow_in(thing) -> Flow | None:
         base = TorchBase(source, noise_shape)
     else:
         return None
-    flow = ForeignFlow if transform.context_features is ... else Flow
-    return flow(transform, base, shape, transform.context_features)
+    return Flow(transform, base, shape, transform.context_features)
 
 
 def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool):
@@ -258,7 +250,7 @@ def _change(part, called: bool, value: Tensor) -> tuple[Tensor, Tensor]:
     A part keeps its last (x, y), and with it what the log-determinant at these very tensors needs.
     """
     x, y = (value, part(value)) if called else (_inverse(part, value), value)
-    log_det = rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
+    log_det = per_row(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
     return (y, log_det) if called else (x, -log_det)
 
 

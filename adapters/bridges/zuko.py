@@ -16,19 +16,13 @@ from nflows.transforms import IdentityTransform, InverseNotAvailable, Transform
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from adapters.bridges.common.bounds import bounds, nowhere, within
+from adapters.bridges.common.context import AnyContextFlow, Width, one_width
+from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
-from adapters.bridges.common.torch_distributions import (
-    ExportedTransform,
-    ForeignFlow,
-    Held,
-    TorchBase,
-    Width,
-    bounds,
-    nowhere,
-    one_width,
-    rows,
-    within,
-)
+from adapters.bridges.common.held import Held
+from adapters.bridges.common.tensors import per_row
+from adapters.bridges.common.torch_base import TorchBase
 from adapters.checks import check_context, check_event, naming_shape
 from adapters.finite import finite_rows
 from adapters.flow import Flow
@@ -86,7 +80,9 @@ class ZukoTransform(Transform):
         self.name = f"zuko's {type(lazy.thing if isinstance(lazy, Held) else lazy).__name__}"
         parts = [_reads(part) for part in _parts(lazy)]
         self.features = parts[0][0], parts[-1][0]
-        self.context_features = _one_width([*widths, *(width for _, read in parts for width in read)])
+        self.context_features = one_width(
+            [*widths, *(w for _, read in parts for w in read)], "the context of a zuko flow"
+        )
         if self.context_features is not ...:
             _check_bijective(lazy(_some_context(lazy, self.context_features)))
         gradient_cutting = zuko.flows.neural.MNN, zuko.flows.neural.UMNN, zuko.flows.FFJTransform
@@ -152,7 +148,7 @@ def _call(transform, x: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
 
     def values(x: Tensor) -> tuple[Tensor, Tensor]:
         y, log_det = transform.call_and_ladj(x)
-        return y, rows(log_det, x, transform.domain.event_dim)
+        return y, per_row(log_det, x, transform.domain.event_dim)
 
     return within(bounds(transform.domain), x, scoring, values)
 
@@ -180,13 +176,13 @@ def _invert(transform, y: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
     def values(y: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(transform, transforms.FreeFormJacobianTransform):
             x, log_det = transform.inv.call_and_ladj(y)
-            return x, rows(log_det, y, 1)
+            return x, per_row(log_det, y, 1)
         x = _preimage(transform, y, missed=math.nan)
         if not _bisects(transform):
-            return x, -rows(transform.log_abs_det_jacobian(x, y), x, transform.domain.event_dim)
+            return x, -per_row(transform.log_abs_det_jacobian(x, y), x, transform.domain.event_dim)
         missed = x.isnan() & ~y.isnan()
         inside = x.masked_fill(missed, 0.0)
-        return nowhere(missed, inside, -rows(transform.log_abs_det_jacobian(inside, y), x, 0), scoring)
+        return nowhere(missed, inside, -per_row(transform.log_abs_det_jacobian(inside, y), x, 0), scoring)
 
     return within(bounds(transform.codomain), y, scoring, values)
 
@@ -279,7 +275,7 @@ def flow_in(thing) -> Flow | None:
         return None
     widths = _reads(base)[1]
     if transform is None:
-        width, inner = _one_width(widths), IdentityTransform()
+        width, inner = one_width(widths, "the context of a zuko flow"), IdentityTransform()
     else:
         inner = ZukoTransform(transform, widths)
         width = inner.context_features
@@ -296,7 +292,9 @@ def flow_in(thing) -> Flow | None:
     else:
         shape = distribution.expand((1,)).event_shape
     event_shape = shape if transform is None else _data_shape(transform, shape, context, width)
-    return (ForeignFlow if width is ... else Flow)(inner, TorchBase(base, shape), event_shape, width)
+    if width is ...:
+        return AnyContextFlow(inner, TorchBase(base, shape), event_shape, needs_context=False)
+    return Flow(inner, TorchBase(base, shape), event_shape, width)
 
 
 def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool) -> nn.Module:
@@ -372,7 +370,7 @@ def _parts(lazy: nn.Module) -> Iterator[nn.Module]:
 def _reads(part: nn.Module) -> tuple[int | None, list[Width]]:
     """The width of the data that one transform or base takes, ``None`` if unknown, and the contexts it reads.
 
-    No context in the list means that whatever is given is ignored; ``None`` in it, that there must be none. A layer of
+    No context in the list means that whatever is given is ignored; 0 in it, that there must be none. A layer of
     a user's own may say it by an attribute ``context_features``.
     """
     zuko = import_zuko()
@@ -380,7 +378,7 @@ def _reads(part: nn.Module) -> tuple[int | None, list[Width]]:
     if isinstance(part, Held | lazy.UnconditionalTransform | lazy.UnconditionalDistribution | lazy.Unconditional):
         return None, []
     if isinstance(part, _exported()):
-        return None, [getattr(part.transform, "context_features", ...)]
+        return None, [_said(part.transform)]
     if isinstance(part, lazy.Flow):
         return None, [width for inner in (*_parts(part.transform), part.base) for width in _reads(inner)[1]]
     try:
@@ -400,14 +398,16 @@ def _reads(part: nn.Module) -> tuple[int | None, list[Width]]:
             features = width if elementwise else None
             context = 0 if unconditional else part.hyper.in_features
         else:
-            return None, [getattr(part, "context_features", ...)]
+            return None, [_said(part)]
     except AttributeError:  # another network in the place of zuko's own: it need not say its widths
         return None, [...]
-    return features, [context or None]
+    return features, [context]
 
 
-def _one_width(widths: list[Width]) -> Width:
-    return one_width(widths, "the context of a zuko flow") if widths else None
+def _said(part: nn.Module) -> Width:
+    """What a part's attribute ``context_features`` says, where ``None`` means that it must be given none."""
+    width = getattr(part, "context_features", ...)
+    return 0 if width is None else width
 
 
 def _some_context(module: nn.Module, width: Width) -> Tensor | None:
