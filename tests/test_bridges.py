@@ -582,7 +582,7 @@ def test_normflows_refuses_what_is_no_exact_bijection():
         as_transform(flows.MaskedAffineFlow(torch.tensor([1.0, 0, 1])))(torch.randn(5, 4))
     with pytest.raises(ValueError, match=r"takes 4 features, not inputs of shape \(5, 8, 2, 2\)"):
         as_transform(flows.Composite([flows.GlowBlock(4, 8, use_lu=False), flows.Squeeze()]))(torch.randn(5, 2, 4, 4))
-    with pytest.raises(ValueError, match="do not agree about its width: 3, 2"):
+    with pytest.raises(ValueError, match="do not agree about its width: 2, 3"):
         layers = [flows.MaskedAffineAutoregressive(4, 8, context_features=width) for width in (2, 3)]
         as_transform(flows.Composite(layers))
 

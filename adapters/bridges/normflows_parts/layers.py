@@ -1,8 +1,8 @@
 """One layer of normflows as an nflows transform, and chains of them.
 
-normflows runs noise → data, lists the noise side first, and has ``Composite`` and ``Reverse`` for chains and inverses.
-These are nflows' ``CompositeTransform`` and ``InverseTransform`` here, since ``Composite`` adds up log-determinants in
-float32, and both drop the context.
+normflows' ``Composite`` and ``Reverse`` become nflows' ``CompositeTransform`` and ``InverseTransform``, since
+``Composite`` adds up log-determinants in float32 and both drop the context. As in normflows, a chain runs noise → data
+and lists the noise side first; one ``InverseTransform`` around the whole turns it round.
 """
 
 import copy
@@ -24,7 +24,7 @@ from adapters.checks import check_context, naming_shape
 
 
 class NormflowsLayer(Transform):
-    """A layer of normflows, which runs noise → data, as an nflows transform, which runs data → noise.
+    """A layer of normflows as an nflows transform: ``forward`` runs noise → data here as there.
 
     A layer that is wrong when normflows runs it is run in another way, which the table in ``corrections`` says.
 
@@ -33,10 +33,10 @@ class NormflowsLayer(Transform):
 
     Args:
         layer: of a class of normflows, or derived from its ``Flow``.
-        inverted: whether an ``InverseTransform`` stands around it, so that data go through its ``inverse``.
+        inverted: whether the chain runs it backwards, so that noise goes through its ``inverse``.
 
     Raises:
-        InverseNotAvailable: for a layer without the direction data → noise; of an inverted one, when it is called.
+        InverseNotAvailable: for a layer without an ``inverse``: at once, unless it is inverted, and else in ``inverse``.
         ValueError: for a layer that is no bijection or whose log-determinant is random; in a call, for a context that
             is missing, superfluous or of another shape, or an input of another shape.
         nflows.transforms.base.InputOutsideDomain: in a call, for inputs outside [0, 1] of a spline with ``tails=None``,
@@ -63,31 +63,36 @@ class NormflowsLayer(Transform):
         self.name = f"normflows' {type(layer).__name__}"
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(inputs, context, inverse=False)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if not self.has_inverse:
             raise InverseNotAvailable(f"{type(self.layer).__name__} has no inverse, so this flow cannot sample")
         return self._run(inputs, context, inverse=True)
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return self._run(inputs, context, inverse=False)
-
     def _run(self, inputs: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         """The layer's own ``forward``, or its ``inverse``."""
         tensor = inputs if isinstance(inputs, Tensor) else inputs[0]  # between a Split and a Merge, there are two
+        shape = tensor.shape
         context = None if self.drops_context else context
         check_context(context, self.context_features, tensor, self.name)
-        if self.features is not None and tensor.shape[1:2] != (self.features,):
-            raise ValueError(f"{self.name} takes {self.features} features, not inputs of shape {tuple(tensor.shape)}")
-        if self.keeps_shape and tensor.shape[0] == 0:  # which some layers cannot reshape
-            return inputs.new_zeros(inputs.shape), inputs.new_zeros(0)
-        contexts = () if self.context_features is None else (context,)
-        given = self._ready(from_data=inverse != self.inverted), inputs, contexts, inverse
-        with naming_shape(tensor, self.name):
-            try:
-                outputs, log_det = self.way(*given)
-            except AssertionError:  # of a spline, whose discriminant rounding or a NaN has made negative
-                outputs, log_det = run_in_float64(self.way, *given)
-        if self.keeps_shape and outputs.shape != inputs.shape:
-            raise ValueError(f"{self.name} takes no inputs of shape {tuple(inputs.shape)}")
+        if self.features is not None and shape[1:2] != (self.features,):
+            raise ValueError(f"{self.name} takes {self.features} features, not inputs of shape {tuple(shape)}")
+        if self.keeps_shape and shape[0] == 0:  # which some layers cannot reshape
+            return inputs.new_zeros(shape), inputs.new_zeros(0)
+        layer = self._ready(from_data=inverse != self.inverted) if self.actnorms else self.layer
+        given = layer, inputs, () if self.context_features is None else (context,), inverse
+        try:
+            outputs, log_det = self.way(*given)
+        except AssertionError:  # of a spline, whose discriminant rounding or a NaN has made negative
+            outputs, log_det = run_in_float64(self.way, *given)
+        except (RuntimeError, IndexError):
+            with naming_shape(tensor, self.name):
+                raise
+        if self.keeps_shape and outputs.shape != shape:
+            raise ValueError(f"{self.name} takes no inputs of shape {tuple(shape)}")
+        if isinstance(log_det, Tensor) and log_det.shape == shape[:1]:  # as of most layers, which is told fast
+            return outputs, log_det.to(tensor)
         return outputs, per_row(log_det, tensor)
 
     def _ready(self, from_data: bool) -> nn.Module:
@@ -153,8 +158,10 @@ def chain(layers: list[NormflowsLayer], conditional: bool) -> Transform:
     """
     for layer in layers:
         layer.drops_context = conditional and layer.context_features is None
-    transforms = [InverseTransform(layer) if layer.inverted else layer for layer in reversed(layers)]
-    return transforms[0] if len(transforms) == 1 else CompositeTransform(transforms)
+    if len(layers) == 1 and layers[0].inverted:
+        return layers[0]
+    parts = [InverseTransform(layer) if layer.inverted else layer for layer in layers]
+    return InverseTransform(parts[0] if len(parts) == 1 else CompositeTransform(parts))
 
 
 def data_shape(noise_shape: torch.Size, layers: list[NormflowsLayer]) -> torch.Size:
