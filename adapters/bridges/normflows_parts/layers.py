@@ -36,7 +36,7 @@ class NormflowsLayer(Transform):
         inverted: whether the chain runs it backwards, so that noise goes through its ``inverse``.
 
     Raises:
-        InverseNotAvailable: for a layer without an ``inverse``: at once, unless it is inverted, and else in ``inverse``.
+        InverseNotAvailable: for a layer without an ``inverse``; if it is inverted, only when ``inverse`` is called.
         ValueError: for a layer that is no bijection or whose log-determinant is random; in a call, for a context that
             is missing, superfluous or of another shape, or an input of another shape.
         nflows.transforms.base.InputOutsideDomain: in a call, for inputs outside [0, 1] of a spline with ``tails=None``,
