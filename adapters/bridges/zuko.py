@@ -98,22 +98,25 @@ class ZukoTransform(Transform):
 
     @finite_rows
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with naming_shape(inputs, self.name):
-            return _run(self._transform(inputs, context), inputs, inverse=False, scoring=True)
+        return self._checked(inputs, context, self.name, inverse=False)
 
     @finite_rows
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with naming_shape(inputs, f"the inverse of {self.name}"):
-            return _run(self._transform(inputs, context), inputs, inverse=True, scoring=False)
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self._checked(inputs, context, f"the inverse of {self.name}", inverse=True)
 
-    def _transform(self, inputs: Tensor, context: Tensor | None) -> torch.distributions.Transform:
-        if self.features is not None:
-            check_event(inputs, (self.features,), self.name)
+    def _checked(self, inputs: Tensor, context: Tensor | None, what: str, inverse: bool) -> tuple[Tensor, Tensor]:
         check_context(context, self.context_features, inputs, self.name)
+        if self.features is not None:
+            check_event(inputs, (self.features,), what)
+            return self._run(inputs, context, inverse)
+        with naming_shape(inputs, what):
+            return self._run(inputs, context, inverse)
+
+    def _run(self, inputs: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         transform = self.lazy(context)
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
             self._check_traceable(transform)
-        return transform
+        return _run(transform, inputs, inverse, scoring=not inverse)
 
     def _check_traceable(self, transform: torch.distributions.Transform) -> None:
         zuko = import_zuko().transforms
