@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from adapters.bridges import as_flow
 from adapters.catalogue import build_flow, check_options
+from adapters.checks import shown
 from adapters.preprocess import PREPROCESSORS
 
 FILE = "flow.safetensors"
@@ -150,7 +151,7 @@ class _Unusable(ValueError):
 
 def _file(directory: str | Path) -> Path:
     if not isinstance(directory, str | os.PathLike):
-        raise TypeError(f"directory must be a path, not {directory!r}")
+        raise TypeError(f"directory must be a path, not {shown(directory)}")
     path = Path(directory)
     return path if path.suffix == ".safetensors" and not path.is_dir() else path / FILE
 
@@ -173,7 +174,7 @@ def _recipe_of(flow: Flow, maker: str | None, arguments: dict | None) -> tuple[d
     """What JSON can hold of the recipe, and its tensors."""
     tensors = {}
     if not isinstance(arguments, dict | None):
-        raise TypeError(f"arguments must be a dictionary, not {arguments!r}")
+        raise TypeError(f"arguments must be a dictionary, not {shown(arguments)}")
     if maker is not None:
         recipe = {"maker": maker, "arguments": {} if arguments is None else arguments}
         _function(maker)
@@ -349,7 +350,7 @@ def _check_maker(path: Path, maker: str | None, given: str | None) -> None:
 def _function(maker: str) -> Callable[..., Any]:
     """The function of that name, imported."""
     if not isinstance(maker, str) or not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", maker):
-        raise ValueError(f"a maker is named as 'my_module:my_function', not {maker!r}")
+        raise ValueError(f"a maker is named as 'my_module:my_function', not {shown(maker)}")
     module, _, attribute = maker.partition(":")
     try:
         found = importlib.import_module(module)

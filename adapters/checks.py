@@ -2,8 +2,10 @@
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from types import EllipsisType
 
 import torch
@@ -15,7 +17,32 @@ def check_tensor(thing: Tensor, what: str) -> None:
     if not isinstance(thing, Tensor):
         kind = type(thing)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        raise TypeError(f"{what} must be a torch.Tensor, not a {name}: give torch.as_tensor(…, dtype=torch.float32)")
+        article = "an" if name[0] in "aeiou" else "a"
+        raise TypeError(
+            f"{what} must be a torch.Tensor, not {article} {name}: give torch.as_tensor(…, dtype=torch.float32)"
+        )
+
+
+def check_network(network: nn.Module, name: str) -> None:
+    """Raise a TypeError unless ``network``, the argument of this name, can be called on a tensor."""
+    if isinstance(network, type):
+        raise TypeError(f"{name} must be a network, not the class {network.__name__}: make one, {network.__name__}(…)")
+    if isinstance(network, Tensor) or not callable(network):
+        raise TypeError(f"{name} must be a network, such as an nn.Module, not {shown(network)}")
+
+
+def sizes(shape: Iterable[int], name: str) -> torch.Size:
+    """A shape as torch's; a TypeError that says what it is called, if it is none."""
+    try:
+        return torch.Size(shape)
+    except TypeError:
+        remedy = f"; give ({shape},)" if isinstance(shape, Integral) else ""
+        raise TypeError(f"{name} must be a tuple of integers, such as (3,), not {shown(shape)}{remedy}") from None
+
+
+def shown(value) -> str:
+    """What was given, as it would be typed, on one line of a message: the whole of a number, the start of a module."""
+    return textwrap.shorten(repr(value), 100, placeholder=" …")
 
 
 def explain_mismatch(error: BaseException, module: nn.Module, name: str, **tensors: Tensor | None) -> None:
@@ -59,7 +86,9 @@ def explain_mismatch(error: BaseException, module: nn.Module, name: str, **tenso
 
 
 def check_event(inputs: Tensor, event_shape: Sequence[int], what: str) -> None:
-    """Raise a ValueError unless ``inputs`` is ``(batch, *event_shape)``."""
+    """Raise a ValueError unless ``inputs`` is ``(batch, *event_shape)``, a TypeError for what is no tensor."""
+    if not isinstance(inputs, Tensor):
+        check_tensor(inputs, f"the inputs of {what}")
     if inputs.dim() == 0 or inputs.shape[1:] != tuple(event_shape):
         expected = ", ".join(["batch", *map(str, event_shape)])
         raise ValueError(f"{what} takes inputs of shape ({expected}), not {tuple(inputs.shape)}")
@@ -67,14 +96,20 @@ def check_event(inputs: Tensor, event_shape: Sequence[int], what: str) -> None:
 
 def check_output(output: Tensor, shape: Sequence[int], network: str) -> Tensor:
     """The output itself; a ValueError unless it has this very shape (a broadcast would falsify the log-determinant)."""
-    if output.shape != tuple(shape):
-        raise ValueError(f"{network} must return shape {tuple(shape)}, but returned {tuple(output.shape)}")
+    if not isinstance(output, Tensor) or output.shape != tuple(shape):
+        returned = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"{network} must return shape {tuple(shape)}, but returned {returned}")
     return output
 
 
 def check_positive(**values: float) -> None:
-    """Raise a ValueError unless every value is above zero and finite; the keyword is the name the user knows it by."""
+    """Raise a ValueError unless every value is above zero and finite, a TypeError for what is no number.
+
+    The keyword is the name the user knows it by.
+    """
     for name, value in values.items():
+        if not isinstance(value, Real | Tensor):
+            raise TypeError(f"{name} must be a number, not {shown(value)}")
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive{' and finite' if value == math.inf else ''}, not {value}")
 
@@ -100,11 +135,26 @@ def check_context(context: Tensor | None, width: int | EllipsisType | None, inpu
         if width not in (None, ...):
             raise ValueError(f"{what} is conditional: give a context of shape (batch, {width})")
         return
+    if not isinstance(context, Tensor):
+        check_tensor(context, f"the context of {what}")
     if width is None:
         raise ValueError(f"{what} is unconditional, but a context of shape {tuple(context.shape)} was given")
     if width is not ...:
+        check_no_labels(context, width, f"the context of {what}")
         check_event(context, (width,), f"the context of {what}")
     check_rows(context, inputs, what)
+
+
+def check_no_labels(context: Tensor, width: int, what: str) -> None:
+    """Raise a ValueError for class labels, one integer a row, where a context of ``width`` numbers a row is wanted."""
+    if width == 1 or context.is_floating_point() or context.is_complex():
+        return
+    if context.dim() == 1 or context.shape[-1:] == (1,):
+        labels = "labels" if context.dim() == 1 else "labels.squeeze(-1)"
+        raise ValueError(
+            f"{what} has {width} numbers in each row, but these are integers of shape {tuple(context.shape)}; if they "
+            f"are class labels, give them one-hot: torch.nn.functional.one_hot({labels}, {width}).to(x.dtype)"
+        )
 
 
 def check_rows(context: Tensor, inputs: Tensor, what: str) -> None:

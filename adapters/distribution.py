@@ -1,7 +1,7 @@
 """A flow as a distribution, for Pyro and for torch: ``FlowDistribution``."""
 
 import math
-import weakref
+from typing import Any
 
 import nflows.distributions
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from adapters.bridges import as_flow
-from adapters.bridges.common.torch_distributions import Watched
+from adapters.checks import check_no_labels, check_tensor, shown, sizes
+from adapters.last_result import LastResult
 from adapters.parts import base_of, context_width_of, embedding_of, event_shape_of, transform_of
 
 _found = Distribution._validate_args
@@ -25,9 +26,7 @@ class FlowDistribution(TorchDistribution):
     """log p(x | c) = log p_base(f(x; c)) + log|det J_f(x; c)|, as a distribution of Pyro and of torch.
 
     ``rsample`` is differentiable; ``log_prob`` evaluates each network once. The log_prob of a sample comes with it, and
-    is given out, once, when the very next question is for it, as a guide's is in every ELBO: only for that tensor, and
-    only if neither it nor context, parameters, buffers or their modes have changed since (as autograd counts changes:
-    writing through ``.data`` goes unseen).
+    is given out, once, when the very next question is for it, as a guide's is in every ELBO: see ``LastResult``.
 
     A distribution holds its flow, not a copy. It is cheap: make one in each call of a model. What is trained through
     Pyro's parameter store needs a ``pyro.module("flow", flow)`` too.
@@ -40,7 +39,7 @@ class FlowDistribution(TorchDistribution):
         validate_args: check context and values, as torch's own distributions do.
 
     Raises:
-        TypeError: for what is no flow.
+        TypeError: for what is no flow, or a context, shape, support or value that is none.
         ValueError: for a context that is missing, superfluous or of another width; for an event shape that nothing
             says; in a call, for values of another event shape and, when validating, outside the support.
         nflows.transforms.InverseNotAvailable: when a flow is sampled that can only score.
@@ -66,8 +65,10 @@ class FlowDistribution(TorchDistribution):
         self.flow = as_flow(flow)
         self.context = context
         _check_context(self.flow, context)
-        self._support, self._memo = support, None
-        event_shape = _event_shape(self.flow) if event_shape is None else torch.Size(event_shape)
+        self._support, self._last = support, LastResult()
+        if not isinstance(support, constraints.Constraint):
+            raise TypeError(f"support must be a constraint of torch.distributions.constraints, not {shown(support)}")
+        event_shape = _event_shape(self.flow) if event_shape is None else sizes(event_shape, "event_shape")
         super().__init__(
             torch.Size() if context is None else context.shape[:-1], event_shape, validate_args=validate_args
         )
@@ -87,13 +88,13 @@ class FlowDistribution(TorchDistribution):
         return source is None or source(self._rows(self.batch_shape)).has_rsample
 
     def expand(self, batch_shape, _instance=None) -> "FlowDistribution":
-        new = self._get_checked_instance(FlowDistribution, _instance)
-        batch_shape = torch.Size(batch_shape)
+        new: Any = self._get_checked_instance(FlowDistribution, _instance)
+        batch_shape = sizes(batch_shape, "batch_shape")
         try:
             torch.empty(()).expand(self.batch_shape).expand(batch_shape)
         except RuntimeError:
             raise ValueError(f"a batch of {tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}") from None
-        new.flow, new._support, new._memo = self.flow, self._support, None
+        new.flow, new._support, new._last = self.flow, self._support, LastResult()
         new.context = None if self.context is None else self.context.expand(*batch_shape, self.context.shape[-1])
         super(FlowDistribution, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -101,14 +102,15 @@ class FlowDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """In nats: ``(*sample, *batch, *event)``, or what broadcasts with it, → ``(*sample, *batch)``."""
+        check_tensor(value, "the values of this distribution")
         leading = value.shape[: max(0, value.dim() - len(self.event_shape))]
         if value.shape[len(leading) :] != self.event_shape:
             raise ValueError(f"values must end in the event shape {tuple(self.event_shape)}, not {tuple(value.shape)}")
         if self._validate_args and value.numel():
             self._validate_sample(value)
-        memo, self._memo = self._memo, None
-        if memo is not None and memo[0]() is value and memo[1] == self._state(value):
-            return memo[2]
+        known = self._last.take(self.flow, value, self.context)
+        if known is not None:
+            return known
         batch = torch.broadcast_shapes(leading, self.batch_shape)
         rows = leading if self.context is None else batch  # what broadcasts is scored once
         if math.prod(rows) == 0:
@@ -130,14 +132,11 @@ class FlowDistribution(TorchDistribution):
         """``(*sample, *batch, *event)``, without a graph."""
         return self._draw(sample_shape)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_memo": None}
-
     def __repr__(self) -> str:
         return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
 
     def _draw(self, sample_shape) -> Tensor:
-        shape = self._extended_shape(torch.Size(sample_shape))
+        shape = self._extended_shape(sizes(sample_shape, "sample_shape"))
         rows = shape[: len(shape) - len(self.event_shape)]
         count, dtype = int(math.prod(rows)), _like(self.flow)  # while torch.jit traces, sizes are tensors
         if count == 0:
@@ -147,7 +146,7 @@ class FlowDistribution(TorchDistribution):
         noise = _sample(base, count, context).to(dtype)  # nflows' own normal draws float32 always
         log_prob = base.log_prob(noise, context)  # now: a transform may overwrite its input
         try:
-            x, log_det = transform_of(self.flow).inverse(noise, context)
+            x, log_det = transform_of(self.flow).inverse(noise, context)  # type: ignore[misc]
         except InputOutsideDomain as error:
             raise _outside(error) from error
         if x.shape[1:] != self.event_shape:
@@ -156,9 +155,7 @@ class FlowDistribution(TorchDistribution):
                 "say so by event_shape"
             )
         x = x.reshape(shape)
-        state = self._state(x)
-        if state is not None:
-            self._memo = weakref.ref(x), state, (log_prob - log_det).reshape(rows)
+        self._last.keep((log_prob - log_det).reshape(rows), self.flow, x, self.context)
         return x
 
     def _rows(self, batch: torch.Size) -> Tensor | None:
@@ -167,10 +164,6 @@ class FlowDistribution(TorchDistribution):
             return None
         width = self.context.shape[-1]
         return self.context.expand(*batch, width).reshape(math.prod(batch), width)
-
-    def _state(self, x: Tensor) -> tuple | None:
-        """What the log_prob of x depends on, to tell whether it has changed; ``None`` if nothing can tell."""
-        return Watched(self.flow).state(x, self.context)
 
 
 def _sample(base: nflows.distributions.Distribution, count: int, context: Tensor | None) -> Tensor:
@@ -195,6 +188,8 @@ def _outside(error: InputOutsideDomain) -> InputOutsideDomain:
 
 def _check_context(flow: Flow, context: Tensor | None) -> None:
     width = getattr(flow, "context_features", ...)  # only our own Flow knows
+    if context is not None:
+        check_tensor(context, "the context of this distribution")
     base = base_of(flow)
     if isinstance(base, MADEMoG) and isinstance(embedding_of(flow), torch.nn.Identity):
         width = context_width_of(base)  # given no context, it would silently do without
@@ -203,6 +198,8 @@ def _check_context(flow: Flow, context: Tensor | None) -> None:
     if isinstance(width, int) and context is None:
         raise ValueError(f"this flow is conditional: give a context of shape (*batch, {width})")
     if context is not None and (context.dim() == 0 or (isinstance(width, int) and context.shape[-1] != width)):
+        if isinstance(width, int):
+            check_no_labels(context, width, "the context")
         expected = width if isinstance(width, int) else "C"
         raise ValueError(f"the context must have the shape (*batch, {expected}), not {tuple(context.shape)}")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from adapters.checks import (
     check_context,
     check_event,
+    check_no_labels,
     check_positive,
     check_rows,
     check_tensor,
@@ -166,6 +167,7 @@ class Flow(nflows.flows.Flow):
         elif context is None:
             raise ValueError(f"this flow is conditional: give a context of shape (batch, {self.context_features})")
         else:
+            check_no_labels(context, self.context_features, "the context of this flow")
             check_event(context, (self.context_features,), "the context of this flow")
 
 

@@ -10,6 +10,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from adapters.checks import shown
+
 
 def checkerboard_mask(*shape: int) -> Tensor:
     """The chequerboard of Dinh et al. (2017), figure 3: 1 where the coordinates' indices sum to an even number.
@@ -99,7 +101,7 @@ def as_mask(mask: Tensor) -> Tensor:
     try:
         return mask if isinstance(mask, Tensor) and mask.is_meta else torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"a mask must be a tensor of 0 and 1, one entry per coordinate, not {mask!r}") from error
+        raise TypeError(f"a mask must be a tensor of 0 and 1, one entry per coordinate, not {shown(mask)}") from error
 
 
 def check_mask(mask: Tensor) -> Tensor:
@@ -116,6 +118,8 @@ def check_mask(mask: Tensor) -> Tensor:
     mask = as_mask(mask)
     if mask.numel() == 0:
         raise ValueError(f"the mask is empty (shape {tuple(mask.shape)}); it needs one entry per coordinate")
+    if mask.dim() == 0:
+        raise ValueError(f"a mask has one entry per coordinate, but this one is a single number, {shown(mask)}")
     if mask.is_meta:
         return mask
     if not torch.all((mask == 0) | (mask == 1)):

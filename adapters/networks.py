@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from adapters.checks import explain_mismatch
+from adapters.checks import check_tensor, explain_mismatch, naming_shape
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh, "elu": nn.ELU}
 
@@ -164,10 +164,12 @@ def condition(network: nn.Module, inputs: Tensor, context: Tensor | None) -> Ten
     """The network's answer: ``network(inputs)``, or ``network(inputs, context)`` when there is a context.
 
     Raises:
-        TypeError: if there is a context and the network has no second argument to take it.
+        TypeError: if there is a context and the network has no second argument to take it, or it is no tensor.
+        ValueError: if the network takes inputs or a context of another width.
     """
     given = (inputs,) if context is None else (inputs, context)
     if context is not None:
+        check_tensor(context, "the context of this layer")
         try:
             inspect.signature(network.forward if isinstance(network, nn.Module) else network).bind(*given)
         except TypeError:
@@ -178,4 +180,6 @@ def condition(network: nn.Module, inputs: Tensor, context: Tensor | None) -> Ten
     except RuntimeError as error:
         if isinstance(network, nn.Module):
             explain_mismatch(error, network, "network", inputs=inputs, context=context)
-        raise
+        beside = "" if context is None else f" with a context of shape {tuple(context.shape)}"
+        with naming_shape(inputs, f"the network {type(network).__name__}{beside}"):
+            raise

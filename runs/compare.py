@@ -21,14 +21,20 @@ from adapters import flow_names
 from adapters.checkpoint import write_atomically
 from adapters.checks import check_positive
 from adapters.flow import Flow
-from runs.common import figures, gates
+from runs.common import gates
+from runs.common.command_line import cli
 from runs.common.contestants import REFERENCE, WIDEST, build, check_contestants, footnote, match_parameters
 from runs.common.devices import make_accelerator, seeded
-from runs.common.fit import NotFinite, Recipe, fit
-from runs.common.results import check_known, cli, open_directory, parameter_count, versions, where, write_text
+from runs.common.fit import fit
+from runs.common.options import check_known
+from runs.common.pictures import figures
+from runs.common.recipe import Recipe
+from runs.common.results import open_directory, parameter_count, versions, where, write_text
+from runs.common.scores import on_grid
 from runs.common.speed import KINDS, compile_gain, measure, peak_of_step, speed, training_step
 from runs.common.tasks import GRID, SPLINES, TASKS, Task
 from runs.common.timing import ratio
+from runs.common.training_state import NotFinite
 
 RESULTS = Path("results/compare")
 MATCHES = ("width", "parameters")
@@ -514,9 +520,7 @@ def draw_gallery(table: Table, names: list[str], task: Task, path: Path) -> None
     """A panel for each flow, best first: the density that it learned, or its samples."""
     panels = [(name, read_picture(learned(path.parent, name))) for name in names]
     if task.box is not None:
-        from runs.toy import on_grid
-
-        panels.insert(0, ("true density", on_grid(task.true, GRID)))
+        panels.insert(0, ("true density", on_grid(task.true, GRID).numpy()))
     columns = min(range(4, 8), key=lambda n: -len(panels) % n)  # as full a last row as can be
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)

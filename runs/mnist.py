@@ -8,7 +8,6 @@ torchrun --nproc_per_node 2 runs/mnist.py --mask checker            as two proce
 """
 
 import inspect
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters import build_flow, checkerboard_mask, load_flow, random_mask, save_flow
 from adapters.catalogue import flow_options
@@ -29,9 +28,9 @@ from adapters.checks import check_positive
 from adapters.flow import Flow
 from adapters.masks import pyramid_masks
 from adapters.preprocess import Logit, Marginals, Standardize
-from runs.common import figures
+from runs.common.command_line import cli
 from runs.common.devices import choose_device, device_of, make_accelerator, peak_device_memory
-from runs.common.fit import Fitted, NotFinite, Recipe, check_resumable, fit
+from runs.common.fit import fit
 from runs.common.images import (
     CLASSES,
     DATASETS,
@@ -45,27 +44,20 @@ from runs.common.images import (
     dequantize,
     load_images,
 )
-from runs.common.results import (
-    check_at_most,
-    check_flow,
-    check_known,
-    check_seed,
-    check_widths,
-    cli,
-    open_directory,
-    parameter_count,
-    peak_memory,
-    to_plain,
-    write_metrics,
-)
+from runs.common.objectives import BitsPerDim
+from runs.common.options import check_at_most, check_flow, check_known, check_seed, check_widths
+from runs.common.pictures import figures
+from runs.common.recipe import Recipe
+from runs.common.results import newest_run, open_directory, parameter_count, peak_memory, to_plain, write_metrics
+from runs.common.samples import base_noise, decode, in_turn, slerp
+from runs.common.scores import EVALUATION_SEED, log_likelihoods, standard_error
+from runs.common.training_state import Fitted, check_resumable
 
 RESULTS = Path("results/mnist")
-CHUNK = 500  # images scored or sampled at once
 TRACKERS = tuple(str(kind.value) for kind in LoggerType if kind != LoggerType.ALL)
 LAYERS = 8  # unless the masks say how many
 HIDDEN = {"mlp": (512, 512), "conv": (64, 64, 64)}  # widths or channels
 OPTIONS = {"activation": "gelu", "dropout": 0.1}  # where the flow has them and nothing else is asked for
-EVALUATION_SEED = 0  # of the noise on validation and test images: always the same
 # Arguments that a resumed training may change: they don't touch the weights.
 FREE = ("data_dir", "out", "resume", "load", "track", "save_every", "samples", "temperature", "importance")
 FREE += ("device", "compile")  # they change the weights' rounding alone
@@ -101,18 +93,6 @@ def standardize(images: Tensor) -> Standardize:
 
 MASKS = {"checker": checker_masks, "random": random_masks, "pyramid": lambda layers, seed: pyramid_masks(*SHAPE)}
 PREPROCESS = {"logit": lambda images: Logit(alpha=1e-6, high=HIGH), "affine": standardize, "marginals": Marginals.of}
-
-
-class BitsPerDim(nn.Module):
-    """The mean bits per dimension of a batch ``(x, context)``: what is minimised."""
-
-    def __init__(self, flow: Flow):
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, batch: tuple[Tensor, Tensor | None]) -> Tensor:
-        x, context = batch
-        return bits_per_dim(-self.flow.log_prob(x, context).mean(), x.shape[1])
 
 
 def main(
@@ -273,21 +253,19 @@ def main(
         return bits_per_dim(-total / len(images.validation), math.prod(SHAPE))
 
     camera = Camera(model, temperature, seed)
-    try:
-        fitted = fit(
-            BitsPerDim(model),
-            batches,
-            recipe,
-            validate=validation,
-            describe="{:.3f} bits/dim".format,
-            observe=camera if main_process else None,
-            directory=out,
-            resume=resume,
-            identity=to_plain({name: value for name, value in arguments.items() if name not in FREE}),
-            accelerator=accelerator,
-        )
-    except NotFinite as error:
-        raise NotFinite(f"{error}. They are saved in {save_flow(model, out)}" if main_process else error) from error
+    fitted = fit(
+        BitsPerDim(model),
+        batches,
+        recipe,
+        validate=validation,
+        describe="{:.3f} bits/dim".format,
+        observe=camera if main_process else None,
+        directory=out,
+        resume=resume,
+        identity=to_plain({name: value for name, value in arguments.items() if name not in FREE}),
+        save_weights=lambda: save_flow(model, out),
+        accelerator=accelerator,
+    )
     if not main_process:
         accelerator.end_training()
         return {}
@@ -328,30 +306,6 @@ def open_accelerator(device: str, precision: str, track: str | None, out: Path) 
     return accelerator
 
 
-@torch.no_grad()
-def log_likelihoods(
-    flow: Flow, images: Tensor, context: Tensor | None, draws: int = 1, share: tuple[int, int] = (0, 1)
-) -> Tensor:
-    """log p of each image in nats: bytes ``(n, height, width)`` → ``(n,)``, with dequantisation noise fixed in advance.
-
-    With K ``draws`` of the noise u it is log (1/K) Σ_k p((x + u_k) / 255), which from below approaches log p of the
-    image's bin times 255^D, its exact discrete probability: ``bits_per_dim`` counts the 255^D.
-
-    With ``share`` (k, P), only those of the k-th of P processes, with the noise that they would have had without it.
-    """
-    device = device_of(flow)
-    generator = torch.Generator(device).manual_seed(EVALUATION_SEED)
-    scores = []
-    contexts = itertools.repeat(None) if context is None else context.split(CHUNK)
-    mine = slice(share[0], None, share[1])
-    for chunk, given in zip(images.split(CHUNK), contexts, strict=False):
-        chunk = chunk.to(device)
-        given = None if given is None else given[mine].to(device)
-        each = [flow.log_prob(dequantize(chunk, generator)[mine], given) for _ in range(draws)]
-        scores.append(torch.stack(each).logsumexp(0) - math.log(draws))
-    return torch.cat(scores)
-
-
 def evaluate(flow: Flow, images: Images, context: Callable, importance: int) -> dict[str, float]:
     """What the test set says: mean NLL in nats, bits per dimension with the mean's standard error."""
     test, given = images.test, context(images.test_labels)
@@ -371,11 +325,6 @@ def evaluate(flow: Flow, images: Images, context: Callable, importance: int) -> 
             "importance_samples": importance,
         }
     return metrics
-
-
-def standard_error(scores: Tensor, dimensions: int) -> float:
-    """Of the mean of log-likelihoods in nats, in bits per dimension."""
-    return scores.std(correction=0).item() / math.sqrt(len(scores)) / (dimensions * math.log(2))
 
 
 def costs(batches: Batches, fitted: Fitted, recipe: Recipe, device: torch.device) -> dict[str, float]:
@@ -412,26 +361,6 @@ def say(metrics: dict[str, float]) -> None:
 
 
 # Pictures
-
-
-@torch.no_grad()
-def decode(flow: Flow, noise: Tensor, context: Tensor | None) -> Tensor:
-    """Noise ``(n, D)`` → images ``(n, 28, 28)`` in [0, 1], on the CPU."""
-    device = device_of(flow)
-    contexts = itertools.repeat(None) if context is None else context.to(device).split(CHUNK)
-    parts = zip(noise.to(device).split(CHUNK), contexts, strict=False)
-    images = [flow.decode(part, given).cpu() for part, given in parts]
-    return torch.cat(images).clamp(0, 1).view(-1, *SHAPE)
-
-
-def in_turn(flow: Flow, count: int) -> Tensor | None:
-    """A context for ``count`` samples, class after class; ``None`` for an unconditional flow."""
-    return None if flow.context_features is None else class_context(torch.arange(count) % CLASSES)
-
-
-def base_noise(count: int, temperature: float, seed: int) -> Tensor:
-    """``temperature`` · N(0, I), ``(count, D)``, the same for the same seed on every device."""
-    return temperature * torch.randn(count, math.prod(SHAPE), generator=torch.Generator().manual_seed(seed))
 
 
 class Camera:
@@ -537,16 +466,6 @@ def draw_interpolations(
     return figures.image_grid(out / "interpolations.png", decode(flow, path, given).numpy(), columns)
 
 
-def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """Spherical interpolation, (sin((1 − t)Ω) a + sin(tΩ) b) / sin Ω with Ω the angle between a and b: ``(*, D)``.
-
-    Noise in many dimensions lies near a sphere; a straight line would leave it.
-    """
-    cosine = nn.functional.cosine_similarity(a, b, dim=-1).clamp(-1 + 1e-6, 1 - 1e-6)
-    angle = cosine.acos()[..., None]
-    return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
-
-
 def draw_classes(flow: Flow, names: tuple[str, ...], temperature: float, seed: int, out: Path) -> Path:
     """One row a class, one noise a column."""
     columns = 12
@@ -597,7 +516,7 @@ def draw_again(
     load: Path, out: Path | None, samples: int, temperature: float, seed: int, device: str
 ) -> dict[str, float]:
     """Samples of a saved run, and its classes if it has any: ``--load``."""
-    load = newest_run(load)
+    load = newest_run(load, FILE)
     flow = load_flow(load)
     if flow.event_shape != (math.prod(SHAPE),) or flow.context_features not in (None, CLASSES):
         raise ValueError(
@@ -610,12 +529,6 @@ def draw_again(
         pictures.append(draw_classes(flow, tuple(map(str, range(CLASSES))), temperature, seed, out))
     print(f"{samples} samples of {load}" + "".join(f"\n  {path}" for path in pictures))
     return {}
-
-
-def newest_run(directory: Path) -> Path:
-    """The directory itself, or else the last run that was written right below it."""
-    below = sorted(directory.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime)
-    return below[-1].parent if below and not (directory / FILE).is_file() else directory
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from adapters.catalogue import native_flows
 from adapters.checks import check_positive
 from adapters.flow import StandardNormal
 from adapters.masks import checkerboard_mask
+from runs.common.command_line import cli
 from runs.common.devices import can_fuse, device_of, make_accelerator
-from runs.common.results import check_widths, cli, open_directory, where, write_metrics
+from runs.common.options import check_widths
+from runs.common.results import open_directory, where, write_metrics
 from runs.common.timing import interleaved, ratio
 
 

@@ -29,32 +29,31 @@ from adapters.checkpoint import write_atomically
 from adapters.checks import check_positive
 from adapters.flow import Flow
 from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPrior
-from adapters.vae import VAE, Decoder, Encoder, ReparameterizedELBO
-from runs.common import figures
+from adapters.vae import VAE, Decoder, Encoder
+from runs.common.command_line import cli
 from runs.common.devices import can_fuse, device_of, make_accelerator, seeded
-from runs.common.fit import STATE, Fitted, NotFinite, Recipe, check_resumable, fit
-from runs.common.images import DATASETS, SHAPE, Batches, Images, binarize, load_images, threshold, warped
-from runs.common.results import (
-    check_at_most,
-    check_flow,
-    check_known,
-    check_seed,
-    check_widths,
-    cli,
-    open_directory,
-    parameter_count,
-    to_plain,
-    write_metrics,
+from runs.common.fit import fit
+from runs.common.images import DATASETS, SHAPE, Batches, Images, binarize, load_images, mosaic, threshold, warped
+from runs.common.objectives import NegativeELBO
+from runs.common.options import check_at_most, check_flow, check_known, check_seed, check_widths
+from runs.common.pictures import figures
+from runs.common.recipe import Recipe
+from runs.common.results import open_directory, parameter_count, to_plain, write_metrics
+from runs.common.samples import decoded_samples
+from runs.common.scores import (
+    EVALUATION_SEED,
+    draws_of_both,
+    elbo_terms,
+    importance_gaps,
+    mean_elbo,
+    two_sample_accuracy,
 )
 from runs.common.timing import interleaved, ratio
+from runs.common.training_state import STATE, Fitted, check_resumable
 
 PIXELS = math.prod(SHAPE)
 RESULTS = Path("results/pyro_vae")
-CHUNK = 500  # images scored at once
-ROWS = 5_000  # draws of z scored at once, for the importance weights
 DRAWS = 10  # of z for each test image, for the ELBO
-MATCHED = 10_000  # draws of prior and posterior that the classifier tells apart
-EVALUATION_SEED = 0  # of binarisation and noise on validation and test images: always the same
 BINARIZE = {"threshold": threshold, "dynamic": binarize}
 POSTERIORS = ("gaussian", "flow")
 # Arguments that a resumed training may change: they don't touch the weights.
@@ -81,24 +80,6 @@ PRIORS = {
     "flow": lambda given: FlowPrior(given.flow()),
 }
 NAMES = {"gaussian": "Gaussian", "mog": "mixture", "vamp": "Vamp", "flow": "flow"}
-
-
-class NegativeELBO(nn.Module):
-    """−ELBO of a batch ``(x, kl_weight)``, in nats per image: what is minimised. ``None`` is a weight of 1.
-
-    ``compiled_parts`` are the networks and the flow, where the time goes: Pyro's own Python can't be compiled.
-    """
-
-    def __init__(self, vae: VAE):
-        super().__init__()
-        self.elbo = ReparameterizedELBO()(vae.model, vae.guide)
-        self.compiled_parts = [vae.encoder.network, vae.decoder.network]
-        if isinstance(vae.prior, FlowPrior):
-            self.compiled_parts.append(vae.prior.flow.transform)
-
-    def forward(self, batch: tuple[Tensor, Tensor | None]) -> Tensor:
-        x, kl_weight = batch
-        return self.elbo(x, 1.0 if kl_weight is None else kl_weight) / len(x)
 
 
 class Trained(NamedTuple):
@@ -356,12 +337,9 @@ def train(
                 directory=directory,
                 resume=resume and (directory / STATE).is_file(),
                 identity=identity,
+                save_weights=lambda: save(vae, directory),
                 accelerator=accelerator,
             )
-        except NotFinite as error:
-            if accelerator.is_main_process:
-                raise NotFinite(f"{error}. They are saved in {save(vae, directory)}") from error
-            raise
         finally:
             accelerator.free_memory()
             vae.eval()
@@ -378,40 +356,6 @@ def save(vae: VAE, *directories: Path) -> Path:
 
 
 # What the test set says
-
-
-@torch.no_grad()
-def elbo_terms(vae: VAE, images: Tensor, draws: int = 1) -> tuple[Tensor, Tensor]:
-    """Reconstruction and KL of each image in nats, ``(n,)``, means over ``draws`` of z, with noise fixed in advance."""
-    device = device_of(vae)
-    terms = []
-    with seeded(EVALUATION_SEED, device):
-        for chunk in images.split(CHUNK):
-            each = [torch.stack(vae.terms(chunk.to(device))) for _ in range(draws)]
-            terms.append(torch.stack(each).mean(0).cpu())
-    reconstruction, kl = torch.cat(terms, dim=1).double()
-    return reconstruction, kl
-
-
-def mean_elbo(vae: VAE, images: Tensor) -> float:
-    reconstruction, kl = elbo_terms(vae, images)
-    return (reconstruction - kl).mean().item()
-
-
-@torch.no_grad()
-def importance_gaps(vae: VAE, images: Tensor, samples: int) -> Tensor:
-    """By how much log p(x) exceeds the ELBO, of each image, ``(n,)``: log (1/K) Σ_k w_k − (1/K) Σ_k log w_k.
-
-    w_k = p(x, z_k) / q(z_k | x) at K ``samples`` z_k of q. The first term is a lower bound of log p(x) that tightens
-    with K (Burda et al., 2016).
-    """
-    device = device_of(vae)
-    gaps = []
-    with seeded(EVALUATION_SEED, device):
-        for chunk in images.split(max(1, ROWS // samples)):
-            log_weights = vae.log_weights(chunk.to(device), samples).cpu().double()
-            gaps.append(log_weights.logsumexp(0) - math.log(samples) - log_weights.mean(0))
-    return torch.cat(gaps)
 
 
 def evaluate(
@@ -436,40 +380,9 @@ def evaluate(
         "log_likelihood": (elbo.mean() + gaps.mean()).item(),
         "importance_samples": importance_samples,
         "importance_images": len(some),
-        "prior_match": told_apart(posterior, prior),
+        "prior_match": two_sample_accuracy(posterior, prior),
         "elbo_train": mean_elbo(vae, train),
     }
-
-
-@torch.no_grad()
-def draws_of_both(vae: VAE, test: Tensor) -> tuple[Tensor, Tensor]:
-    """As many draws of the aggregate posterior (1/N) Σ_n q(z | x_n) as there are test images, and of the prior."""
-    device = device_of(vae)
-    with seeded(EVALUATION_SEED, device):
-        posterior = torch.cat([vae.encoder(chunk.to(device)).sample().cpu() for chunk in test[:MATCHED].split(CHUNK)])
-        return posterior, vae.prior().sample((len(posterior),)).cpu()
-
-
-def told_apart(one: Tensor, other: Tensor, epochs: int = 30) -> float:
-    """Held-out accuracy of a network that tells draws of two distributions apart: 0.5 if they are the same, at most 1.
-
-    A classifier two-sample test (Lopez-Paz & Oquab, 2017): half of the draws train it, the other half are judged.
-    """
-    x = torch.cat((one, other))
-    x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
-    y = torch.cat((torch.ones(len(one)), torch.zeros(len(other))))
-    with seeded(EVALUATION_SEED, x.device), torch.enable_grad():
-        train, judged = torch.randperm(len(x)).tensor_split(2)
-        network = nn.Sequential(
-            nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1), nn.Flatten(0)
-        )
-        optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=1e-2)
-        for _ in range(epochs):
-            for rows in train[torch.randperm(len(train))].split(256):
-                optimizer.zero_grad()
-                binary_cross_entropy_with_logits(network(x[rows]), y[rows]).backward()
-                optimizer.step()
-        return ((network(x[judged]) > 0).float() == y[judged]).double().mean().item()
 
 
 def over_seeds(metrics: list[dict[str, float]]) -> dict[str, float]:
@@ -585,13 +498,6 @@ def draw(trained: dict[str, Trained], test: Tensor, labels: Tensor, out: Path, s
     if len(trained) > 1:
         pictures.append(draw_priors(trained, planes, made, out))
     return pictures
-
-
-@torch.no_grad()
-def decoded_samples(vae: VAE, seed: int, samples: int = 100) -> Tensor:
-    """Means of p(x | z) at draws of the prior, ``(samples, 28, 28)``."""
-    with seeded(seed, device_of(vae)):
-        return vae.decoder(vae.prior().sample((samples,))).mean.cpu().view(-1, *SHAPE)
 
 
 @torch.no_grad()
@@ -714,11 +620,6 @@ def draw_priors(trained: dict[str, Trained], planes: dict[str, Plane], made: dic
         for row, label in zip(axes, ("aggregate posterior", "prior", ""), strict=True):
             row[0].set_ylabel(label)
     return path
-
-
-def mosaic(images: np.ndarray, columns: int) -> np.ndarray:
-    rows = len(images) // columns
-    return images.reshape(rows, columns, *SHAPE).swapaxes(1, 2).reshape(rows * SHAPE[0], columns * SHAPE[1])
 
 
 if __name__ == "__main__":

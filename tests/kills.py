@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from runs.common.devices import make_accelerator
-from runs.common.fit import STATE, Recipe, fit
+from runs.common.fit import fit
+from runs.common.recipe import Recipe
+from runs.common.training_state import STATE
 
 STEPS = 120
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 
-import nflows.transforms
 import pyro
 import pyro.distributions as dist
 import pyro.distributions.transforms as T
@@ -309,93 +308,6 @@ def test_an_export_conditioned_for_good_is_a_part_like_any_other():
     y = x[:, [1, 2, 0]]
     assert_close(bridged(x), transform(y, context))
     assert_close(copy.deepcopy(bridged)(x), transform(y, context))
-
-
-class Scaled(nflows.transforms.Transform):
-    """x ↦ weight · buffer · x, twice that in training mode, divided by the context if there is one."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(3, 1)
-        self.register_buffer("buffer", torch.rand(3))
-
-    def forward(self, inputs, context=None):
-        scale = self.inner.weight[0] * self.buffer * (2 if self.training else 1)
-        scale = scale if context is None else scale / context
-        return inputs * scale, scale.abs().log().expand_as(inputs).sum(1)
-
-    def inverse(self, inputs, context=None):
-        scale = self.forward(torch.ones_like(inputs), context)[0]
-        return inputs / scale, -scale.abs().log().sum(1)
-
-
-def fused_step(transform):
-    transform.inner.weight.grad = torch.ones_like(transform.inner.weight)
-    torch.optim.Adam([transform.inner.weight], 0.1, fused=True).step()  # which counts no version
-
-
-def replace_data(transform):
-    transform.inner.weight.data = torch.randn(1, 3, dtype=torch.float64)
-
-
-CHANGES = {
-    "a parameter, in place": lambda t: t.inner.weight.mul_(2),
-    "a parameter's data": replace_data,
-    "a parameter": lambda t: setattr(t.inner, "weight", nn.Parameter(torch.randn(1, 3, dtype=torch.float64))),
-    "a fused step": fused_step,
-    "a module": lambda t: setattr(t, "inner", nn.Linear(3, 1).double()),
-    "a parameter of a new module": lambda t: t.inner.weight.mul_(2),
-    "a buffer, in place": lambda t: t.buffer.mul_(2),
-    "a buffer": lambda t: setattr(t, "buffer", torch.rand(3, dtype=torch.float64)),
-    "its mode": lambda t: t.eval(),
-    "nothing": lambda t: None,
-}
-
-
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("library", ["pyro", "torch"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_an_export_gives_no_stale_log_det(change, library, grad):
-    transform, context = Scaled().double(), torch.rand(3, dtype=torch.float64) + 0.5
-    plain = to_library(library, transform)
-    for exported in (plain, plain.condition(context)):
-        calls, y = [], batch(4, 3)
-        transform.train()
-        exported.inv(y)
-        if change == "a parameter of a new module":
-            transform.inner = nn.Linear(3, 1).double()
-        transform.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        with torch.set_grad_enabled(grad):
-            x = exported.inv(y)
-            with torch.no_grad():
-                CHANGES[change](transform)
-            log_det = exported.log_abs_det_jacobian(x, y)
-        assert len(calls) == (1 if change == "nothing" else 2)
-        expected = transform(y, None if exported.context is None else context.expand(4, 3))[1]
-        assert_close(log_det, -expected, rtol=0, atol=0)
-        assert log_det.requires_grad == grad
-
-
-def test_an_exports_log_det_follows_its_context_and_its_tensors():
-    transform, context = Scaled().double(), torch.rand(3, dtype=torch.float64) + 0.5
-    exported, y = to_library("torch", transform).condition(context), batch(4, 3)
-    x = exported.inv(y)
-    context.mul_(2)
-    expected = -transform(y, context.expand(4, 3))[1]
-    assert_close(exported.log_abs_det_jacobian(x, y), expected, rtol=0, atol=0)
-    transform = randomise(build_flow("masked-affine", 3, layers=1).transform)
-    exported = to_library("torch", transform)
-    x = exported.inv(y)
-    y.add_(1.0)
-    assert_close(exported.log_abs_det_jacobian(x, y), -transform(y)[1], rtol=0, atol=0)
-    with torch.no_grad():
-        x = exported.inv(y)
-    assert exported.log_abs_det_jacobian(x, y).requires_grad
-    x, other_y = exported.inv(y), batch(4, 3, seed=7)
-    exported.inv(other_y)
-    assert_close(exported.log_abs_det_jacobian(x, y), -transform(y)[1], rtol=0, atol=0)
-    copied = copy.deepcopy(exported)
-    assert_close(copied.inv(y), exported.inv(y), rtol=0, atol=0)
 
 
 def test_an_export_scores_within_torch_func_and_inference_mode():

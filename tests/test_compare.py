@@ -19,7 +19,8 @@ from adapters.flow import Flow, StandardNormal
 from adapters.networks import MLP
 from adapters.preprocess import Standardize
 from runs import compare, pyro_vae
-from runs.common import contestants, figures, gates, speed, tasks
+from runs.common import contestants, gates, speed, tasks
+from runs.common.pictures import figures
 from runs.common.results import parameter_count
 from tests.laws import randomise
 
@@ -346,7 +347,7 @@ def test_one_failing_flow_is_a_row_that_says_why(tmp_path, own_module, without_p
         "from adapters import build_flow\n"
         "def at_once(features):\n    raise ZeroDivisionError('in my code')\n"
         "def later(features):\n    flow = build_flow('masked-affine', features)\n"
-        "    flow.transform.forward = lambda *_: 1 / 0\n    return flow\n"
+        "    flow.transform.forward = lambda *_, **__: 1 / 0\n    return flow\n"
         "def leaves(features):\n    raise SystemExit('no data')\n"
         "def fixed(features):\n    return build_flow('masked-affine', features).requires_grad_(False)\n"
         "def text(features):\n    return 'a flow'\n",

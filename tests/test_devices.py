@@ -16,13 +16,17 @@ from adapters import FlowDistribution, build_flow, flow_names
 from adapters.normal import rational_ndtri
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
 from adapters.vae import VAE, Decoder, Encoder
-from runs import compare, mnist, overhead, pyro_vae, toy
-from runs.common import densities, speed, step
+from runs import compare, mnist, overhead, pyro_vae
+from runs.common import densities, scores, speed, step
 from runs.common.devices import make_accelerator
-from runs.common.fit import ASK_EVERY, SNAPSHOT_EVERY, NotFinite, Recipe, fit
+from runs.common.fit import ASK_EVERY, SNAPSHOT_EVERY, fit
+from runs.common.objectives import NegativeLogLikelihood
+from runs.common.recipe import Recipe
 from runs.common.timing import interleaved
+from runs.common.training_state import NotFinite
 from tests import pretend
 from tests.laws import randomise
+from tests.scripts import run
 
 pytestmark = [
     pytest.mark.skipif(not pretend.AVAILABLE, reason="this PyTorch takes no device written in Python (2.10 does)"),
@@ -91,18 +95,20 @@ VAE_RUN = {
 }  # fmt: skip
 COMPARE = {"budget": "2steps", "layers": 2, "hidden": (8,)}
 SCRIPTS = {
-    "toy": (toy.main, TOY | {"animate": True}),
-    "toy-spline": (toy.main, TOY | {"data": "chequerboard", "flow": "masked-spline"}),
-    "mnist": (mnist.main, MNIST),
-    "mnist-conditional": (mnist.main, MNIST | {"conditional": True, "mask": "random", "preprocess": "logit"}),
-    "mnist-histogram": (mnist.main, MNIST | {"mask": "pyramid", "flow": "masked-histogram", "layers": None}),
-    "mnist-conv": (mnist.main, MNIST | {"net": "conv", "preprocess": "affine", "hidden": (4,), "accumulate": 2}),
-    "vae-all": (pyro_vae.main, VAE_RUN | {"prior": "all", "augment": 1.0, "kl_warmup": 0.5}),
-    "vae-posterior": (pyro_vae.main, VAE_RUN | {"posterior": "flow", "latent": 3, "binarize": "dynamic"}),
-    "compare-toy": (compare.main, COMPARE | {"task": "two-gaussians", "flows": ("masked-spline", "zuko-nsf")}),
-    "compare-mnist": (compare.main, COMPARE | {"task": "mnist", "limit": 200, "flows": ("masked-affine",)}),
-    "compare-vae": (compare.main, COMPARE | {"task": "vae-prior", "limit": 200, "flows": ("masked-affine",)}),
+    "toy": ("toy", TOY | {"animate": True}),
+    "toy-spline": ("toy", TOY | {"data": "chequerboard", "flow": "masked-spline"}),
+    "mnist": ("mnist", MNIST),
+    "mnist-conditional": ("mnist", MNIST | {"conditional": True, "mask": "random", "preprocess": "logit"}),
+    "mnist-histogram": ("mnist", MNIST | {"mask": "pyramid", "flow": "masked-histogram", "layers": None}),
+    "mnist-conv": ("mnist", MNIST | {"net": "conv", "preprocess": "affine", "hidden": (4,), "accumulate": 2}),
+    "vae-all": ("pyro_vae", VAE_RUN | {"prior": "all", "augment": 1.0, "kl_warmup": 0.5}),
+    "vae-posterior": ("pyro_vae", VAE_RUN | {"posterior": "flow", "latent": 3, "binarize": "dynamic"}),
+    "compare-toy": ("compare", COMPARE | {"task": "two-gaussians", "flows": ("masked-spline", "zuko-nsf")}),
+    "compare-mnist": ("compare", COMPARE | {"task": "mnist", "limit": 200, "flows": ("masked-affine",)}),
+    "compare-vae": ("compare", COMPARE | {"task": "vae-prior", "limit": 200, "flows": ("masked-affine",)}),
 }  # fmt: skip
+
+SEAMS = {"toy": {"test_points": 500}}  # smaller figures, the same for both devices
 
 
 def untimed(figures):
@@ -116,7 +122,7 @@ def untimed(figures):
 @pytest.fixture
 def quick(monkeypatch):
     """Small figures: the same for both devices."""
-    monkeypatch.setattr(toy, "TEST_POINTS", 500)
+    monkeypatch.setattr(scores, "TEST_POINTS", 500)
     monkeypatch.setattr(speed, "SECONDS", 0.01)
     monkeypatch.setattr(speed, "MIN_ROUNDS", 2)
     monkeypatch.setattr(compare.gates, "GRID", 20)
@@ -125,10 +131,10 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_gives_the_same_figures_on_every_device(name, tmp_path, quick):
-    main, arguments = SCRIPTS[name]
+    script, arguments = SCRIPTS[name]
     figures = {}
     for where in ("cpu", "pretend"):
-        figures[where] = untimed(main(**arguments, out=tmp_path / where, device=where))
+        figures[where] = untimed(run(script, seams=SEAMS.get(script), **arguments, out=tmp_path / where, device=where))
     assert json.dumps(figures["pretend"], default=str) == json.dumps(figures["cpu"], default=str)
     assert "failed" not in json.dumps(figures["cpu"], default=str)
 
@@ -171,7 +177,7 @@ def steps(loss, batch, accelerator=None, **recipe):
 @pytest.mark.parametrize("flow", OURS)
 def test_a_step_does_not_wait_for_the_device(flow, preprocess, device):
     made = build_flow(flow, 4, layers=2, hidden_features=(8,), preprocess=PREPROCESS[preprocess]())
-    steps(toy.NegativeLogLikelihood(made), lambda step: torch.rand(16, 4, device=device))
+    steps(NegativeLogLikelihood(made), lambda step: torch.rand(16, 4, device=device))
     assert dict(pretend.waits) == {"tolist": 2}  # once in ASK_EVERY steps, for all their losses
 
 
@@ -303,12 +309,12 @@ def test_what_can_not_be_recorded_or_compiled_trains_all_the_same_and_says_so(gr
 # What is asked for and can't be had
 
 
-@pytest.mark.parametrize("main", [toy.main, mnist.main, pyro_vae.main, compare.main, overhead.main])
-def test_a_device_that_is_not_there_is_named_before_any_work(main, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", ["toy", "mnist", "pyro_vae", "compare", "overhead"])
+def test_a_device_that_is_not_there_is_named_before_any_work(script, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for wrong in ("cuda", "cuda:1", "tpu", "pretend:7"):
         with pytest.raises(ValueError, match=f"no device '{wrong}' here; there are: auto, cpu, pretend:0"):
-            main(device=wrong, out=tmp_path / "out")
+            run(script, device=wrong, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -326,10 +332,10 @@ def test_several_processes_take_no_single_device(monkeypatch):
 @pytest.mark.parametrize("name", ["toy-spline", "mnist", "mnist-histogram"])
 def test_where_a_device_lacks_an_operation_there_is_another_way(name, tmp_path, quick, monkeypatch):
     """Apple's MPS has no Φ⁻¹."""
-    main, arguments = SCRIPTS[name]
-    expected = untimed(main(**arguments, out=tmp_path / "cpu", device="cpu"))
+    script, arguments = SCRIPTS[name]
+    expected = untimed(run(script, seams=SEAMS.get(script), **arguments, out=tmp_path / "cpu", device="cpu"))
     monkeypatch.setattr(pretend, "missing", {torch.ops.aten.special_ndtri.default})
-    found = untimed(main(**arguments, out=tmp_path / "pretend", device="pretend"))
+    found = untimed(run(script, seams=SEAMS.get(script), **arguments, out=tmp_path / "pretend", device="pretend"))
     key = "kl" if "kl" in expected else "bits_per_dim"
     assert found[key] == pytest.approx(expected[key], abs=1e-3)
 

@@ -9,6 +9,7 @@ from torch.func import grad, jacrev, vmap
 from torch.testing import assert_close
 
 from adapters import build_flow, flow_names
+from adapters.finite import with_finite_rows
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
 from tests.laws import autograd_log_det, randomise
 
@@ -107,3 +108,23 @@ def test_a_flow_compiles_as_one_graph(name):
     torch.compiler.reset()
     flow, (x,) = build(name, None, None), arguments(6, None)
     assert_close(torch.compile(Scored(flow), backend="eager", fullgraph=True)(x), flow.log_prob(x))
+
+
+class Guarded(nn.Module):
+    """What keeps rows that are not finite from a library."""
+
+    def forward(self, x, context):
+        return with_finite_rows(lambda x, context: (x * 2, x.sum(1) + context.sum(1)), x, context)
+
+
+def test_rows_that_are_not_finite_are_kept_away_in_an_export_a_compiled_graph_and_a_map():
+    module, rows = Guarded(), torch.export.Dim("rows")
+    x, context = arguments(5, 2)
+    x[2, 1], context[3, 0] = torch.nan, torch.inf
+    right = module(x, context)
+    assert right[1].isnan().tolist() == [False, False, True, True, False]
+    exported = torch.export.export(module, arguments(7, 2), dynamic_shapes=({0: rows}, {0: rows})).module()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    mapped = vmap(lambda *row: tuple(part[0] for part in module(*(value[None] for value in row))))
+    for call in (exported, compiled, mapped):
+        assert_close(call(x, context), right, equal_nan=True)

@@ -17,7 +17,10 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.testing import assert_close
 
-from runs.common.fit import STATE, NotFinite, Recipe, fit
+from runs.common import training_state
+from runs.common.fit import fit
+from runs.common.recipe import Recipe
+from runs.common.training_state import STATE, NotFinite, TrainingState, read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.*")
 
@@ -348,6 +351,40 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(checkpoint, tmp_path):
         assert json.loads(content.partition(b"\n")[0]) | {"steps": 5, "finished": True} == json.loads(
             checkpoint.partition(b"\n")[0]
         )  # of the header, what nothing is computed from
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_one_of_the_two(checkpoint, tmp_path, monkeypatch):
+    """A training may still be running while another program looks at how far it is."""
+    path, other = tmp_path / STATE, _with(checkpoint, fitted={"steps": 6})
+    path.write_bytes(checkpoint)
+
+    def opened(*arguments):
+        file = open(*arguments)  # noqa: SIM115 - read_checkpoint closes it
+        other_path = tmp_path / "next"
+        other_path.write_bytes(other)
+        os.replace(other_path, path)
+        return file
+
+    monkeypatch.setattr(training_state, "open", opened, raising=False)
+    assert read_checkpoint(path)["fitted"]["steps"] == 5
+    assert read_checkpoint(path)["fitted"]["steps"] == 6
+
+
+def test_a_resumed_training_in_fp16_goes_on_with_its_loss_scale(tmp_path):
+    """accelerate's optimiser holds the scale; here a CPU's, since fp16 itself wants a GPU."""
+
+    def state():
+        module = Quadratic()
+        optimizer = torch.optim.AdamW(module.parameters())
+        optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        return TrainingState(module, list(module.parameters()), optimizer, Recipe(steps=9), tmp_path, None, None)
+
+    first, second = state(), state()
+    first.scaler.scale(torch.zeros(()))  # which makes the scale
+    first.scaler.update(2.0)
+    first.save()
+    second.load(tmp_path)
+    assert second.scaler.get_scale() == 2.0
 
 
 def test_a_forgotten_resume_loses_nothing(tmp_path, capsys):

@@ -23,8 +23,8 @@ from adapters.masks import pyramid_masks
 from adapters.preprocess import Standardize
 from runs import mnist
 from runs.common import images as images_module
-from runs.common.fit import STATE, NotFinite, read_checkpoint
 from runs.common.images import HIGH, MD5, Batches, bits_per_dim, dequantize, load_images, unpack_mnist
+from runs.common.training_state import STATE, NotFinite, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = {"limit": 64, "epochs": 2, "batch_size": 32, "layers": 2, "hidden": (8,), "samples": 12}

@@ -26,10 +26,12 @@ from adapters.preprocess import Standardize
 from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior, VampPrior
 from adapters.vae import VAE, Decoder, Encoder, ReparameterizedELBO
 from runs import pyro_vae
-from runs.common.fit import STATE, NotFinite, Recipe
+from runs.common import scores
+from runs.common.command_line import cli, was_interrupted
 from runs.common.images import Batches, Images, binarize, threshold, warped
-from runs.common.results import cli, was_interrupted
+from runs.common.recipe import Recipe
 from runs.common.timing import ratio
+from runs.common.training_state import STATE, NotFinite
 from tests.laws import batch, randomise
 
 ROOT = Path(__file__).parent.parent
@@ -532,8 +534,8 @@ def test_two_processes_train_one_prior_after_the_other(tmp_path):
 def test_two_samples_are_told_apart_if_they_differ():
     torch.manual_seed(0)
     one, same, other = torch.randn(2000, 3), torch.randn(2000, 3), torch.randn(2000, 3) + torch.tensor([5.0, 0, 0])
-    assert pyro_vae.told_apart(one, same) == pytest.approx(0.5, abs=0.05)
-    assert pyro_vae.told_apart(one, other) > 0.97
+    assert scores.two_sample_accuracy(one, same) == pytest.approx(0.5, abs=0.05)
+    assert scores.two_sample_accuracy(one, other) > 0.97
 
 
 def test_a_constant_rate_and_one_that_decays_at_the_end():

@@ -19,7 +19,8 @@ from torch import nn
 import adapters
 from adapters.catalogue import check_options
 from adapters.preprocess import Logit, Marginals, Standardize
-from runs.common.results import cli
+from runs.common.command_line import cli
+from tests.scripts import run
 
 MASKS = [
     ("checkerboard_mask()", ValueError, "a mask needs sizes of at least 1, not ()"),
@@ -261,6 +262,131 @@ FLOW = [
     ("flow.sample(2.5)", TypeError, "Number of samples must be a positive integer"),
 ]
 
+LABELS = "one-hot: torch.nn.functional.one_hot(labels, 2).to(x.dtype)"
+TENSORS = [
+    ("conditional.log_prob(x, torch.tensor([0, 1, 1, 0, 1]))", ValueError, LABELS),
+    ("conditional.log_prob(x, torch.tensor([[0], [1], [1], [0], [1]]))", ValueError, "one_hot(labels.squeeze(-1), 2)"),
+    ("conditional.sample(5, torch.tensor([0, 1]))", ValueError, LABELS),
+    ("conditional.sample_and_log_prob(5, torch.tensor([0, 1, 1]))", ValueError, LABELS),
+    ("conditional.transform_to_noise(x, torch.tensor([0, 1, 1, 0, 1]))", ValueError, LABELS),
+    ("FlowDistribution(conditional, torch.tensor([0, 1, 1]))", ValueError, LABELS),
+    ("FlowDistribution(conditional, torch.tensor([[0], [1]]))", ValueError, "one_hot(labels.squeeze(-1), 2)"),
+    (
+        "FlowDistribution(conditional, 3)",
+        TypeError,
+        "the context of this distribution must be a torch.Tensor, not an int",
+    ),
+    ("FlowDistribution(conditional, 'c')", TypeError, "context of this distribution must be a torch.Tensor, not a str"),
+    ("FlowDistribution(conditional, np.zeros((5, 2)))", TypeError, "must be a torch.Tensor, not a numpy.ndarray: give"),
+    (
+        "FlowDistribution(conditional, [[1.0, 2.0]])",
+        TypeError,
+        "must be a torch.Tensor, not a list: give torch.as_tensor",
+    ),
+    ("FlowDistribution(flow, support=3)", TypeError, "must be a constraint of torch.distributions.constraints, not 3"),
+    ("FlowDistribution(flow, support='real')", TypeError, "support must be a constraint of torch.distributions"),
+    (
+        "FlowDistribution(flow, event_shape=3)",
+        TypeError,
+        "event_shape must be a tuple of integers, such as (3,), not 3",
+    ),
+    ("FlowDistribution(flow, event_shape='3')", TypeError, "event_shape must be a tuple of integers, such as (3,)"),
+    ("FlowDistribution(flow, event_shape=(3.0,))", TypeError, "must be a tuple of integers, such as (3,), not (3.0,)"),
+    ("FlowDistribution(flow).sample(5)", TypeError, "sample_shape must be a tuple of integers, .*, not 5; give (5,)"),
+    ("FlowDistribution(flow).rsample(5)", TypeError, "sample_shape must be a tuple of integers, .*, not 5; give (5,)"),
+    ("FlowDistribution(flow).sample((2.5,))", TypeError, "sample_shape must be a tuple of integers, .*, not (2.5,)"),
+    ("FlowDistribution(flow).expand(5)", TypeError, "batch_shape must be a tuple of integers, .*, not 5; give (5,)"),
+    (
+        "FlowDistribution(flow).log_prob(np.zeros((5, 3)))",
+        TypeError,
+        "the values of this distribution must be a torch.T",
+    ),
+    (
+        "FlowDistribution(flow).log_prob([[1.0, 2.0, 3.0]])",
+        TypeError,
+        "must be a torch.Tensor, not a list: give torch.as",
+    ),
+    (
+        "FlowDistribution(flow).log_prob(None)",
+        TypeError,
+        "values of this distribution must be a torch.Tensor, not a None",
+    ),
+    (
+        "flow.log_prob(np.zeros((5, 3)))",
+        TypeError,
+        "the inputs of this flow must be a torch.Tensor, not a numpy.ndarray",
+    ),
+    ("flow.log_prob(x, 3)", TypeError, "the context of this flow must be a torch.Tensor, not an int"),
+    ("flow.sample(5, batch_size='a')", TypeError, "batch_size must be a number, not 'a'"),
+    ("layer([[1.0, 2.0, 3.0]])", TypeError, "the inputs of this layer must be a torch.Tensor, not a list"),
+    ("layer(None)", TypeError, "the inputs of this layer must be a torch.Tensor, not a NoneType"),
+    (
+        "layer.inverse(np.zeros((5, 3)))",
+        TypeError,
+        "the inputs of this layer must be a torch.Tensor, not a numpy.ndarray",
+    ),
+    ("layer(x, 3)", TypeError, "the context of this layer must be a torch.Tensor, not an int"),
+    ("MaskedCouplingLayer(3, net, mask)", TypeError, "scale_net must be a network, such as an nn.Module, not 3"),
+    (
+        "MaskedCouplingLayer(net, 'x', mask)",
+        TypeError,
+        "translation_net must be a network, such as an nn.Module, not 'x'",
+    ),
+    (
+        "MaskedCouplingLayer(net, None, mask)",
+        TypeError,
+        "translation_net must be a network, such as an nn.Module, not N",
+    ),
+    ("MaskedCouplingLayer(mask, net, net)", TypeError, "scale_net must be a network, such as an nn.Module, not tensor"),
+    (
+        "MaskedCouplingLayer(nn.Linear, net, mask)",
+        TypeError,
+        "scale_net must be a network, not the class Linear: make one, Linear(…)",
+    ),
+    ("MaskedCouplingLayer(net, net, torch.tensor(0))", ValueError, "but this one is a single number, tensor(0)"),
+    (
+        "MaskedCouplingLayer(net, net, 0.5 * mask)",
+        ValueError,
+        "only 0 (transformed) and 1 (unchanged), but this one holds",
+    ),
+    ("MaskedCouplingLayer(net, net, mask[None])(x)", ValueError, "takes inputs of shape (batch, 1, 3), not (5, 3)"),
+    (
+        "MaskedCouplingLayer(nn.Linear(4, 3), net, mask)(x)",
+        ValueError,
+        "the network Linear does not take inputs of shape (5, 3) (mat1 and mat2",
+    ),
+    ("MaskedCouplingLayer(nn.LSTM(3, 3), net, mask)(x)", ValueError, "return shape (5, 3), but returned a tuple"),
+    (
+        "to_library('zuko', layer)()(np.zeros((5, 3)))",
+        TypeError,
+        "inputs of this transform must be a torch.Tensor, not a",
+    ),
+    (
+        "to_library('torch', layer).inv(None)",
+        TypeError,
+        "the inputs of this transform must be a torch.Tensor, not a None",
+    ),
+    ("to_library('torch', layer).condition(3)(x)", TypeError, "the context of this transform must be a torch.Tensor"),
+    ("to_library('normflows', layer)(3)", TypeError, "the inputs of this layer must be a torch.Tensor, not an int"),
+    (
+        "to_library('freia', layer)([np.zeros((5, 3))])",
+        TypeError,
+        "the inputs of this layer must be a torch.Tensor, not",
+    ),
+    ("to_library(layer, 'zuko')", ValueError, "unknown library MaskedCouplingLayer("),
+    ("build_flow(flow, 3)", ValueError, "unknown flow Flow("),
+    (
+        "build_flow('masked-affine', 3, torch.randn(500, 2))",
+        ValueError,
+        "context_features must be a positive integer, not",
+    ),
+    (
+        "build_flow('masked-affine', 3, masks=torch.eye(99))",
+        ValueError,
+        "each mask must have shape (3,), but one has (99,)",
+    ),
+]
+
 BRIDGES = [
     ("as_transform(3)", TypeError, "builtins.int is of no known library; known: FrEIA, nflows, normflows, pyro, "),
     ("as_transform(None)", TypeError, "builtins.NoneType is of no known library; known: "),
@@ -339,7 +465,7 @@ FILES = [
 
 @pytest.mark.parametrize(
     ("use", "error", "message"),
-    MASKS + LAYER + BUILD + FLOW + BRIDGES + DISTRIBUTION + FILES,
+    MASKS + LAYER + BUILD + FLOW + TENSORS + BRIDGES + DISTRIBUTION + FILES,
     ids=lambda value: str(value),
 )
 def test_a_wrong_use_says_what_came_and_what_is_wanted(use, error, message, tmp_path):
@@ -370,12 +496,25 @@ def test_a_wrong_use_says_what_came_and_what_is_wanted(use, error, message, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("mask", [[1, 0, 1], np.array([1, 0, 1]), torch.tensor([True, False, True]), (1.0, 0.0, 1.0)])
+def test_a_mask_may_be_a_list_an_array_or_of_any_dtype_and_a_network_any_function(mask):
+    x = torch.randn(5, 3)
+    z, log_det = adapters.MaskedCouplingLayer(torch.tanh, lambda z: z + 1, mask)(x)
+    assert torch.equal(z[:, ::2], x[:, ::2]) and torch.equal(z[:, 1], x[:, 1] + 1) and log_det.eq(0).all()
+
+
+def test_labels_given_one_hot_are_a_context():
+    flow = adapters.build_flow("masked-affine", 3, 2, layers=1, hidden_features=(4,))
+    x, labels = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    assert flow.log_prob(x, torch.nn.functional.one_hot(labels, 2).to(x.dtype)).shape == (5,)
+
+
 # The scripts: a wrong command line gives one line, before any long work, and leaves nothing behind.
 
 COMMANDS = [
     ("toy --data moons", "unknown data 'moons'; known: two-gaussians, chequerboard"),
     ("toy --flow masked-afine", "unknown flow 'masked-afine'; known: masked-affine,"),
-    ("toy --layers 0", "layers must be a positive integer, not 0"),
+    ("toy --layers 0", "layers must be positive, not 0"),
     ("toy --hidden", "hidden needs at least one width, e.g. --hidden 64 64"),
     ("toy --hidden 8 0", "hidden[1] must be positive, not 0"),
     ("toy --steps 0", "steps must be positive, not 0"),
@@ -400,6 +539,8 @@ COMMANDS = [
     ("toy --flow pyro-spline --options tail_bound -1", "tail_bound must be positive, not -1"),
     ("toy --flow nflows-rqs --options tail_bound -1", "tail_bound must be positive, not -1"),
     ("toy --flow normflows-rqs --options tail_bound -1", "tail_bound must be positive, not -1"),
+    ("toy --load nowhere", "no pictures.pt in nowhere: give the directory of a run that has ended"),
+    ("toy --load nowhere --steps 3 --data chequerboard", "--load trains nothing, so --data, --steps would be ignored"),
     ("toy --resume", "nothing to resume: no training.pt in"),
     ("toy --device gpu", "no device 'gpu' here; there are: auto, cpu"),
     ("mnist --mask chequer", "unknown mask 'chequer'; known: checker, random, pyramid"),
@@ -483,10 +624,10 @@ COMMANDS = [
 @pytest.mark.parametrize(("command", "message"), COMMANDS)
 def test_a_wrong_command_gives_one_line(command, message, tmp_path, monkeypatch):
     script, *arguments = shlex.split(command)
-    main = importlib.import_module(f"runs.{script}").main
+    module = importlib.import_module(f"runs.{script}")
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stopped:
-        cli(main)
+        cli(module.main, getattr(module, "Options", None))
     assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
     assert message in str(stopped.value)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
@@ -496,4 +637,4 @@ def test_a_wrong_command_gives_one_line(command, message, tmp_path, monkeypatch)
 def test_out_that_is_a_file_is_refused(script, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="--out .* can't be written to"):
-        importlib.import_module(f"runs.{script}").main(out=tmp_path / "file")
+        run(script, out=tmp_path / "file")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adapters.bridges import nflows as hub
 from adapters.bridges.common.exports import EventDim, check_event_dim, event_dim_of, reads_context, whole_transform
+from adapters.checks import shown
 from adapters.discovery import file_name, modules
 
 
@@ -117,7 +118,7 @@ def to_library(library: str, thing: Transform | Flow, *, event_dim: EventDim | N
     """
     bridge = next((bridge for bridge in bridges() if library in bridge.LIBRARIES), None)
     if bridge is None:
-        raise ValueError(f"unknown library {library!r}; known: {', '.join(libraries())}")
+        raise ValueError(f"unknown library {shown(library)}; known: {', '.join(libraries())}")
     if not isinstance(thing, Transform | Flow):
         raise TypeError(
             f"to_library exports an nflows Transform, not {_name(thing)}; as_transform makes one of another library's "

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from adapters.bridges import Bridge, as_transform, bridges, check_installed, installed
 from adapters.catalogue.specification import NativeFlow, Specification
+from adapters.checks import shown
 from adapters.discovery import file_name, modules
 from adapters.flow import Flow, StandardNormal
 from adapters.masks import as_mask, check_mask, checkerboard_mask
@@ -179,7 +180,7 @@ def native_flows() -> dict[str, dict[str, Callable[..., NativeFlow]]]:
 
 def _maker(name: str) -> Callable[..., Any]:
     if not isinstance(name, str) or name not in _flows():
-        raise ValueError(f"unknown flow {name!r}; known: {', '.join(flow_names())}")
+        raise ValueError(f"unknown flow {shown(name)}; known: {', '.join(flow_names())}")
     make, bridge = _flows()[name]
     if bridge is not None:
         check_installed(bridge)
@@ -213,7 +214,7 @@ def _cycle(masks: Sequence[Tensor] | None, features: int, layers: int) -> tuple[
         mask = checkerboard_mask(features)
         masks = (mask, 1 - mask)
     elif isinstance(masks, str) or not hasattr(masks, "__iter__"):
-        raise TypeError(f"masks must be a list of masks, not {masks!r}")
+        raise TypeError(f"masks must be a list of masks, not {shown(masks)}")
     else:
         masks = tuple(_mask(mask, features) for mask in masks)
     if not masks:
@@ -253,7 +254,7 @@ def _option(parameter: inspect.Parameter, value):
         return value
     wanted, words = KINDS[kind]
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{name} must be {words}, not {value!r}")
+        raise TypeError(f"{name} must be {words}, not {shown(value)}")
     value = kind(value)
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, not {value}")
@@ -272,5 +273,5 @@ def _widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
 
 def _count(name: str, count: Any) -> int:
     if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"{name} must be a positive integer, not {count!r}")
+        raise ValueError(f"{name} must be a positive integer, not {shown(count)}")
     return int(count)

@@ -80,7 +80,7 @@ def naf(specification: Specification, signal: int = 16, bound: float = 1e6, eps:
 
     ``zuko.flows.NAF`` soft-clips to (−11, 11) between layers. The last layer then maps onto an interval only, noise
     beyond it has no datum, and the density integrates to less than 1. Without the clips it is exactly normalised, but
-    a datum may lie anywhere: the inverse, a bisection, looks in [−bound, bound] (zuko: 10) down to ±eps (1e-6).
+    a datum may lie anywhere: the inverse, a bisection, looks in [−bound, bound] (zuko: 10) first, down to ±eps (1e-6).
     The hidden widths are those of the conditioners and of the monotonic networks, whose activation is zuko's. The
     latter start at a mean slope of 1 around 0, where zuko's own, of some 0.1, would take eight layers to 1e-8.
     """

@@ -18,7 +18,7 @@ from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor, nn
 from torch.nn.functional import hardtanh
 
-from adapters.checks import check_event, check_output, check_positive
+from adapters.checks import check_event, check_network, check_output, check_positive
 from adapters.masks import check_mask
 from adapters.networks import condition
 from adapters.parts import parts_of
@@ -48,12 +48,15 @@ class MaskedCouplingLayer(Transform):
     Coordinates where b = 1 come through bitwise unchanged, whatever the networks say there, inf and NaN included.
 
     Raises:
+        TypeError: for a network that can't be called, such as a class; in a call, for an input that is no tensor.
         ValueError: for a mask that is empty, all ones or not of 0 and 1; in a call, for an input that is not of the
             mask's shape or a network whose output is not.
     """
 
     def __init__(self, scale_net: nn.Module, translation_net: nn.Module, mask: Tensor):
         super().__init__()
+        check_network(scale_net, "scale_net")
+        check_network(translation_net, "translation_net")
         self.scale_net = scale_net
         self.translation_net = translation_net
         self.register_buffer("mask", check_mask(mask).clone())

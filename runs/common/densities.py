@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from nflows.transforms import Transform
@@ -88,17 +87,6 @@ class Chequerboard(Density):
         x = x.cpu().double()
         inside = ((x >= 0) & (x <= 1)).all(1) & ((3 * x).floor().sum(1) % 2 == 0)
         return torch.zeros_like(x[:, 0]).sub(self.entropy).masked_fill(~inside, -math.inf)
-
-
-@torch.no_grad()
-def divergence(true: Density, log_prob: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
-    """KL(true ‖ q) in nats from points of the true density, and its standard error: the mean of log p(x) − log q(x).
-
-    This is the test NLL minus the exact entropy, with log p as the control variate that takes most of the sampling
-    noise out of it.
-    """
-    gap = torch.cat([true.log_prob(chunk) - log_prob(chunk).cpu().double() for chunk in x.split(10_000)])
-    return gap.mean().item(), gap.std().item() / math.sqrt(len(gap))
 
 
 DENSITIES = {"two-gaussians": TwoGaussians, "chequerboard": Chequerboard}

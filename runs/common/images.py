@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ CLASSES = 10  # in each of them
 SHAPE = (28, 28)
 HIGH = 256 / 255  # x / 255 + U(0, 1) / 255 ends here, not at 1
 LEVELS = 255  # bins of width 1/255
+Nats = TypeVar("Nats", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -233,9 +235,15 @@ def class_context(labels: Tensor) -> Tensor:
     return one_hot(labels.long(), CLASSES).float()
 
 
-def bits_per_dim(nll: float | Tensor, dimensions: int) -> float | Tensor:
+def bits_per_dim(nll: Nats, dimensions: int) -> Nats:
     """NLL in nats of dequantised images as bits per pixel: NLL / (D ln 2) + log₂ 255, since the bins are 1/255 wide."""
     return nll / (dimensions * math.log(2)) + math.log2(LEVELS)
+
+
+def mosaic(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images ``(n, height, width)`` side by side as one, row by row; those that fill no row are left out."""
+    rows = len(images) // columns
+    return images.reshape(rows, columns, *SHAPE).swapaxes(1, 2).reshape(rows * SHAPE[0], columns * SHAPE[1])
 
 
 def _md5(content: bytes) -> str:

@@ -7,46 +7,15 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import nn
 
 from adapters.bridges import bridges
-from adapters.catalogue import check_options
 from adapters.checkpoint import write_atomically
-from adapters.checks import check_positive
 from runs.common.devices import module_of
-
-INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
-
-
-def cli(main: Callable) -> None:
-    """Run ``main`` with the command line's arguments; a mistake of the user's is one clear line, not a traceback.
-
-    The exit status is 0, 1 after an error, and 130 after Ctrl-C, even if the run has ended well after it.
-    """
-    try:
-        figures = tyro.cli(main, description=main.__doc__.partition("\n")[0])
-        if was_interrupted(figures):
-            sys.exit(INTERRUPTED)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if os.environ.get("FLOW_ADAPTERS_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-
-
-def was_interrupted(figures: Any) -> bool:
-    """Whether a run's figures say ``interrupted``: Ctrl-C or a scheduler ended it early, if with all it had by then."""
-    if not isinstance(figures, dict):
-        return False
-    return bool(figures.get("interrupted")) or any(map(was_interrupted, figures.values()))
 
 
 def open_directory(out: Path) -> Path:
@@ -65,39 +34,10 @@ def open_directory(out: Path) -> Path:
     return out
 
 
-def check_known(known: Collection[str], **values: str) -> None:
-    """Raise a ValueError that lists what is known, unless every value is; the keyword is the name of the argument."""
-    for name, value in values.items():
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
-
-
-def check_widths(**widths: Collection[int] | None) -> None:
-    """Raise a ValueError unless each is ``None``, or at least one width, all positive."""
-    for name, given in widths.items():
-        if given is not None and not given:
-            raise ValueError(f"{name} needs at least one width, e.g. --{name} 64 64")
-        check_positive(**{f"{name}[{i}]": width for i, width in enumerate(given or ())})
-
-
-def check_at_most(most: int, **values: int) -> None:
-    """Raise a ValueError for a number beyond what could ever end."""
-    for name, value in values.items():
-        if value > most:
-            raise ValueError(f"{name} must be at most {most:,}, not {value:,}")
-
-
-def check_seed(seed: int) -> None:
-    """Raise a ValueError unless PyTorch takes it for a seed of its own."""
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must lie between 0 and 2**63 - 1, not {seed}")
-
-
-def check_flow(flow: str, options: dict[str, Any] | None) -> None:
-    """Raise unless the catalogue has that flow, and the flow these options or ``activation``, which all have."""
-    if "net" in (options or {}):
-        raise ValueError(f"net is no option, but an argument of its own, where there is one: --net {options['net']}")
-    check_options(flow, {name: value for name, value in (options or {}).items() if name != "activation"})
+def newest_run(directory: Path, file: str) -> Path:
+    """The directory itself if that file of a run is in it, or else the last run right below it that wrote one."""
+    below = sorted(directory.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+    return below[-1].parent if below and not (directory / file).is_file() else directory
 
 
 def to_plain(arguments: dict[str, Any]) -> dict[str, Any]:

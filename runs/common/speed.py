@@ -9,7 +9,6 @@ import math
 import os
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +23,9 @@ from adapters.catalogue import native_flows
 from adapters.catalogue.specification import NativeFlow
 from adapters.masks import checkerboard_mask
 from adapters.networks import MLP
-from runs.common import figures
 from runs.common.contestants import build
-from runs.common.devices import can_fuse, module_of, synchronize
+from runs.common.devices import can_fuse, module_of
+from runs.common.pictures import figures
 from runs.common.results import where, write_metrics
 from runs.common.step import COMPILE, WARMUP, GraphedStep, before_recording
 from runs.common.timing import interleaved, ratio
@@ -83,13 +82,7 @@ def measure(
     first, failed = {}, {}
     for name, call in calls.items():
         try:
-            for _ in range(tries):
-                call()
-            synchronize(device)
-            started = time.perf_counter()
-            call()
-            synchronize(device)
-            first[name] = 1e3 * (time.perf_counter() - started)
+            first[name] = interleaved({name: call}, 1, device, warmup=tries)[name][0]
         except (Exception, SystemExit) as error:
             failed[name] = error
     quick = {name: calls[name] for name, ms in first.items() if ms < 1e3 * SLOW}

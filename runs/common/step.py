@@ -33,7 +33,7 @@ def backward(module: nn.Module, optimizer: Any, batches: Sequence[Any], accelera
     return total
 
 
-def update(parameters: list[Tensor], optimizer: Any, clip: float | None, accelerator: Accelerator) -> None:
+def update(parameters: Sequence[Tensor], optimizer: Any, clip: float | None, accelerator: Accelerator) -> None:
     """Clip the gradient, and follow it."""
     if clip is not None:
         accelerator.clip_grad_norm_(parameters, clip)

@@ -16,9 +16,12 @@ from adapters.masks import checkerboard_mask
 from adapters.preprocess import Marginals
 from adapters.priors import FlowPrior
 from adapters.vae import VAE, Decoder, Encoder
-from runs import mnist, pyro_vae, toy
-from runs.common.densities import DENSITIES, divergence
-from runs.common.images import Batches, bits_per_dim, load_images, threshold
+from runs.common import scores
+from runs.common.densities import DENSITIES
+from runs.common.images import SHAPE, Batches, bits_per_dim, dequantize, load_images, mosaic, threshold
+from runs.common.objectives import BitsPerDim, NegativeELBO, NegativeLogLikelihood
+from runs.common.samples import base_noise, decode, decoded_samples
+from runs.common.scores import divergence, elbo_terms, log_likelihoods, on_grid, standard_error
 
 SPLINES = {"bins": 8, "tail_bound": 4.0}  # of every flow that has them
 GRID = 150
@@ -51,6 +54,12 @@ class Task(ABC):
         device: where data and flows are.
     """
 
+    measure: str
+    features: int
+    layers: int
+    hidden: tuple[int, ...]
+    batch_size: int
+    recipe: ClassVar[dict[str, Any]]
     device: torch.device
 
     unit = "nats"
@@ -88,13 +97,13 @@ class Toy(Task):
         return self.true.sample(n)
 
     def trial(self, flow: Flow, seed: int) -> Trial:
-        loss = toy.NegativeLogLikelihood(flow)
+        loss = NegativeLogLikelihood(flow)
         loss.register_forward_hook(lambda module, args, value: value - self.true.entropy)  # the KL, on this batch
         return Trial(
             loss,
             lambda step: self.true.sample(self.batch_size),
-            lambda: divergence(self.true, flow.log_prob, self.true.sample(toy.TEST_POINTS)),
-            lambda: toy.on_grid(flow, GRID),
+            lambda: divergence(self.true, flow.log_prob, self.true.sample(scores.TEST_POINTS)),
+            lambda: on_grid(flow, GRID).numpy(),
         )
 
 
@@ -102,7 +111,7 @@ class Mnist(Task):
     """Bits per dimension on MNIST, each pixel's histogram as preprocessing, chequerboard masks."""
 
     measure, unit, layers, hidden, batch_size = "NLL", "bits/dim", 8, (256, 256), 128
-    features = math.prod(mnist.SHAPE)
+    features = math.prod(SHAPE)
     recipe: ClassVar = {"lr": 1e-3, "average": 0.999}
 
     def __init__(self, device: torch.device, data_dir: Path | None = None, limit: int | None = None):
@@ -115,22 +124,23 @@ class Mnist(Task):
 
     @property
     def masks(self) -> list[Tensor]:
-        return mnist.checker_masks(None, 0)
+        mask = checkerboard_mask(*SHAPE).flatten()
+        return [mask, 1 - mask]
 
     def vectors(self, n: int) -> Tensor:
-        return mnist.dequantize(self.images.validation[:n].to(self.device))
+        return dequantize(self.images.validation[:n].to(self.device))
 
     def trial(self, flow: Flow, seed: int) -> Trial:
         def score() -> tuple[float, float]:
-            scores = mnist.log_likelihoods(flow, self.images.test, None).cpu().double()
-            value = bits_per_dim(-scores.mean().item(), self.features)
-            return value, mnist.standard_error(scores, self.features)
+            log_p = log_likelihoods(flow, self.images.test, None).cpu().double()
+            value = bits_per_dim(-log_p.mean().item(), self.features)
+            return value, standard_error(log_p, self.features)
 
         def picture() -> np.ndarray:
-            return pyro_vae.mosaic(mnist.decode(flow, mnist.base_noise(16, 1.0, seed), None).numpy(), 4)
+            return mosaic(decode(flow, base_noise(16, 1.0, seed), None).numpy(), 4)
 
         batches = Batches(self.images.train, None, self.batch_size, seed, self.device)
-        return Trial(mnist.BitsPerDim(flow), batches, score, picture)
+        return Trial(BitsPerDim(flow), batches, score, picture)
 
 
 class VaePrior(Task):
@@ -150,15 +160,15 @@ class VaePrior(Task):
         vae = VAE(FlowPrior(flow), Encoder(self.features), Decoder(self.features)).to(self.device)
 
         def score() -> tuple[float, float]:
-            reconstruction, kl = pyro_vae.elbo_terms(vae, threshold(self.images.test), 4)
+            reconstruction, kl = elbo_terms(vae, threshold(self.images.test), 4)
             elbo = reconstruction - kl
             return elbo.mean().item(), elbo.std().item() / math.sqrt(len(elbo))
 
         def picture() -> np.ndarray:
-            return pyro_vae.mosaic(pyro_vae.decoded_samples(vae, seed, 16).numpy(), 4)
+            return mosaic(decoded_samples(vae, seed, 16).numpy(), 4)
 
         batches = Batches(self.images.train, None, self.batch_size, seed, self.device, prepare=threshold)
-        return Trial(pyro_vae.NegativeELBO(vae), batches, score, picture)
+        return Trial(NegativeELBO(vae), batches, score, picture)
 
 
 TASKS = {

@@ -2,8 +2,6 @@
 
 import copy
 import math
-import weakref
-from functools import cached_property
 
 import nflows.transforms
 import torch
@@ -12,16 +10,15 @@ from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
 from adapters.bridges.common.exports import EventDim, check_event_dim
-from adapters.bridges.common.torch_distributions import Watched
+from adapters.checks import check_tensor
+from adapters.last_result import LastResult
 
 
 class ExportedTransform(Transform, nn.Module):
     """An nflows transform as torch's: noise → data, or data → noise as zuko has it, with any leading dimensions.
 
     torch computes a log_prob by ``x = t.inv(y)`` and ``t.log_abs_det_jacobian(x, y)``. Both come of one pass: the
-    inverse keeps its log-determinant for that next question, which takes it away. It is given out only for those very
-    tensors, and only if nothing that it depends on has changed since (see ``Watched``), so there is no stale value and
-    no graph kept.
+    inverse keeps its log-determinant for that next question, which takes it away, see ``LastResult``.
 
     Args:
         transform: an nflows transform, data → noise.
@@ -56,7 +53,7 @@ class ExportedTransform(Transform, nn.Module):
         self.dimensions = (event_dim, event_dim) if self.shapes is None else tuple(map(len, self.shapes))
         ends = [constraints.independent(constraints.real, dimensions) for dimensions in self.dimensions]
         self.domain, self.codomain = ends if data_to_noise else reversed(ends)
-        self.memo = None
+        self.last = LastResult()
 
     @property
     def inv(self) -> Transform:
@@ -67,9 +64,8 @@ class ExportedTransform(Transform, nn.Module):
 
     def condition(self, context: Tensor) -> "ExportedTransform":
         """The same transform, of the same parameters, with this context."""
-        self.watched  # noqa: B018, so that it is looked up once for all contexts
         conditioned = copy.copy(self)
-        vars(conditioned)["context"] = context
+        vars(conditioned).update(context=context, last=self.last.sibling(self.transform))
         return conditioned
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,14 +77,13 @@ class ExportedTransform(Transform, nn.Module):
 
     def _inverse(self, y: Tensor) -> Tensor:
         x, log_det = self._run(y, to_noise=not self.data_to_noise)
-        state = self._state(x, y)
-        self.memo = None if state is None else (weakref.ref(x), weakref.ref(y), state, -log_det)
+        self.last.keep(-log_det, self.transform, x, y, self.context)
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        memo, self.memo = self.memo, None
-        if memo is not None and memo[0]() is x and memo[1]() is y and memo[2] == self._state(x, y):
-            return memo[3]
+        known = self.last.take(self.transform, x, y, self.context)
+        if known is not None:
+            return known
         # data → noise is the direction that every transform of a flow has
         return self._run(x, to_noise=True)[1] if self.data_to_noise else -self._run(y, to_noise=True)[1]
 
@@ -112,26 +107,17 @@ class ExportedTransform(Transform, nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        state = {**self.__dict__, "_inv": None, "memo": None}
-        state.pop("watched", None)
-        return state
-
-    @cached_property
-    def watched(self) -> Watched:
-        return Watched(self.transform)
-
-    def _state(self, x: Tensor, y: Tensor) -> tuple | None:
-        if x.is_inference() and y.is_inference():  # these two are known by themselves alone then
-            x = y = None
-        return self.watched.state(x, y, self.context)
+        return {**self.__dict__, "_inv": None}
 
     def _run(self, value: Tensor, to_noise: bool) -> tuple[Tensor, Tensor]:
+        check_tensor(value, "the inputs of this transform")
         dimensions = self.dimensions[0 if to_noise else 1]
         if value.dim() < dimensions:
             raise ValueError(f"this transform takes inputs of at least {dimensions} dimensions, not {value.dim()}")
         batch, event = value.shape[: value.dim() - dimensions], value.shape[value.dim() - dimensions :]
         context = self.context
         if context is not None:
+            check_tensor(context, "the context of this transform")
             batch = _broadcast(batch, context)
             context = context.expand(*batch, context.shape[-1]).reshape(math.prod(batch), context.shape[-1])
         flat = value

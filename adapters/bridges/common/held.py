@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,12 @@ class Held(nn.Module):
                 self._register(owner, key, name, value)
         self._fill()
 
-    def forward(self, context: Tensor | None = None):
+    def forward(self, context: Tensor | None = None) -> Any:
+        """What it holds, to be run once. A context changes nothing."""
+        return self.fresh()
+
+    def fresh(self) -> Any:
+        """What it holds, with nothing kept from an earlier call."""
         if self.plan is None:
             self.plan = _what_to_copy(self.thing, self.kinds)
         return _fresh(self.thing, self.plan, {})
@@ -225,7 +231,7 @@ def _what_to_copy(thing, kinds: tuple[type, ...]) -> dict[int, tuple]:
     return {address: how for address, how in found.items() if how is not None}
 
 
-def _fresh(owner, plan: dict[int, tuple], copies: dict):
+def _fresh(owner: Any, plan: dict[int, tuple], copies: dict) -> Any:
     """The owner itself, or its copy with empty caches if the plan, of ``_what_to_copy``, knows it."""
     if id(owner) not in plan or id(owner) in copies:
         return copies.get(id(owner), owner)

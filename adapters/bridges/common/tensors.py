@@ -26,6 +26,8 @@ def per_row(log_det: Tensor | float, inputs: Tensor, event_dim: int | None = Non
         inputs: of whose dtype and device the result is.
         event_dim: how many dimensions, from the last one on, the transform treats together; ``None`` for a whole datum.
     """
+    if isinstance(log_det, Tensor) and log_det.shape == inputs.shape[:1]:
+        return log_det.to(inputs)  # as most are already
     log_det = log_det.to(inputs) if isinstance(log_det, Tensor) else inputs.new_full((), log_det)
     left = 1 if event_dim is None else inputs.dim() - event_dim
     log_det = log_det.expand(inputs.shape[: max(log_det.dim(), left)])

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -30,7 +32,7 @@ OUTLINED = {  # a label among points
 }  # fmt: skip
 GAP = 2  # pixels between the images of a grid
 LABEL = 11
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
     "font.size": 9,
@@ -73,7 +75,7 @@ def unit_square(axes: Axes, title: str) -> None:
         spine.set_visible(True)
 
 
-def density(axes: Axes, values: np.ndarray, top: float, title: str):
+def density(axes: Axes, values: np.ndarray, top: float, title: str) -> AxesImage:
     """A density on a grid over (0, 1)², ``values[row, column]`` with row along the second coordinate."""
     unit_square(axes, title)
     return axes.imshow(
@@ -87,16 +89,15 @@ def scatter(axes: Axes, points: np.ndarray, title: str) -> None:
     axes.plot(points[:, 0], points[:, 1], ".", markersize=1.6, color=INK, alpha=0.35, markeredgewidth=0)
 
 
-def curve(axes: Axes, steps: list[int], values: list[float], smooth: int, label: str) -> None:
+def curve(axes: Axes, steps: Sequence[int], values: Sequence[float], smooth: int, label: str) -> None:
     """A noisy training curve, faint, under its running median."""
-    values = np.asarray(values)
     axes.plot(steps, values, color=INK, alpha=0.2, linewidth=0.6)
     half = smooth // 2
     median = [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
     axes.plot(steps, median, color=INK, linewidth=1.2, label=label)
 
 
-def save_animation(path: Path, densities: list[np.ndarray], top: float) -> None:
+def save_animation(path: Path, densities: list[np.ndarray], top: float) -> Path:
     """Densities on a grid as a GIF, on one colour scale, that holds its last frame for two seconds."""
     from PIL import Image
 
@@ -109,7 +110,7 @@ def save_animation(path: Path, densities: list[np.ndarray], top: float) -> None:
         images.append(image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST))
     durations = [80] * (len(images) - 1) + [2000]
     options = {"format": "GIF", "save_all": True, "append_images": images[1:], "duration": durations, "loop": 0}
-    write_atomically(path, lambda unfinished: images[0].save(unfinished, **options))
+    return write_atomically(path, lambda unfinished: images[0].save(unfinished, **options))
 
 
 def image_grid(path: Path, images: np.ndarray, columns: int, labels: Sequence[str] = (), title: str = "") -> Path:
@@ -130,7 +131,7 @@ def image_grid(path: Path, images: np.ndarray, columns: int, labels: Sequence[st
         mosaic[top : top + height, left : left + width] = image
     scale = max(1, round(1200 / mosaic.shape[1])) if mosaic.shape[1] < 1200 else 1
     size = (scale * mosaic.shape[1] / STYLE["figure.dpi"], scale * mosaic.shape[0] / STYLE["figure.dpi"])
-    with plt.rc_context(STYLE | {"figure.constrained_layout.use": False}):
+    with plt.rc_context({**STYLE, "figure.constrained_layout.use": False}):
         drawing = plt.figure(figsize=size)
         axes = drawing.add_axes((0, 0, 1, 1))
         axes.imshow(mosaic, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")

@@ -1,0 +1,49 @@
+"""What the trainings minimise: each a module whose call on a batch gives a loss, as ``fit`` wants it."""
+
+from torch import Tensor, nn
+
+from adapters.flow import Flow
+from adapters.priors import FlowPrior
+from adapters.vae import VAE, ReparameterizedELBO
+from runs.common.images import bits_per_dim
+
+
+class NegativeLogLikelihood(nn.Module):
+    """−mean log p(x) in nats: what maximum likelihood minimises."""
+
+    def __init__(self, flow: Flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -self.flow.log_prob(x).mean()
+
+
+class BitsPerDim(nn.Module):
+    """The mean bits per dimension of a batch ``(x, context)``: what is minimised."""
+
+    def __init__(self, flow: Flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, batch: tuple[Tensor, Tensor | None]) -> Tensor:
+        x, context = batch
+        return bits_per_dim(-self.flow.log_prob(x, context).mean(), x.shape[1])
+
+
+class NegativeELBO(nn.Module):
+    """−ELBO of a batch ``(x, kl_weight)``, in nats per image: what is minimised. ``None`` is a weight of 1.
+
+    ``compiled_parts`` are the networks and the flow, where the time goes: Pyro's own Python can't be compiled.
+    """
+
+    def __init__(self, vae: VAE):
+        super().__init__()
+        self.elbo = ReparameterizedELBO()(vae.model, vae.guide)
+        self.compiled_parts = [vae.encoder.network, vae.decoder.network]
+        if isinstance(vae.prior, FlowPrior):
+            self.compiled_parts.append(vae.prior.flow.transform)
+
+    def forward(self, batch: tuple[Tensor, Tensor | None]) -> Tensor:
+        x, kl_weight = batch
+        return self.elbo(x, 1.0 if kl_weight is None else kl_weight) / len(x)

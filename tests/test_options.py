@@ -1,0 +1,142 @@
+"""The options of the scripts: parsed, checked, and parted into what decides the weights and what does not."""
+
+import ast
+import importlib
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from runs.common.command_line import parse
+from runs.common.options import (
+    Checked,
+    Deciding,
+    EpochOptions,
+    FlowOptions,
+    ImageOptions,
+    ImageRunOptions,
+    TrainingOptions,
+    check_load,
+    flat,
+    identity,
+)
+from tests.scripts import arguments
+
+RUNS = Path(__file__).parent.parent / "runs"
+NAMES = [path.stem for path in sorted(RUNS.glob("[a-z]*.py"))]
+SCRIPTS = [name for name in NAMES if hasattr(importlib.import_module(f"runs.{name}"), "Options")]
+
+
+@dataclass(frozen=True)
+class Options(Checked):
+    """All groups that scripts share."""
+
+    images: ImageOptions = field(default_factory=ImageOptions)
+    flow: FlowOptions = field(default_factory=lambda: FlowOptions(layers=3))
+    training: EpochOptions = field(default_factory=lambda: EpochOptions(weight_decay=0.5))
+    run: ImageRunOptions = field(default_factory=ImageRunOptions)
+
+    def check(self) -> None:
+        if self.training.epochs > 90 and self.images.limit is None:
+            raise ValueError("so many epochs want a limit")
+        if self.run.load is not None:
+            check_load(self, "load", "out", "seed")
+
+
+WRONG = [
+    ({"lr": 0.0}, "lr must be positive, not 0.0"),
+    ({"batch_size": 0}, "batch_size must be positive, not 0"),
+    ({"epochs": 0}, "epochs must be positive, not 0"),
+    ({"seconds": 0.0}, "seconds must be positive, not 0.0"),
+    ({"seed": -1}, "seed must lie between 0 and 2**63 - 1, not -1"),
+    ({"weight_decay": -1.0}, "weight_decay must not be negative, and finite, but is -1.0"),
+    ({"clip": 0.0}, "clip must be positive, not 0.0"),
+    ({"average": 1.0}, "average must lie between 0 and 1, not 1.0"),
+    ({"patience": 0}, "patience must be positive, not 0"),
+    ({"precision": "fp8"}, "unknown precision 'fp8'; known: no, bf16, fp16"),
+    ({"save_every": 0.0}, "save_every must be positive, not 0.0"),
+    ({"device": "tpu"}, "no device 'tpu' here; there are: auto, cpu"),
+    ({"flow": "maf"}, "unknown flow 'maf'; known: masked-affine,"),
+    ({"layers": 0}, "layers must be positive, not 0"),
+    ({"hidden": ()}, "hidden needs at least one width, e.g. --hidden 64 64"),
+    ({"options": {"bins": 3}}, "masked-affine has no option 'bins'"),
+    ({"dataset": "CIFAR"}, "unknown dataset 'CIFAR'; known: MNIST,"),
+    ({"limit": 0}, "limit must be positive, not 0"),
+    ({"epochs": 100}, "so many epochs want a limit"),
+    ({"load": Path("run"), "lr": 0.5, "data_dir": Path("x")}, "--load trains nothing, so --lr, --data-dir would be"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG)
+def test_a_wrong_value_is_refused_by_the_same_words_from_the_command_line_and_from_python(given, message, capsys):
+    """tyro would put a box around them, and exit."""
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        parse(Options, arguments(**given))
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        groups = {name: changed(group, given) for name, group in vars(Options()).items()}
+        Options(**groups)
+    assert capsys.readouterr() == ("", "")
+    assert parse(Options, []) == Options()  # one refusal leaves nothing behind for the next
+
+
+def changed(group, given):
+    return replace(group, **{name: value for name, value in given.items() if name in vars(group)})
+
+
+def test_the_words_of_a_command_line_become_values_of_their_types():
+    words = "--hidden 8 9 --options dropout 0.5 activation gelu --clip None --lr 1 --resume"
+    found = parse(Options, words.split())
+    assert found.flow.hidden == (8, 9) and found.flow.options == {"dropout": 0.5, "activation": "gelu"}
+    assert found.training.clip is None and found.training.lr == 1.0 and found.run.resume
+    assert found.flow.layers == 3 and found.training.weight_decay == 0.5  # the script's own defaults
+    assert parse(Options, arguments(**flat(found))) == found
+
+
+def test_what_decides_the_weights_is_a_type():
+    found = identity(parse(Options, ["--hidden", "8", "--compile", "--device", "cpu", "--out", "x", "--limit", "9"]))
+    assert found.keys() == {
+        name for kind in (ImageOptions, FlowOptions, EpochOptions) for name in vars(kind())
+    }  # fmt: skip
+    assert found["hidden"] == [8] and found["limit"] == 9  # plain data, for the checkpoint
+
+
+def test_a_recipe_has_the_options_of_training_and_run_and_what_is_known_later():
+    run = ImageRunOptions(save_every=3.0, compile=True)
+    recipe = EpochOptions(lr=0.5, clip=None, patience=4).recipe(run, steps=7, validate_every=2, betas=(0.1, 0.2))
+    assert (recipe.lr, recipe.clip, recipe.patience, recipe.average) == (0.5, None, 4, 0.999)
+    assert (recipe.save_every, recipe.compile, recipe.steps, recipe.validate_every) == (3.0, True, 7, 2)
+    assert recipe.betas == (0.1, 0.2)
+    assert TrainingOptions(seconds=2.0).recipe(run, steps=1).seconds == 2.0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_stands_in_one_group_alone_and_says_what_it_is(script, capsys):
+    kind = importlib.import_module(f"runs.{script}").Options
+    options = kind()
+    groups = list(vars(options).values())
+    names = [name for group in groups for name in vars(group)]
+    assert len(names) == len(set(names)) and flat(options).keys() == set(names)
+    assert identity(options).keys() == {name for group in groups if isinstance(group, Deciding) for name in vars(group)}
+    assert not {"device", "out", "resume", "load", "compile"} & identity(options).keys()
+    with pytest.raises(SystemExit):
+        parse(kind, ["--help"])
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in names:
+        flag = f"--{name.replace('_', '-')}"
+        assert f" {flag} " in printed or f" {flag}, " in printed, flag
+        text = printed.split(f" {flag}")[1].split("(default:")[0].split()
+        assert len(text) > 2, f"{flag} has no help"
+
+
+def test_what_the_scripts_share_imports_no_script():
+    scripts = {path.stem for path in RUNS.glob("*.py")} - {"__init__"}
+    for path in (RUNS / "common").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                found = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            else:
+                continue
+            assert not {f"runs.{script}" for script in scripts} & set(found), path
