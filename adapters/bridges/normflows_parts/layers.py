@@ -55,7 +55,7 @@ class NormflowsLayer(Transform):
         self.layer = layer
         self.inverted = inverted
         self.context_features = _context_width_of(layer)
-        self.drops_context = False  # see chain
+        self.drops_context = False  # unless the flow around it has one to give: see chain
         self.features = _features_of(layer)
         self.keeps_shape = not isinstance(layer, flows.Squeeze | flows.Split | flows.AffineCoupling)
         self.way = way_to_run(layer)
@@ -80,19 +80,19 @@ class NormflowsLayer(Transform):
             raise ValueError(f"{self.name} takes {self.features} features, not inputs of shape {tuple(shape)}")
         if self.keeps_shape and shape[0] == 0:  # which some layers cannot reshape
             return inputs.new_zeros(shape), inputs.new_zeros(0)
-        layer = self._ready(from_data=inverse != self.inverted) if self.actnorms else self.layer
+        layer: Any = self._modules["layer"]  # self.layer, which takes PyTorch ten times as long to find
+        if self.actnorms:
+            layer = self._ready(from_data=inverse != self.inverted)
         given = layer, inputs, () if self.context_features is None else (context,), inverse
         try:
             outputs, log_det = self.way(*given)
         except AssertionError:  # of a spline, whose discriminant rounding or a NaN has made negative
             outputs, log_det = run_in_float64(self.way, *given)
         except (RuntimeError, IndexError):
-            with naming_shape(tensor, self.name):
+            with naming_shape(tensor, self.name):  # entered only now, since each layer would pay for it in each call
                 raise
         if self.keeps_shape and outputs.shape != shape:
             raise ValueError(f"{self.name} takes no inputs of shape {tuple(shape)}")
-        if isinstance(log_det, Tensor) and log_det.shape == shape[:1]:  # as of most layers, which is told fast
-            return outputs, log_det.to(tensor)
         return outputs, per_row(log_det, tensor)
 
     def _ready(self, from_data: bool) -> nn.Module:
