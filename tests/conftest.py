@@ -5,9 +5,13 @@ name, parameters or source. What names no missing library must pass without it: 
 """
 
 import inspect
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that run tests side by side share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
 
 from adapters.bridges import bridges, installed
 from adapters.discovery import file_name

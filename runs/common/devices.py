@@ -71,7 +71,7 @@ def make_accelerator(device: str = "auto", precision: str = "no", **options) -> 
         state.device = chosen
         if chosen.index is not None and chosen.type in ("cuda", "xpu"):
             module_of(chosen).set_device(chosen)  # streams and graphs are made on the current device
-    if precision == "fp16" and state.device.type == "cpu":  # accelerate would train in float32 and not say so
+    if precision == "fp16" and str(state.device) == "cpu":  # accelerate would train in float32 and not say so
         raise ValueError("precision fp16 can't be had on cpu; bf16 and no can")
     try:
         return Accelerator(mixed_precision=precision, **options)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -49,6 +49,14 @@ def set_rate(optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
+class Recorded(NamedTuple):
+    """A recorded step, the tensors that it reads its batches from, and the one that it leaves its loss in."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor | None]
+    output: Tensor
+
+
 class GraphedStep:
     """A step that is recorded once, as a CUDA graph, and replayed: the GPU is handed one launch instead of hundreds.
 
@@ -74,7 +82,7 @@ class GraphedStep:
     ):
         self.step, self.forget, self.hold, self.say, self.device = step, forget, hold, say, device
         self.calls, self.waits = 0, False
-        self.graph = self.inputs = self.output = None
+        self.recorded: Recorded | None = None
 
     def _tried(self, batches: Sequence[Any]) -> Tensor:
         """The step as it is, in which CUDA raises if anything waits: a recording that fails can't be undone on all
@@ -101,14 +109,14 @@ class GraphedStep:
         if self.calls == WARMUP + 1 and not self.waits:
             self._record(batches)
         values = tree_flatten(batches)[0]
-        if self.graph is None or [_shape(value) for value in values] != [_shape(value) for value in self.inputs]:
+        if self.recorded is None or list(map(_shape, values)) != list(map(_shape, self.recorded.inputs)):
             return self.step(batches)
-        for static, value in zip(self.inputs, values, strict=True):
+        for static, value in zip(self.recorded.inputs, values, strict=True):
             if static is not None:
                 static.copy_(value)
         self.hold()
-        self.graph.replay()
-        return self.output.clone()
+        self.recorded.graph.replay()
+        return self.recorded.output.clone()
 
     def _beside_the_default_stream(self, batches: Sequence[Any]) -> Tensor:
         """The step as it is, on another stream, as CUDA wants it before a recording."""
@@ -126,12 +134,12 @@ class GraphedStep:
         self.forget()
         try:
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # back to it, come what may
-                self.output = self.step(tree_unflatten(inputs, shape))
+                output = self.step(tree_unflatten(inputs, shape))
         except Exception as error:  # any operation that can't be recorded, of any library
             self.say(f"the step runs without a CUDA graph: {_reason(error.__context__ or error)}")
             self.forget()
         else:
-            self.graph, self.inputs = graph, inputs
+            self.recorded = Recorded(graph, inputs, output)
 
 
 def can_be_graphed(accelerator: Accelerator) -> bool:
@@ -227,6 +235,6 @@ def _shape(value: Tensor | None) -> torch.Size | None:
     return None if value is None else value.shape
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
     return f"{type(error).__name__}: {first.strip()}"
