@@ -35,12 +35,12 @@ from torch.distributions import Distribution, Independent, Normal, TransformedDi
 from torch.distributions import transforms as torch_transforms
 from torch.overrides import TorchFunctionMode
 
+from adapters.bridges.common.as_module import AsModule
 from adapters.bridges.common.bounds import Limits, bounds, within
 from adapters.bridges.common.chain import Chain, Leaf
 from adapters.bridges.common.context import Width, one_width
 from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
-from adapters.bridges.common.held import Held
 from adapters.bridges.common.tensors import like, per_row
 from adapters.bridges.common.torch_base import TorchBase
 from adapters.checks import naming_shape
@@ -108,7 +108,7 @@ class TorchTransform(Leaf):
         super().__init__()
         _check_usable(part, backwards)
         self.name = _name(part)
-        self.held = Held(part, KINDS)
+        self.part = AsModule(part, KINDS)
         self.backwards = backwards
         self.reads_context = isinstance(part, ConditionalTransform)
         self.is_bounded = not self.reads_context and any(map(bounds, (part.domain, part.codomain)))
@@ -141,7 +141,7 @@ class TorchTransform(Leaf):
 
     def _steps(self, context: Tensor | None) -> list[tuple[Any, bool]]:
         """What to run: t or, if it is conditional, all that it consists of under this context."""
-        part = self.held.fresh()
+        part = self.part.fresh()
         if not self.reads_context:
             return [(part, self.backwards)]
         steps = list(_parts(part.condition(context), self.backwards))
@@ -156,7 +156,7 @@ class TorchTransform(Leaf):
         return within(_limits(part, called), value, scoring, change) if self.is_bounded else change(value)
 
 
-class ConditionedBase(Held):
+class ConditionedBase(AsModule):
     """A ``ConditionalDistribution`` of Pyro; calling it on a context gives the distribution."""
 
     def forward(self, context: Tensor | None = None) -> Distribution:
@@ -186,11 +186,11 @@ def flow_in(thing: Any) -> Flow | None:
     while isinstance(thing, Independent):
         thing = thing.base_dist
     if isinstance(thing, TransformedDistribution):
-        transform, source = _chain(thing.transforms), Held(thing.base_dist, KINDS)
+        transform, source = _chain(thing.transforms), AsModule(thing.base_dist, KINDS)
     elif isinstance(thing, ConditionalTransformedDistribution):
         base = thing.base_dist
         if isinstance(base, ConstantConditionalDistribution):
-            transform, source = _chain(thing.transforms), Held(base.base_dist, KINDS)
+            transform, source = _chain(thing.transforms), AsModule(base.base_dist, KINDS)
         else:
             transform, source = _chain(thing.transforms, _width(base)), ConditionedBase(base, KINDS)
     else:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.transforms import _InverseTransform
 
+from adapters.bridges.common.as_module import AsModule
 from adapters.bridges.common.bounds import bounds, nowhere, within
 from adapters.bridges.common.context import AnyContextFlow, Width, one_width
 from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
-from adapters.bridges.common.held import Held
 from adapters.bridges.common.on_demand import class_on_demand
 from adapters.bridges.common.tensors import like, per_row
 from adapters.bridges.common.torch_base import TorchBase
@@ -80,7 +80,7 @@ class ZukoTransform(Transform):
         neural, continuous = import_zuko().flows.neural, import_zuko().flows.continuous
         layer = _layer(lazy)
         self.lazy = lazy
-        self.name = f"zuko's {type(layer.thing if isinstance(layer, Held) else layer).__name__}"
+        self.name = f"zuko's {type(layer.native if isinstance(layer, AsModule) else layer).__name__}"
         self.features, _ = _widths(layer)
         self.context_features = context_features
         self.takes_any_row = _takes_any_row(layer)
@@ -256,9 +256,9 @@ def flow_in(thing) -> Flow | None:
                 f"this NormalizingFlow has a batch shape of {tuple(thing.batch_shape)}: its context, if any, is bound "
                 "to it; as_flow takes the lazy flow that made it, and the context in each call"
             )
-        layers, base = _layers(thing.transform), Held(thing.base)
+        layers, base = _layers(thing.transform), AsModule(thing.base)
     elif isinstance(thing, Distribution):
-        base = Held(thing)
+        base = AsModule(thing)
     else:
         return None
     width = _context_width([*_layers(base), *layers])
@@ -322,8 +322,8 @@ def _exported() -> type:
 def _layers(thing: Any) -> list[Any]:
     """The modules that a lazy transform or flow, or one that needs no call, is made of, data side first.
 
-    Each is one of zuko's layers, or the inverse of one as zuko makes it, or ``Held``, or an exported transform. Those
-    of a flow's base are the last.
+    Each is one of zuko's layers, or the inverse of one as zuko makes it, or ``AsModule``, or an exported transform.
+    Those of a flow's base are the last.
     """
     zuko, kind = import_zuko(), type(thing)
     if isinstance(thing, zuko.lazy.Flow):
@@ -332,7 +332,7 @@ def _layers(thing: Any) -> list[Any]:
         return [layer for part in thing.transforms for layer in _layers(part)]
     if kind is zuko.lazy.LazyInverse:
         return [layer.inv for layer in reversed(_layers(thing.transform))]
-    return [Held(thing) if isinstance(thing, torch.distributions.Transform) else thing]
+    return [AsModule(thing) if isinstance(thing, torch.distributions.Transform) else thing]
 
 
 def _layer(lazy: Any) -> Any:
@@ -364,7 +364,7 @@ def _widths(layer: Any) -> tuple[int | None, Width]:
     """
     zuko = import_zuko()
     flows, lazy = zuko.flows, zuko.lazy
-    if isinstance(layer, Held | lazy.UnconditionalTransform | lazy.UnconditionalDistribution | lazy.Unconditional):
+    if isinstance(layer, AsModule | lazy.UnconditionalTransform | lazy.UnconditionalDistribution | lazy.Unconditional):
         return None, None
     try:
         if isinstance(layer, flows.MaskedAutoregressiveTransform):
