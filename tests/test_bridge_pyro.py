@@ -20,6 +20,7 @@ import adapters.bridges.pyro as bridge
 import adapters.catalogue.pyro as catalogue
 import tests.examples.pyro as examples
 from adapters import as_flow, as_transform, build_flow, to_library
+from adapters.bridges.common.context import one_width
 from tests.laws import batch, context_for, randomise
 
 
@@ -496,6 +497,51 @@ def test_a_wrong_context_is_named():
     parts = [T.conditional_affine_coupling(4, 2, [8]), T.conditional_affine_coupling(4, 3, [8])]
     with pytest.raises(ValueError, match="do not agree about its width: 2, 3"):
         as_transform(dist.conditional.ConditionalComposeTransformModule(parts))
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [([], None), ([None], None), ([...], ...), ([None, ..., 2], 2), ([0, None], None), ([0, ...], None), ([3, 3], 3)],
+)
+def test_widths_of_a_context_agree(widths, expected):
+    assert one_width(widths, "a context") == expected
+
+
+@pytest.mark.parametrize("widths", [[2, 3], [0, 2], [..., 2, None, 0]])
+def test_widths_of_a_context_that_do_not_agree_are_named(widths):
+    with pytest.raises(ValueError, match="the parts of a context do not agree about its width: "):
+        one_width(widths, "a context")
+
+
+def test_a_chain_names_the_transform_that_cannot_take_what_it_is_given():
+    chain = as_transform(transforms.ComposeTransform([T.affine_coupling(4, [8]), transforms.ExpTransform()]))
+    with pytest.raises(ValueError, match=r"^AffineCoupling takes 4 features, not an input of \(3, 5\)"):
+        chain(torch.ones(3, 5))
+    with pytest.raises(ValueError, match="ExpTransform, AffineCoupling is unconditional, but a context"):
+        chain(torch.ones(3, 4), torch.ones(3, 2))
+
+
+class Several(dist.ConditionalTransform):
+    """What a context makes of this is a composition, with an inverse in it."""
+
+    context_dim = 3
+
+    def condition(self, context):
+        affine = transforms.AffineTransform(context, 2.0, event_dim=1)
+        return transforms.ComposeTransform(
+            [transforms.ExpTransform(), affine.inv, T.permute(3, torch.arange(3).flip(0))]
+        )
+
+
+def test_a_conditional_transform_may_make_a_composition():
+    part, context = Several(), context_for(3, 4)
+    transform = as_transform(dist.conditional.ConditionalComposeTransformModule([part, part]))
+    z, conditioned = torch.rand(4, 3, dtype=torch.float64) / 8, part.condition(context)
+    once = conditioned(z)
+    x, log_det = transform.inverse(z, context)
+    assert_close(x, conditioned(once))
+    assert_close(log_det, conditioned.log_abs_det_jacobian(z, once) + conditioned.log_abs_det_jacobian(once, x))
+    assert_close(transform(x, context), (z, -log_det))
 
 
 @pytest.mark.parametrize("validates", [True, False])

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from nflows.transforms import CompositeTransform, InverseNotAvailable, InverseTransform
+from nflows.transforms import CompositeTransform, InverseNotAvailable
 from pyro.infer import JitTrace_ELBO, Trace_ELBO
 from torch import nn
 from torch.testing import assert_close
@@ -210,11 +210,9 @@ def test_a_chain_becomes_one_of_nflows_whose_parts_are_single_transforms():
         to_library("zuko", ours(context_features=2)).inv,
     ).double()
     x, context = batch(5, 4), batch(5, 2, seed=2)
-    parts = [ZukoTransform, ZukoTransform, ZukoTransform, InverseTransform]
-    turned = [CompositeTransform, ZukoTransform, ZukoTransform, ZukoTransform]
-    for thing, expected in ((native, parts), (native.inv, turned)):
+    for thing in (native, native.inv):
         chain = as_transform(thing)
-        assert isinstance(chain, CompositeTransform) and [type(part) for part in parts_of(chain)] == expected
+        assert isinstance(chain, CompositeTransform) and [type(part) for part in parts_of(chain)] == 4 * [ZukoTransform]
         y, log_det = chain(x, context)
         assert_close((y, log_det), thing(context).call_and_ladj(x))
         assert_close(chain.inverse(y, context), (x, -log_det))
@@ -224,7 +222,7 @@ def test_a_chain_becomes_one_of_nflows_whose_parts_are_single_transforms():
 
 
 def test_data_beyond_the_bounds_of_an_inverted_transform_have_no_density():
-    """A part that runs in reverse still scores data, and says so, where an ``InverseTransform`` of it would sample."""
+    """A part that runs backwards still scores data there, where nflows' ``InverseTransform`` of it would sample."""
     clip = constant(transforms.SoftclipTransform, bound=2.0)
     for inverted in (clip.inv, lazy.LazyComposedTransform(clip, constant(transforms.IdentityTransform)).inv):
         transform = as_transform(inverted)
@@ -244,7 +242,8 @@ def test_ones_of_a_mask_pass_unchanged():
 
 def test_nsf_has_the_bins_and_bound_it_is_asked_for():
     flow = build_flow("zuko-nsf", 2, layers=1, bins=5, tail_bound=2.5)
-    layer: Any = flow.transform
+    chain: Any = flow.transform
+    layer: Any = parts_of(chain)[0]
     spline = layer.lazy().meta(torch.zeros(1, 1)).base
     assert spline.bins == 5
     assert_close(spline.horizontal.max(), torch.tensor(2.5))

@@ -35,12 +35,12 @@ from torch.distributions import Distribution, Independent, Normal, TransformedDi
 from torch.distributions import transforms as torch_transforms
 from torch.overrides import TorchFunctionMode
 
+from adapters.bridges.common.as_module import AsModule
 from adapters.bridges.common.bounds import Limits, bounds, within
 from adapters.bridges.common.chain import Chain, Leaf
 from adapters.bridges.common.context import Width, one_width
 from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
-from adapters.bridges.common.held import Held
 from adapters.bridges.common.tensors import like, per_row
 from adapters.bridges.common.torch_base import TorchBase
 from adapters.checks import naming_shape
@@ -51,10 +51,10 @@ LIBRARIES = ("pyro", "torch")
 DISTRIBUTION = "pyro-ppl"
 EXTRA = None
 
-# What Pyro can condition on a context, beside torch's own classes, and what may hold tensors.
+# Objects that may hold tensors: torch's, which are no modules, and those of Pyro's that make them of a context.
 KINDS = (torch_transforms.Transform, Distribution, ConditionalTransform, ConditionalDistribution)
 
-# Pyro's transforms that run noise → data only: they score a value by remembering how they made it.
+# Transforms that run noise → data only: Pyro scores a value by remembering how it was made.
 ONE_WAY = (
     pyro_transforms.BlockAutoregressive,
     pyro_transforms.ConditionalNeuralAutoregressive,
@@ -66,6 +66,7 @@ ONE_WAY = (
     ConditionedPlanar,
     ConditionedRadial,
 )
+# Those whose formula asserts something of all rows together.
 SPLINES = (
     pyro_transforms.ConditionalSpline,
     pyro_transforms.ConditionalSplineAutoregressive,
@@ -108,14 +109,14 @@ class TorchTransform(Leaf):
         super().__init__()
         _check_usable(part, backwards)
         self.name = _name(part)
-        self.held = Held(part, KINDS)
+        self.part = AsModule(part, KINDS)
         self.backwards = backwards
         self.reads_context = isinstance(part, ConditionalTransform)
         self.is_bounded = not self.reads_context and any(map(bounds, (part.domain, part.codomain)))
         self.features = _features(part)
         self.has_inverse = not backwards or _has_inverse(part)
         self.keeps_shape = not _changes_shape(part)
-        self.takes_any_row = not isinstance(part, SPLINES)  # these assert something of all rows together
+        self.takes_any_row = not isinstance(part, SPLINES)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(inputs, context, to_noise=True)
@@ -141,7 +142,7 @@ class TorchTransform(Leaf):
 
     def _steps(self, context: Tensor | None) -> list[tuple[Any, bool]]:
         """What to run: t or, if it is conditional, all that it consists of under this context."""
-        part = self.held.fresh()
+        part = self.part.fresh()
         if not self.reads_context:
             return [(part, self.backwards)]
         steps = list(_parts(part.condition(context), self.backwards))
@@ -156,43 +157,43 @@ class TorchTransform(Leaf):
         return within(_limits(part, called), value, scoring, change) if self.is_bounded else change(value)
 
 
-class ConditionedBase(Held):
+class ConditionedBase(AsModule):
     """A ``ConditionalDistribution`` of Pyro; calling it on a context gives the distribution."""
 
     def forward(self, context: Tensor | None = None) -> Distribution:
         return self.fresh().condition(context)
 
 
-def transform_in(thing: Any) -> Transform | None:
+def transform_in(foreign: Any) -> Transform | None:
     """A transform, conditional or not; an exported one comes back as it went.
 
     Raises: as ``TorchTransform``.
     """
-    thing = thing.export if isinstance(thing, ConditionalExport) else thing
-    if isinstance(thing, ExportedTransform):
-        if thing.context is None:
-            return thing.transform
-        thing = thing.inv if thing.data_to_noise else thing
-    return _chain([thing]) if isinstance(thing, torch_transforms.Transform | ConditionalTransform) else None
+    foreign = foreign.export if isinstance(foreign, ConditionalExport) else foreign
+    if isinstance(foreign, ExportedTransform):
+        if foreign.context is None:
+            return foreign.transform
+        foreign = foreign.inv if foreign.data_to_noise else foreign
+    return _chain([foreign]) if isinstance(foreign, torch_transforms.Transform | ConditionalTransform) else None
 
 
-def flow_in(thing: Any) -> Flow | None:
+def flow_in(foreign: Any) -> Flow | None:
     """A ``TransformedDistribution`` of torch or Pyro, or Pyro's ``ConditionalTransformedDistribution``, with its base.
 
     Raises:
         ValueError: for a tensor in it that was computed from parameters; for a base that reads a context, if nothing
             says its width; and as ``TorchTransform``.
     """
-    while isinstance(thing, Independent):
-        thing = thing.base_dist
-    if isinstance(thing, TransformedDistribution):
-        transform, source = _chain(thing.transforms), Held(thing.base_dist, KINDS)
-    elif isinstance(thing, ConditionalTransformedDistribution):
-        base = thing.base_dist
+    while isinstance(foreign, Independent):
+        foreign = foreign.base_dist
+    if isinstance(foreign, TransformedDistribution):
+        transform, source = _chain(foreign.transforms), AsModule(foreign.base_dist, KINDS)
+    elif isinstance(foreign, ConditionalTransformedDistribution):
+        base = foreign.base_dist
         if isinstance(base, ConstantConditionalDistribution):
-            transform, source = _chain(thing.transforms), Held(base.base_dist, KINDS)
+            transform, source = _chain(foreign.transforms), AsModule(base.base_dist, KINDS)
         else:
-            transform, source = _chain(thing.transforms, _width(base)), ConditionedBase(base, KINDS)
+            transform, source = _chain(foreign.transforms, _width(base)), ConditionedBase(base, KINDS)
     else:
         return None
     width = transform.context_features
@@ -200,10 +201,10 @@ def flow_in(thing: Any) -> Flow | None:
         raise ValueError(
             "nothing says how wide a context this distribution takes; give what reads it an attribute context_dim"
         )
-    if isinstance(thing, ConditionalTransformedDistribution):  # only conditioned, on whatever context, it has a shape
+    if isinstance(foreign, ConditionalTransformedDistribution):  # only conditioned, on whatever context, it has a shape
         with torch.no_grad():
-            thing = thing.condition(like(nn.ModuleList([transform, source])).new_zeros(width or 0))
-    return Flow(transform, TorchBase(source, _shape(thing.base_dist)), _shape(thing), width)
+            foreign = foreign.condition(like(nn.ModuleList([transform, source])).new_zeros(width or 0))
+    return Flow(transform, TorchBase(source, _shape(foreign.base_dist)), _shape(foreign), width)
 
 
 def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool):
@@ -252,35 +253,35 @@ class ConditionalExport(ConditionalTransformModule):
         return self.export.condition(context)
 
 
-def _chain(things: Iterable, context_features: Width = None) -> Chain:
+def _chain(transforms: Iterable, context_features: Width = None) -> Chain:
     """The transforms, noise side first, as one of nflows'.
 
     Args:
         context_features: width of the context that something beside them, such as a base, reads.
     """
-    parts = [part for thing in things for part in _parts(thing)]
+    parts = [part for transform in transforms for part in _parts(transform)]
     leaves = [TorchTransform(part, backwards) for part, backwards in parts]
     names = ", ".join(dict.fromkeys(leaf.name for leaf in leaves))
     width = one_width([context_features, *(_width(part) for part, _ in parts)], f"the context of {names}")
     return Chain(reversed(leaves), width)
 
 
-def _parts(thing: Any, backwards: bool = False) -> Iterator[tuple[Any, bool]]:
+def _parts(transform: Any, backwards: bool = False) -> Iterator[tuple[Any, bool]]:
     """The single transforms, noise side first, each with whether it runs backwards (noise → data by its inverse)."""
-    match thing:
+    match transform:
         case torch_transforms.ComposeTransform():
-            parts = thing.parts
+            parts = transform.parts
         case ConditionalComposeTransformModule():
-            parts = thing.transforms
+            parts = transform.transforms
         case torch_transforms.IndependentTransform():
-            parts = [thing.base_transform]
+            parts = [transform.base_transform]
         case ConstantConditionalTransform():
-            parts = [thing.transform]
+            parts = [transform.transform]
         case torch_transforms._InverseTransform() | _ConditionalInverseTransformModule():
-            yield from _parts(thing.inv, not backwards)
+            yield from _parts(transform.inv, not backwards)
             return
         case _:
-            yield thing, backwards
+            yield transform, backwards
             return
     for part in reversed(parts) if backwards else parts:
         yield from _parts(part, backwards)

@@ -1,32 +1,32 @@
 """zuko: its lazy transforms and flows in, any transform out.
 
 zuko runs data → noise and lists the data side first, as nflows does, so nothing is turned round. Each single transform
-becomes a ``ZukoTransform``, and nflows' ``CompositeTransform`` chains them.
+becomes a ``ZukoTransform``, and these a ``Chain``.
 
 What ``import zuko`` does to the whole process, ``import_zuko`` undoes; nothing else here imports it.
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import torch
-from nflows.transforms import CompositeTransform, InverseNotAvailable, InverseTransform, Transform
+from nflows.transforms import InverseNotAvailable, Transform
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.transforms import _InverseTransform
 
+from adapters.bridges.common.as_module import AsModule
 from adapters.bridges.common.bounds import bounds, nowhere, within
+from adapters.bridges.common.chain import Chain, Leaf
 from adapters.bridges.common.context import AnyContextFlow, Width, one_width
 from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
-from adapters.bridges.common.held import Held
 from adapters.bridges.common.on_demand import class_on_demand
 from adapters.bridges.common.tensors import like, per_row
 from adapters.bridges.common.torch_base import TorchBase
-from adapters.checks import check_context, check_event, naming_shape
-from adapters.finite import finite_rows
+from adapters.checks import check_event, naming_shape
 from adapters.flow import Flow
 
 PACKAGES = LIBRARIES = ("zuko",)
@@ -56,7 +56,7 @@ def import_zuko() -> ModuleType:
     return zuko
 
 
-class ZukoTransform(Transform):
+class ZukoTransform(Leaf):
     """One lazy transform of zuko, x ↦ f(x | c), as an nflows one: ``forward`` calls f, ``inverse`` its inverse.
 
     Each evaluates the conditioner once (an autoregressive inverse: once in each pass) and gives its log-determinant.
@@ -67,28 +67,22 @@ class ZukoTransform(Transform):
 
     Args:
         lazy: a module whose call on a context, or None, gives a torch ``Transform``.
-        context_features: the width of the context that it is given; it may ignore it.
+        backwards: whether the flow holds the inverse of f, so that ``forward`` calls that.
 
     Raises:
-        InverseNotAvailable: for a transform that is no bijection.
-        ValueError: for one whose log-determinant is random; in a call, for a context that is missing, superfluous or of
-            another shape, or an input of another width.
+        ValueError: in a call, for an input of another width.
     """
 
-    def __init__(self, lazy: nn.Module, context_features: Width):
+    def __init__(self, lazy: nn.Module, backwards: bool):
         super().__init__()
         neural, continuous = import_zuko().flows.neural, import_zuko().flows.continuous
-        layer = _layer(lazy)
-        self.lazy = lazy
-        self.name = f"zuko's {type(layer.thing if isinstance(layer, Held) else layer).__name__}"
-        self.features, _ = _widths(layer)
-        self.context_features = context_features
-        self.takes_any_row = _takes_any_row(layer)
+        self.lazy, self.backwards = lazy, backwards
+        self.name = f"zuko's {type(lazy.native if isinstance(lazy, AsModule) else lazy).__name__}"
+        self.features, _ = _widths(lazy)
+        self.takes_any_row = _takes_any_row(lazy)
         cuts_gradients = neural.MNN, neural.UMNN, continuous.FFJTransform
         self.always_training = [module for module in lazy.modules() if isinstance(module, cuts_gradients)]
         self.train(self.training)
-        if context_features is not ...:
-            _check_exact(lazy(_a_context(lazy, context_features)))
 
     def train(self, mode: bool = True) -> "ZukoTransform":
         super().train(mode)
@@ -96,27 +90,23 @@ class ZukoTransform(Transform):
             module.training = True
         return self
 
-    @finite_rows
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._checked(inputs, context, self.name, inverse=False)
+        return self._run(inputs, context, to_noise=True)
 
-    @finite_rows
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return self._checked(inputs, context, f"the inverse of {self.name}", inverse=True)
+        return self._run(inputs, context, to_noise=False)
 
-    def _checked(self, inputs: Tensor, context: Tensor | None, what: str, inverse: bool) -> tuple[Tensor, Tensor]:
-        check_context(context, self.context_features, inputs, self.name)
+    def _run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
         if self.features is not None:
-            check_event(inputs, (self.features,), what)
-            return self._run(inputs, context, inverse)
-        with naming_shape(inputs, what):
-            return self._run(inputs, context, inverse)
-
-    def _run(self, inputs: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        transform = self.lazy(context)
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
-            self._check_traceable(transform)
-        return _run(transform, inputs, inverse, scoring=not inverse)
+            check_event(inputs, (self.features,), self.name)
+        try:
+            transform = self.lazy(context)
+            if torch.jit.is_tracing():  # type: ignore[attr-defined]
+                self._check_traceable(transform)
+            return _evaluate(transform, inputs, inverse=self.backwards == to_noise, scoring=to_noise)
+        except (RuntimeError, IndexError):
+            with naming_shape(inputs, self.name):
+                raise
 
     def _check_traceable(self, transform: torch.distributions.Transform) -> None:
         zuko = import_zuko().transforms
@@ -130,7 +120,7 @@ class ZukoTransform(Transform):
             )
 
 
-def _run(transform: Any, values: Tensor, inverse: bool, scoring: bool) -> tuple[Tensor, Tensor]:
+def _evaluate(transform: Any, values: Tensor, inverse: bool, scoring: bool) -> tuple[Tensor, Tensor]:
     """f(values), or f⁻¹(values), and its log|det| as ``(batch,)``. Each network of f is evaluated once.
 
     zuko's own ``call_and_ladj`` would evaluate each network of an inverse twice, and check no bounds.
@@ -141,13 +131,13 @@ def _run(transform: Any, values: Tensor, inverse: bool, scoring: bool) -> tuple[
     """
     zuko, kind = import_zuko().transforms, type(transform)
     if isinstance(transform, _InverseTransform):
-        return _run(transform.inv, values, not inverse, scoring)
+        return _evaluate(transform.inv, values, not inverse, scoring)
     if kind is zuko.DependentTransform:
-        return _run(transform.base, values, inverse, scoring)
+        return _evaluate(transform.base, values, inverse, scoring)
     if kind is zuko.CouplingTransform:
-        # as ``split`` and ``merge`` of the transform do, but several times faster, above all backward
+        # as ``split`` and ``merge`` of the transform do, but faster on large batches, above all backward
         unchanged, changed = (values.index_select(-1, index) for index in (transform.idx_a, transform.idx_b))
-        changed, log_det = _run(transform.meta(unchanged), changed, inverse, scoring)
+        changed, log_det = _evaluate(transform.meta(unchanged), changed, inverse, scoring)
         return values.index_copy(-1, transform.idx_b, changed), log_det
     if kind is zuko.AutoregressiveTransform:
         x = values
@@ -155,26 +145,26 @@ def _run(transform: Any, values: Tensor, inverse: bool, scoring: bool) -> tuple[
             x = torch.zeros_like(values)
             for _ in range(transform.passes - 1):
                 x = _preimage(transform.meta(x), values, missed=0.0)  # NaN would make the network's every output NaN
-        return _run(transform.meta(x), values, inverse, scoring)  # all that a coordinate depends on is final by now
+        return _evaluate(transform.meta(x), values, inverse, scoring)  # what a coordinate depends on is final by now
     if kind is zuko.ComposedTransform:
-        log_det = values.new_zeros(len(values))
+        total = values.new_zeros(len(values))
         for part in reversed(transform.transforms) if inverse else transform.transforms:
-            values, log_det_of_part = _run(part, values, inverse, scoring)
-            log_det = log_det + log_det_of_part
-        return values, log_det
+            values, log_det = _evaluate(part, values, inverse, scoring)
+            total = total + log_det
+        return values, total
     if inverse and isinstance(transform, zuko.FreeFormJacobianTransform):  # whose inverse is another of the kind
         transform, inverse = transform.inv, False
-    run = _invert if inverse else _call
     limits = bounds(transform.codomain if inverse else transform.domain)
-    return within(limits, values, scoring, lambda inside: run(transform, inside, scoring))
+    evaluate = partial(_invert, transform, scoring) if inverse else partial(_call, transform)
+    return within(limits, values, scoring, evaluate)
 
 
-def _call(transform: Any, x: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
+def _call(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     y, log_det = transform.call_and_ladj(x)
     return y, per_row(log_det, x, transform.domain.event_dim)
 
 
-def _invert(transform: Any, y: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
+def _invert(transform: Any, scoring: bool, y: Tensor) -> tuple[Tensor, Tensor]:
     x = _preimage(transform, y, missed=math.nan)
     missed = None
     if _bisects(transform):
@@ -222,20 +212,22 @@ def _bisect(transform: Any, y: Tensor, missed: float) -> Tensor:
 FAR = 1e12  # sixteen untrained layers of a NAF, each of slope 0.3 far out, bring noise of 4 from 1e9
 
 
-def transform_in(thing) -> Transform | None:
+def transform_in(thing: Any) -> Transform | None:
     """A lazy transform, or a transform that needs no call; an exported one comes back as it went.
 
     Raises:
-        InverseNotAvailable, ValueError: as ``ZukoTransform``.
-        ValueError: for parts that disagree on the width of the context.
+        InverseNotAvailable: for a transform that is no bijection.
+        ValueError: for one whose log-determinant is random; for parts that disagree on the width of the context.
     """
+    if isinstance(thing, _exported()):
+        return thing.transform
     if not isinstance(thing, torch.distributions.Transform | import_zuko().lazy.LazyTransform):
         return None
-    layers = _layers(thing)
-    return _chain(layers, _context_width(layers))
+    parts = _parts(thing)
+    return _chain(parts, _context_width(parts))
 
 
-def flow_in(thing) -> Flow | None:
+def flow_in(thing: Any) -> Flow | None:
     """A lazy flow or another lazy distribution, such as ``GMM``, or a distribution that needs no call.
 
     The event shape and the width of the context are read off its parts. A flow none of whose parts says what context
@@ -245,9 +237,9 @@ def flow_in(thing) -> Flow | None:
         InverseNotAvailable, ValueError: as ``transform_in``; for a flow that a batch of contexts is already bound to.
     """
     zuko = import_zuko()
-    layers = []
+    parts = []
     if isinstance(thing, zuko.lazy.Flow):
-        layers, base = _layers(thing.transform), thing.base
+        parts, base = _parts(thing.transform), thing.base
     elif isinstance(thing, zuko.lazy.LazyDistribution):
         base = thing
     elif isinstance(thing, zuko.distributions.NormalizingFlow):
@@ -256,13 +248,13 @@ def flow_in(thing) -> Flow | None:
                 f"this NormalizingFlow has a batch shape of {tuple(thing.batch_shape)}: its context, if any, is bound "
                 "to it; as_flow takes the lazy flow that made it, and the context in each call"
             )
-        layers, base = _layers(thing.transform), Held(thing.base)
+        parts, base = _parts(thing.transform), AsModule(thing.base)
     elif isinstance(thing, Distribution):
-        base = Held(thing)
+        base = AsModule(thing)
     else:
         return None
-    width = _context_width([*_layers(base), *layers])
-    transform = _chain(layers, width)
+    width = _context_width([*_parts(base), *parts])
+    transform = _chain(parts, width)
     context = _a_context(thing if isinstance(thing, nn.Module) else base, width)
     try:
         distribution = base(context)
@@ -276,9 +268,10 @@ def flow_in(thing) -> Flow | None:
     else:
         shape = distribution.expand((1,)).event_shape
     noise = TorchBase(base, shape)
-    for layer in reversed(layers):
-        if width is not ... or isinstance(_layer(layer), _exported()):  # others cannot be asked without a context
-            shape = layer(context).inverse_shape(shape)
+    for lazy, backwards in reversed(parts):
+        if width is not ... or isinstance(lazy, _exported()):  # others cannot be asked without a context
+            part = lazy(context)
+            shape = part.forward_shape(shape) if backwards else part.inverse_shape(shape)
     if width is ...:
         return AnyContextFlow(transform, noise, shape, needs_context=False)
     return Flow(transform, noise, shape, width)
@@ -319,41 +312,31 @@ def _exported() -> type:
     return NflowsTransform
 
 
-def _layers(thing: Any) -> list[Any]:
-    """The modules that a lazy transform or flow, or one that needs no call, is made of, data side first.
+def _parts(thing: Any, backwards: bool = False) -> list[tuple[Any, bool]]:
+    """The single modules that a transform or a flow consists of, data side first, each with whether it runs backwards.
 
-    Each is one of zuko's layers, or the inverse of one as zuko makes it, or ``Held``, or an exported transform. Those
-    of a flow's base are the last.
+    A transform that needs no call is one that is ``AsModule``. The parts of a flow's base are the last.
     """
     zuko, kind = import_zuko(), type(thing)
-    if isinstance(thing, zuko.lazy.Flow):
-        return [*_layers(thing.transform), *_layers(thing.base)]
     if kind is zuko.lazy.LazyComposedTransform or kind is zuko.transforms.ComposedTransform:
-        return [layer for part in thing.transforms for layer in _layers(part)]
+        parts = reversed(thing.transforms) if backwards else thing.transforms
+        return [single for part in parts for single in _parts(part, backwards)]
     if kind is zuko.lazy.LazyInverse:
-        return [layer.inv for layer in reversed(_layers(thing.transform))]
-    return [Held(thing) if isinstance(thing, torch.distributions.Transform) else thing]
+        return _parts(thing.transform, not backwards)
+    if isinstance(thing, zuko.lazy.Flow):
+        return [*_parts(thing.transform), *_parts(thing.base)]
+    return [(AsModule(thing) if isinstance(thing, torch.distributions.Transform) else thing, backwards)]
 
 
-def _layer(lazy: Any) -> Any:
-    """The layer itself, if this is the inverse of one."""
-    return lazy.transform if type(lazy) is import_zuko().lazy.LazyInverse else lazy
+def _chain(parts: list[tuple[Any, bool]], context_features: Width) -> Chain:
+    if context_features is not ...:
+        for lazy, _ in parts:
+            _check_exact(lazy(_a_context(lazy, context_features)))
+    return Chain([ZukoTransform(lazy, backwards) for lazy, backwards in parts], context_features)
 
 
-def _chain(layers: list[Any], context_features: Width) -> Transform:
-    """What the layers compute one after the other, if each is given a context of this width."""
-    chained = []
-    for lazy in layers:
-        layer = _layer(lazy)
-        if isinstance(layer, _exported()):
-            chained.append(layer.transform if lazy is layer else InverseTransform(layer.transform))
-        else:
-            chained.append(ZukoTransform(lazy, context_features))
-    return chained[0] if len(chained) == 1 else CompositeTransform(chained)
-
-
-def _context_width(layers: list[Any]) -> Width:
-    return one_width([_widths(_layer(layer))[1] for layer in layers], "the context of a zuko flow")
+def _context_width(parts: list[tuple[Any, bool]]) -> Width:
+    return one_width([_widths(part)[1] for part, _ in parts], "the context of a zuko flow")
 
 
 def _widths(layer: Any) -> tuple[int | None, Width]:
@@ -364,7 +347,7 @@ def _widths(layer: Any) -> tuple[int | None, Width]:
     """
     zuko = import_zuko()
     flows, lazy = zuko.flows, zuko.lazy
-    if isinstance(layer, Held | lazy.UnconditionalTransform | lazy.UnconditionalDistribution | lazy.Unconditional):
+    if isinstance(layer, AsModule | lazy.UnconditionalTransform | lazy.UnconditionalDistribution | lazy.Unconditional):
         return None, None
     try:
         if isinstance(layer, flows.MaskedAutoregressiveTransform):

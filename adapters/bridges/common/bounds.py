@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+# The lower and the upper bound of a number; None where there is none.
 Limits = tuple[float | Tensor | None, float | Tensor | None]
 
 
@@ -19,25 +20,34 @@ def bounds(constraint: constraints.Constraint) -> Limits | None:
 
 
 def within(limits: Limits | None, values: Tensor, scoring: bool, function: Callable) -> tuple[Tensor, Tensor]:
-    """``function(values)``, outputs and log-determinants ``(batch,)``, of values that lie beyond no bound.
+    """``function(values)``, which is outputs and log-determinants ``(batch,)``, where all values lie within the limits.
 
-    Rows in which one does are ``nowhere``. Neither a bound itself nor NaN lies beyond.
+    The function never sees a value beyond them, and a row that has one is ``nowhere``. The limits themselves lie
+    within, and so does NaN.
+
+    Args:
+        scoring: whether the values are data, on their way to noise.
     """
     if limits is None:
         return function(values)
     lower, upper = limits
-    if upper is None:
-        beyond, inside = values < lower, lower + 1.0
-    elif lower is None:
-        beyond, inside = values > upper, upper - 1.0
-    else:
+    if lower is not None and upper is not None:
         beyond, inside = (values < lower) | (values > upper), (lower + upper) / 2
+    elif lower is not None:
+        beyond, inside = values < lower, lower + 1.0
+    else:
+        assert upper is not None  # else there would be no limits
+        beyond, inside = values > upper, upper - 1.0
     outputs, log_det = function(torch.where(beyond, inside, values))
     return nowhere(beyond, outputs, log_det, scoring)
 
 
 def nowhere(beyond: Tensor, outputs: Tensor, log_det: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
-    """Rows in which something is marked become data of density 0 (noise 0, log|det| −∞), or no datum (NaN)."""
+    """The outputs and log-determinants, but for rows in which something is marked as beyond the limits.
+
+    If these are data (``scoring``), their density is 0: the log-determinant is −∞, beside any finite noise (0). If they
+    are noise, no datum is made of it: both are NaN.
+    """
     rows = beyond.reshape(len(beyond), -1).any(1)
     every = rows.view(-1, *[1] * (outputs.dim() - 1))
     if scoring:

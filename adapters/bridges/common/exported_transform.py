@@ -34,8 +34,8 @@ class ExportedTransform(Transform, nn.Module):
     """
 
     bijective = True
-    __hash__ = nn.Module.__hash__
-    __repr__ = nn.Module.__repr__
+    __hash__ = nn.Module.__hash__  # pyright: ignore[reportAssignmentType]  # torch's Transform has none
+    __repr__ = nn.Module.__repr__  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class ExportedTransform(Transform, nn.Module):
         self.context = context
         self.data_to_noise = data_to_noise
         self.shapes = None if isinstance(event_dim, int) else tuple(map(torch.Size, event_dim))
-        self.dimensions = (event_dim, event_dim) if self.shapes is None else tuple(map(len, self.shapes))
+        self.dimensions = [event_dim] * 2 if isinstance(event_dim, int) else [len(shape) for shape in event_dim]
         ends = [constraints.independent(constraints.real, dimensions) for dimensions in self.dimensions]
         self.domain, self.codomain = ends if data_to_noise else reversed(ends)
         self.last = LastResult()
@@ -60,7 +60,7 @@ class ExportedTransform(Transform, nn.Module):
         """The other direction."""
         if self._inv is None:
             vars(self)["_inv"] = ExportedInverse(self)
-        return self._inv
+        return vars(self)["_inv"]
 
     def condition(self, context: Tensor) -> "ExportedTransform":
         """The same transform, of the same parameters, with this context."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,39 +13,57 @@ from torch.distributions import Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import lazy_property
 
+CONTAINERS = (list, tuple, dict, partial, MethodType)
+TRIANGLES = "scale_tril", "_unbroadcasted_scale_tril"
+EMPTY = {"_cached_x_y": (None, None)}  # every other cache is None when it is empty
 
-class Held(nn.Module):
-    """A thing made of torch's transforms and distributions as a module; calling it gives the thing.
 
-    Modules inside it become submodules, leaf tensors that require a gradient become parameters (the very tensors) and
-    other tensors buffers. What ``.to`` makes of them goes back into the thing.
-
-    Some transforms keep something from their last call, which knows nothing of parameters that change or of other
-    threads. Each call gives such a transform, and whatever it lies in, as a shallow copy: of the same tensors and
-    modules, with nothing kept. Trained matrices that are to be triangular are cut to that there.
-
-    Args:
-        thing: a transform, a distribution or a list of them, modules or not.
-        kinds: the classes to look into, beside lists, tuples, dictionaries, partial functions and methods.
+class Place(NamedTuple):
+    """Where a tensor lies, and under which name the module has registered it.
 
     Attributes:
-        caching: the transforms inside that keep something from their last call.
-
-    Raises:
-        ValueError: for a tensor computed from parameters: it would not follow them, and its graph is good for one
-            backward pass only; for parameters that only a function inside it knows, where they cannot be found.
+        owner, key: it is the owner's attribute, entry or argument of this key.
+        name: of the parameter or buffer.
+        geometry: size, stride and offset, where it is a view of the parameter; else ``None``.
     """
 
-    def __init__(self, thing, kinds: tuple[type, ...] = (Transform, Distribution)):
+    owner: Any
+    key: Any
+    name: str
+    geometry: tuple | None
+
+
+class AsModule(nn.Module):
+    """A transform or distribution of torch as a module; calling it gives the transform or distribution.
+
+    Modules inside it become submodules. Leaf tensors that require a gradient become parameters (these very tensors),
+    and other tensors become buffers. What ``.to`` makes of them is put back where they were.
+
+    Some transforms keep something from their last call, and that knows nothing of parameters that have changed or of
+    other threads. So each call makes shallow copies of such a transform, and of whatever holds it: they have the same
+    tensors and modules, and nothing is kept yet. A trained matrix that is to be triangular is cut to a triangle there.
+
+    Args:
+        native: a transform or distribution, itself a module or not.
+        kinds: the classes to look into, beside lists, tuples, dictionaries, partial functions and methods.
+
+    Raises:
+        ValueError: for a tensor that was computed from parameters: it would not follow them, and its graph is good for
+            one backward pass only; for parameters that only a function inside knows, where they cannot be found.
+    """
+
+    def __init__(self, native: Any, kinds: tuple[type, ...] = (Transform, Distribution)):
         super().__init__()
-        self.thing, self.kinds, self.slots, self.plan = thing, kinds, [], None
-        inside = [owner for owner, _ in _walk(thing, kinds) if isinstance(owner, Transform)]
+        self.native, self.kinds = native, kinds
+        self.places: list[Place] = []
+        self.plan: dict[int, Copying] | None = None
+        inside = [owner for owner, _ in _walk(native, kinds) if isinstance(owner, Transform)]
         self.inverses = [transform for transform in inside if isinstance(transform, _InverseTransform)]
         self.caching = [transform for transform in inside if any(map(_is_cache, vars(transform)))]
         _clear_caches(self.caching)
         self._forget(Transform)
-        _check_no_closures(thing, kinds)
-        members = list(_members(thing, kinds))
+        _check_no_closures(native, kinds)
+        members = list(_members(native, kinds))
         for _, _, name, value in members:
             if isinstance(value, nn.Module) and all(value is not module for module in self.modules()):
                 self.add_module(name, value)
@@ -56,17 +74,17 @@ class Held(nn.Module):
         self._fill()
 
     def forward(self, context: Tensor | None = None) -> Any:
-        """What it holds, to be run once. A context changes nothing."""
+        """The transform or distribution, whatever the context."""
         return self.fresh()
 
     def fresh(self) -> Any:
-        """What it holds, with nothing kept from an earlier call."""
+        """The transform or distribution, with nothing kept from an earlier call."""
         if self.plan is None:
-            self.plan = _what_to_copy(self.thing, self.kinds)
-        return _fresh(self.thing, self.plan, {})
+            self.plan = _what_to_copy(self.native, self.kinds)
+        return _fresh(self.native, self.plan, {})
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "plan": None}  # it knows things by their addresses
+        return {**super().__getstate__(), "plan": None}  # its keys are addresses, which differ in a copy
 
     def _register(self, owner, key, name: str, value: Tensor) -> None:
         leaf, geometry = value, None
@@ -79,47 +97,47 @@ class Held(nn.Module):
                 )
         if leaf.requires_grad:
             leaf._is_param = True  # torch's own mark: a plain leaf tensor can then be registered without a copy
-            self.register_parameter(name, leaf)
+            self.register_parameter(name, leaf)  # type: ignore[arg-type]
         else:
             self.register_buffer(name, leaf.contiguous())
-        self.slots.append((owner, key, name, geometry))
+        self.places.append(Place(owner, key, name, geometry))
 
     @torch.enable_grad()
     def _fill(self) -> None:
-        """Put the registered tensors into the thing."""
-        for owner, key, name, geometry in self.slots:
+        """Put the registered tensors where they belong."""
+        for owner, key, name, geometry in self.places:
             tensor = getattr(self, name)
             _put(owner, key, tensor if geometry is None else tensor.as_strided(*geometry))
 
     def _forget(self, kind: type = object) -> None:
-        """Drop what was computed on demand from the tensors, as ``Permute.inv_permutation``, where they may change."""
-        slots = {(id(owner), key) for owner, key, _, _ in self.slots}
-        for owner, key, _, value in list(_members(self.thing, self.kinds)):
+        """Drop what was computed on demand from tensors that may now change, such as ``Permute.inv_permutation``."""
+        registered = {(id(place.owner), place.key) for place in self.places}
+        for owner, key, _, value in list(_members(self.native, self.kinds)):
             lazy = isinstance(getattr(type(owner), str(key), None), lazy_property)
-            if lazy and isinstance(value, Tensor) and isinstance(owner, kind) and (id(owner), key) not in slots:
+            if lazy and isinstance(value, Tensor) and isinstance(owner, kind) and (id(owner), key) not in registered:
                 del vars(owner)[key]
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "Held":
+    def _apply(self, fn: Callable, recurse: bool = True) -> "AsModule":
         super()._apply(fn, recurse)
         _clear_caches(self.caching)
         self._forget()
         self._fill()
         return self
 
-    def _load_from_state_dict(self, *args) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
         self._forget()
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._fill()
 
-    def __deepcopy__(self, memo: dict) -> "Held":
+    def __deepcopy__(self, memo: dict) -> "AsModule":
         """Views and caches cannot be copied, and an inverse forgets what it inverts: each is made anew in the copy."""
         _clear_caches(self.caching)
-        for owner, key, _, geometry in self.slots:
-            if geometry is not None:
-                _put(owner, key, None)
+        for place in self.places:
+            if place.geometry is not None:
+                _put(place.owner, place.key, None)
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         for inverse, copied in zip(self.inverses, new.inverses, strict=True):
@@ -132,10 +150,7 @@ class Held(nn.Module):
 def _clear_caches(transforms: Iterable[Transform]) -> None:
     """Forget what these transforms keep from their last call: ``_cached_x_y``, ``_cached_log_scale`` and so on."""
     for transform in transforms:
-        vars(transform).update((key, _EMPTY.get(key)) for key in list(vars(transform)) if _is_cache(key))
-
-
-_EMPTY = {"_cached_x_y": (None, None)}  # every other cache is None when it is empty
+        vars(transform).update((key, EMPTY.get(key)) for key in list(vars(transform)) if _is_cache(key))
 
 
 def _is_own_inverse(owner, key: str) -> bool:
@@ -147,17 +162,17 @@ def _is_cache(key: str) -> bool:
     return key.startswith(("_cache", "_weight_cache")) and key != "_cache_size"
 
 
-def _members(thing, kinds: tuple[type, ...]) -> Iterator[tuple]:
-    """(owner, key, name, value) for every tensor and module inside the thing, down to modules of no kind of these."""
-    for owner, path in _walk(thing, kinds):
+def _members(native: Any, kinds: tuple[type, ...]) -> Iterator[tuple[Any, Any, str, Tensor | nn.Module]]:
+    """(owner, key, name, value) for every tensor and module inside, down to modules that are of none of these kinds."""
+    for owner, path in _walk(native, kinds):
         for key, value in _entries(owner):
             if isinstance(value, Tensor | nn.Module):
                 yield owner, key, f"{path}{key}", value
 
 
-def _check_no_closures(thing, kinds: tuple[type, ...]) -> None:
-    """Raise a ValueError for trained tensors that only a function inside the thing knows, as one defined in another."""
-    entries = ((owner, value) for owner, _ in _walk(thing, kinds) for _, value in _entries(owner))
+def _check_no_closures(native: Any, kinds: tuple[type, ...]) -> None:
+    """Raise a ValueError for trained tensors that only a function inside knows, one that was defined in another."""
+    entries = ((owner, value) for owner, _ in _walk(native, kinds) for _, value in _entries(owner))
     for owner, function in ((owner, value) for owner, value in entries if isinstance(value, FunctionType)):
         known = [cell.cell_contents for cell in function.__closure__ or ()]
         inside = [value for value, _ in _walk(known, (nn.Module, Tensor, *kinds))]
@@ -168,24 +183,25 @@ def _check_no_closures(thing, kinds: tuple[type, ...]) -> None:
             )
 
 
-def _is_trained(thing: nn.Module | Tensor) -> bool:
-    tensors = thing.parameters() if isinstance(thing, nn.Module) else (thing,)
+def _is_trained(value: nn.Module | Tensor) -> bool:
+    tensors = value.parameters() if isinstance(value, nn.Module) else (value,)
     return any(tensor.requires_grad for tensor in tensors)
 
 
-def _walk(thing, kinds: tuple[type, ...]) -> Iterator[tuple]:
-    """The thing and everything inside it that may hold tensors, each with the path to it."""
-    todo, seen = [(thing, "")], set()
+def _walk(native: Any, kinds: tuple[type, ...]) -> Iterator[tuple[Any, str]]:
+    """It and everything inside it that may hold tensors, each with the path to it."""
+    todo, seen = [(native, "")], set()
     while todo:
         owner, path = todo.pop()
         if id(owner) not in seen:
             seen.add(id(owner))
             yield owner, path
-            within = (*kinds, list, tuple, dict, partial, MethodType)
-            todo += [(value, f"{path}{key}_") for key, value in _entries(owner) if isinstance(value, within)]
+            inside = [(value, f"{path}{key}_") for key, value in _entries(owner)]
+            todo += [(value, path) for value, path in inside if isinstance(value, (*kinds, *CONTAINERS))]
 
 
-def _entries(owner) -> list[tuple]:
+def _entries(owner: Any) -> list[tuple[Any, Any]]:
+    """(key, value) of all that lies in a container or an object; a module's own tensors it has registered itself."""
     match owner:
         case list() | tuple():
             return list(enumerate(owner))
@@ -202,37 +218,50 @@ def _entries(owner) -> list[tuple]:
     return [(k, v) for k, v in state.items() if k not in ("_parameters", "_buffers") and not _is_cache(k)]
 
 
-def _what_to_copy(thing, kinds: tuple[type, ...]) -> dict[int, tuple]:
-    """What to copy so as to call the thing with no cache but a call's own: each by its address, with how to copy it.
+class Copying(NamedTuple):
+    """How to copy an object so that the copy keeps nothing from earlier calls.
 
-    That is every transform that keeps something, everything with a trained triangular matrix, and whatever inside the
-    thing holds one. How: the keys of its caches, the keys of what is to be copied with it, the names of what it
-    computes on demand, which its copies share, and the keys of its triangular matrices.
-
-    The last are those of ``LowerCholeskyAffine``, ``MultivariateNormal`` and their like: the whole matrix makes the
-    samples, and its lower triangle alone scores them. Gradients through samples would fill the upper one.
+    Attributes:
+        caches: the keys of what it keeps, which are emptied.
+        inner: the keys of what is to be copied with it.
+        lazy: the names of what it computes on demand, which is computed first, so that all copies share it.
+        triangles: the keys of trained matrices that are cut to their lower triangle. They are those of
+            ``LowerCholeskyAffine``, ``MultivariateNormal`` and their like: the whole matrix makes the samples, and its
+            lower triangle alone scores them, so that gradients through samples would fill the upper one.
     """
-    within = (*kinds, list, tuple, dict, partial, MethodType)
-    found: dict[int, tuple | None] = {}
 
-    def visit(owner) -> bool:
+    caches: list[str]
+    inner: list
+    lazy: list[str]
+    triangles: list[str]
+
+
+def _what_to_copy(native: Any, kinds: tuple[type, ...]) -> dict[int, Copying]:
+    """What has to be copied for a call that finds nothing kept: each object by its address, with how to copy it.
+
+    That is every transform that keeps something, everything with a trained triangular matrix, and whatever inside
+    ``native`` holds one of these.
+    """
+    found: dict[int, Copying | None] = {}
+
+    def visit(owner: Any) -> bool:
         if id(owner) not in found:
             caches = [key for key in vars(owner) if _is_cache(key)] if isinstance(owner, Transform) else []
-            found[id(owner)] = ()  # for now, so that a method bound to its owner finds that this is copied
-            inner = [(key, value) for key, value in _entries(owner) if isinstance(value, within)]
-            inner = [key for key, value in inner if not _is_own_inverse(owner, key) and visit(value)]
+            found[id(owner)] = Copying([], [], [], [])  # for now, so that a method bound to its owner finds it copied
+            inside = [(key, value) for key, value in _entries(owner) if isinstance(value, (*kinds, *CONTAINERS))]
+            inner = [key for key, value in inside if not _is_own_inverse(owner, key) and visit(value)]
             lazy = [key for key in dir(type(owner)) if caches and isinstance(getattr(type(owner), key), lazy_property)]
             own = vars(owner) if isinstance(owner, Transform | Distribution) else {}
-            triangles = [key for key in _TRIANGLES if getattr(own.get(key), "requires_grad", False)]
-            found[id(owner)] = (caches, inner, lazy, triangles) if caches or inner or triangles else None
+            triangles = [key for key in TRIANGLES if getattr(own.get(key), "requires_grad", False)]
+            found[id(owner)] = Copying(caches, inner, lazy, triangles) if caches or inner or triangles else None
         return found[id(owner)] is not None
 
-    visit(thing)
+    visit(native)
     return {address: how for address, how in found.items() if how is not None}
 
 
-def _fresh(owner: Any, plan: dict[int, tuple], copies: dict) -> Any:
-    """The owner itself, or its copy with empty caches if the plan, of ``_what_to_copy``, knows it."""
+def _fresh(owner: Any, plan: dict[int, Copying], copies: dict[int, Any]) -> Any:
+    """The owner itself, or its copy with empty caches if the plan of ``_what_to_copy`` says how."""
     if id(owner) not in plan or id(owner) in copies:
         return copies.get(id(owner), owner)
     caches, inner, lazy, triangles = plan[id(owner)]
@@ -253,7 +282,7 @@ def _fresh(owner: Any, plan: dict[int, tuple], copies: dict) -> Any:
     state = vars(copied)
     state.update(vars(owner))
     for key in caches:
-        state[key] = _EMPTY.get(key)
+        state[key] = EMPTY.get(key)
     for key in inner:
         state[key] = _fresh(state[key], plan, copies)
     for key in triangles:
@@ -263,14 +292,12 @@ def _fresh(owner: Any, plan: dict[int, tuple], copies: dict) -> Any:
     return copied
 
 
-_TRIANGLES = "scale_tril", "_unbroadcasted_scale_tril"
-
-
-def _put(owner, key, value: Tensor) -> None:
+def _put(owner: Any, key: Any, value: Tensor | None) -> None:
+    """Make this the owner's attribute, entry or argument of this key."""
     if isinstance(owner, partial):
-        args, keywords = list(owner.args), dict(owner.keywords)
-        (args if isinstance(key, int) else keywords)[key] = value
-        owner.__setstate__((owner.func, tuple(args), keywords, owner.__dict__))
+        arguments: dict[Any, Any] = {**dict(enumerate(owner.args)), **owner.keywords, key: value}
+        positional = tuple(arguments.pop(i) for i in range(len(owner.args)))
+        owner.__setstate__((owner.func, positional, arguments, vars(owner)))  # type: ignore[attr-defined]
     elif isinstance(owner, list | dict):
         owner[key] = value
     else:
