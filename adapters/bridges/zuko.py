@@ -183,7 +183,11 @@ def _preimage(transform: Any, y: Tensor, missed: float) -> Tensor:
         return y
     if kind is zuko.DependentTransform:
         return _preimage(transform.base, y, missed)
-    return _bisect(transform, y, missed) if _bisects(transform) else transform.inv(y)
+    if _bisects(transform):
+        return _bisect(transform, y, missed)
+    own = getattr(kind, "_inverse", torch.distributions.Transform._inverse)
+    # torch's ComposeTransform, for one, has none of its own; others need no new object for each pass
+    return transform.inv(y) if own is torch.distributions.Transform._inverse else own(transform, y)
 
 
 def _bisects(transform: Any) -> bool:
