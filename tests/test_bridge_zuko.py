@@ -3,19 +3,21 @@
 import copy
 import subprocess
 import sys
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from nflows.transforms import CompositeTransform, InverseNotAvailable
+from nflows.transforms import CompositeTransform, InverseNotAvailable, InverseTransform
 from pyro.infer import JitTrace_ELBO, Trace_ELBO
 from torch import nn
 from torch.testing import assert_close
 
 from adapters import FlowDistribution, MaskedCouplingLayer, as_flow, as_transform, build_flow, half_mask, to_library
-from adapters.bridges.zuko import import_zuko, native_log_prob
+from adapters.bridges.zuko import ZukoTransform, import_zuko, native_log_prob
 from adapters.networks import MLP
+from adapters.parts import parts_of, transform_of
 from tests.laws import batch, context_for, randomise
 
 zuko = import_zuko()
@@ -32,7 +34,9 @@ def ours(context_features=None):
             half_mask(4) if mask else 1 - half_mask(4),
         )
 
-    return randomise(CompositeTransform([layer(0), layer(1)]))
+    transform = CompositeTransform([layer(0), layer(1)])
+    randomise(transform)
+    return transform
 
 
 def constant(transform, *arguments, **options):
@@ -49,7 +53,7 @@ import adapters
 flow = adapters.build_flow("zuko-nsf", 2)
 flow.sample_and_log_prob(3)
 exported = adapters.to_library("zuko", flow.transform)
-from adapters.bridges.zuko import import_zuko, native_log_prob
+from adapters.bridges.zuko import ZukoTransform, import_zuko, native_log_prob
 native_log_prob(exported, torch.randn(3, 2))
 zuko = import_zuko()
 half_normal = zuko.distributions.Truncated(Normal(0.0, 1.0, validate_args=False), 0.0)
@@ -160,11 +164,12 @@ def test_torch_jit_traces_a_flow_or_is_told_that_it_cannot(name, context_feature
 @pytest.mark.parametrize("name", ["NAF", "UNAF", "CNF"])
 def test_gradients_reach_the_weights_in_eval_mode_too(name, mode):
     flow = as_flow(NATIVE[name](0).double()).train(mode)
-    noise = flow.transform(batch(3, 3))[0].detach()  # a NAF that is not trained reaches little else
-    for x in (flow.transform.inverse(noise)[0], -flow.log_prob(batch(3, 3))):
+    transform = transform_of(flow)
+    noise = transform(batch(3, 3))[0].detach()  # a NAF that is not trained reaches little else
+    for x in (transform.inverse(noise)[0], -flow.log_prob(batch(3, 3))):
         flow.zero_grad()
         x.sum().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in flow.transform.parameters())
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in transform.parameters())
 
 
 def test_a_trainable_base_is_trained():
@@ -197,6 +202,37 @@ def test_a_distribution_that_needs_no_call():
     assert as_flow(mixture).sample(4).shape == (4, 3)
 
 
+def test_a_chain_becomes_one_of_nflows_whose_parts_are_single_transforms():
+    native = lazy.LazyComposedTransform(
+        flows.GeneralCouplingTransform(4, 2, **SMALL),
+        constant(transforms.SoftclipTransform, bound=50.0),
+        lazy.LazyComposedTransform(flows.MaskedAutoregressiveTransform(4, 2, **SMALL)).inv,
+        to_library("zuko", ours(context_features=2)).inv,
+    ).double()
+    x, context = batch(5, 4), batch(5, 2, seed=2)
+    parts = [ZukoTransform, ZukoTransform, ZukoTransform, InverseTransform]
+    turned = [CompositeTransform, ZukoTransform, ZukoTransform, ZukoTransform]
+    for thing, expected in ((native, parts), (native.inv, turned)):
+        chain = as_transform(thing)
+        assert isinstance(chain, CompositeTransform) and [type(part) for part in parts_of(chain)] == expected
+        y, log_det = chain(x, context)
+        assert_close((y, log_det), thing(context).call_and_ladj(x))
+        assert_close(chain.inverse(y, context), (x, -log_det))
+    called = as_transform(flows.MAF(4, **SMALL).double().transform())
+    assert isinstance(called, CompositeTransform) and {type(part) for part in parts_of(called)} == {ZukoTransform}
+    assert_close(called.inverse(called(x)[0])[0], x)
+
+
+def test_data_beyond_the_bounds_of_an_inverted_transform_have_no_density():
+    """A part that runs in reverse still scores data, and says so, where an ``InverseTransform`` of it would sample."""
+    clip = constant(transforms.SoftclipTransform, bound=2.0)
+    for inverted in (clip.inv, lazy.LazyComposedTransform(clip, constant(transforms.IdentityTransform)).inv):
+        transform = as_transform(inverted)
+        noise, log_det = transform(torch.tensor([[1.0], [3.0]]))
+        assert noise.isfinite().all() and log_det[0].isfinite() and log_det[1] == -torch.inf
+        assert_close(transform.inverse(noise[:1])[0], torch.tensor([[1.0]]))
+
+
 def test_ones_of_a_mask_pass_unchanged():
     mask = torch.tensor([1, 0, 1, 0])
     x = batch(5, 4)
@@ -208,7 +244,8 @@ def test_ones_of_a_mask_pass_unchanged():
 
 def test_nsf_has_the_bins_and_bound_it_is_asked_for():
     flow = build_flow("zuko-nsf", 2, layers=1, bins=5, tail_bound=2.5)
-    spline = flow.transform.lazy.transforms[0]().meta(torch.zeros(1, 1)).base
+    layer: Any = flow.transform
+    spline = layer.lazy().meta(torch.zeros(1, 1)).base
     assert spline.bins == 5
     assert_close(spline.horizontal.max(), torch.tensor(2.5))
     outside = torch.tensor([[2.6, -2.6]])
@@ -285,7 +322,7 @@ def test_an_exported_transform_comes_back_as_it_went():
 def test_an_exported_transform_takes_any_leading_dimensions_and_contexts():
     transform = ours(context_features=2)
     flow = in_zuko(to_library("zuko", transform, conditional=True))
-    x, context = batch(6, 5, 4), context_for(2, 5)
+    x, context = batch(6, 5, 4), batch(5, 2, seed=2)
     log_prob = flow(context).log_prob(x)
     assert log_prob.shape == (6, 5)
     assert_close(log_prob[3], flow(context).log_prob(x[3]))
@@ -327,7 +364,7 @@ def test_an_exported_transform_is_trained_in_zuko():
 )
 def test_wrong_contexts(context, message):
     flow = as_flow(flows.MAF(3, 2, **SMALL))
-    for call in (flow.log_prob, flow.transform, flow.transform.inverse):
+    for call in (flow.log_prob, transform_of(flow), transform_of(flow).inverse):
         with pytest.raises(ValueError, match=message):
             call(torch.zeros(5, 3), context)
     with pytest.raises(ValueError, match=message):
@@ -337,7 +374,7 @@ def test_wrong_contexts(context, message):
 def test_wrong_batches_superfluous_contexts_and_wrong_events():
     flow = as_flow(flows.NSF(3, 2, **SMALL))
     with pytest.raises(ValueError, match="4 rows for 5 inputs"):
-        flow.transform(torch.zeros(5, 3), torch.zeros(4, 2))
+        transform_of(flow)(torch.zeros(5, 3), torch.zeros(4, 2))
     with pytest.raises(ValueError, match=r"\(batch, 3\), not \(5, 4\)"):
         flow.log_prob(torch.zeros(5, 4), torch.zeros(5, 2))
     with pytest.raises(ValueError, match=r"GeneralCouplingTransform takes inputs of shape \(batch, 3\), not \(5, 4\)"):

@@ -580,9 +580,9 @@ def test_normflows_refuses_what_is_no_exact_bijection():
         as_transform(flows.Split())
     with pytest.raises(ValueError, match=r"takes 3 features, not inputs of shape \(5, 4\)"):
         as_transform(flows.MaskedAffineFlow(torch.tensor([1.0, 0, 1])))(torch.randn(5, 4))
-    with pytest.raises(ValueError, match=r"takes 1 features, not inputs of shape \(5, 2, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"takes 4 features, not inputs of shape \(5, 8, 2, 2\)"):
         as_transform(flows.Composite([flows.GlowBlock(4, 8, use_lu=False), flows.Squeeze()]))(torch.randn(5, 2, 4, 4))
-    with pytest.raises(ValueError, match="take 2 and 3 wide"):
+    with pytest.raises(ValueError, match="do not agree about its width: 2, 3"):
         layers = [flows.MaskedAffineAutoregressive(4, 8, context_features=width) for width in (2, 3)]
         as_transform(flows.Composite(layers))
 
@@ -611,6 +611,18 @@ def test_normflows_circular_splines_are_the_identity_beyond_their_bound(kind):
     with torch.no_grad():
         mass = flow.log_prob(torch.cartesian_prod(edge, edge)).exp().sum() * (edge[1] - edge[0]) ** 2
     assert mass.item() == pytest.approx(1, abs=2e-3)
+
+
+def test_normflows_corrections_hold_for_classes_derived_from_a_spline():
+    class Own(normflows().neural_spline.coupling.PiecewiseRationalQuadraticCDF):
+        pass
+
+    x = 5 * batch(ROWS, 2).sign()
+    y, log_det = as_transform(Own([2], tails=["circular", "circular"], tail_bound=2.0)).double()(x)
+    assert_close(y, x)
+    assert_close(log_det, torch.zeros_like(log_det))
+    with pytest.raises(InputOutsideDomain, match="Own with tails=None"):
+        as_transform(Own([2])).double()(x)
 
 
 def test_normflows_splines_take_sharp_knots_in_float32_and_rows_that_are_not_finite():
@@ -695,8 +707,40 @@ def test_normflows_composites_are_taken_apart_and_other_containers_are_not_trust
         assert_inputs_unchanged(transform.inverse, x)
 
 
+def test_normflows_layers_between_a_split_and_a_merge_are_the_block_that_they_make():
+    flows = normflows()
+    network = nn.Linear(2, 4)
+    parts = flows.Split(), flows.AffineCoupling(network), flows.Merge()
+    for block, chain in (
+        (flows.AffineCouplingBlock(network), flows.Composite(parts)),
+        (flows.Reverse(flows.AffineCouplingBlock(network)), flows.Reverse(flows.Composite(parts))),
+    ):
+        block, chain = as_transform(block).double(), as_transform(chain).double()
+        x = batch(ROWS, 4)
+        assert_close(chain(x), block(x))
+        assert_close(chain.inverse(x), block.inverse(x))
+
+
+def test_normflows_multiscale_flow_is_exported_with_both_shapes():
+    pytest.importorskip("normflows")
+    flow = randomise(as_flow(MODELS["normflows:MultiscaleFlow"].make())).eval()
+    with pytest.raises(ValueError, match="normflows' MultiscaleFlow changes the shape of a datum"):
+        to_library("torch", flow.transform, event_dim=3)
+    with pytest.raises(
+        ValueError, match=r"decode of this flow takes inputs of shape \(batch, 16\), not \(5, 1, 4, 4\)"
+    ):
+        flow.decode(batch(ROWS, 1, 4, 4))
+    exported, noise = to_library("torch", flow), batch(ROWS, 16)
+    assert exported.inverse_shape((ROWS, 1, 4, 4)) == (ROWS, 16)
+    assert_close(exported(noise), flow.decode(noise))
+
+
 def normflows_actnorm():
     return normflows().ActNorm(3)
+
+
+def normflows_inverted_actnorm():
+    return normflows().Reverse(normflows_actnorm())
 
 
 def freia_actnorm():
@@ -704,7 +748,7 @@ def freia_actnorm():
     return modules.ActNorm([(3,)])
 
 
-@pytest.mark.parametrize("make", [normflows_actnorm, freia_actnorm])
+@pytest.mark.parametrize("make", [normflows_actnorm, normflows_inverted_actnorm, freia_actnorm])
 def test_an_actnorm_initialises_from_training_data_only(make):
     x = 5 + 3 * batch(200, 3)
     transform = as_transform(make()).double()

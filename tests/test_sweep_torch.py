@@ -21,7 +21,7 @@ from torch.distributions import Transform, transform_to
 from torch.testing import assert_close
 
 from adapters import as_flow, as_transform
-from adapters.bridges.common.torch_distributions import bounds
+from adapters.bridges.common.bounds import bounds
 from adapters.bridges.zuko import import_zuko
 from tests.laws import autograd_log_det, batch, context_for, randomise
 

@@ -1,37 +1,49 @@
 """Pyro and torch.distributions: their transforms and transformed distributions in, any transform out, for both.
 
-Both run noise → data and list the noise side first; ``TorchTransform`` turns that round. It asks each transform for its
-log-determinant right after its value, while the transform still keeps what both share, so that a network runs once.
-What a transform keeps knows nothing of parameters that have changed, nor of threads: each pass has copies of its own.
+Both run noise → data and list the noise side first. ``TorchTransform`` adapts one transform; a composition becomes a
+``Chain`` of such, in the opposite order.
 
 A context has the shape ``(batch, width)``. A datum of a distribution is its batch and event shape together.
 """
 
-import sys
-from collections.abc import Iterator
-from functools import cache, partial
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from nflows.transforms import InverseNotAvailable, Transform
+from pyro import distributions as pyro_distributions
+from pyro.distributions import transforms as pyro_transforms
+from pyro.distributions.conditional import (
+    ConditionalComposeTransformModule,
+    ConditionalDistribution,
+    ConditionalTransform,
+    ConditionalTransformedDistribution,
+    ConditionalTransformModule,
+    ConstantConditionalDistribution,
+    ConstantConditionalTransform,
+    _ConditionalInverseTransformModule,
+)
+from pyro.distributions.torch_transform import TransformModule
+from pyro.distributions.transforms.matrix_exponential import ConditionedMatrixExponential
+from pyro.distributions.transforms.planar import ConditionedPlanar
+from pyro.distributions.transforms.radial import ConditionedRadial
+from pyro.distributions.transforms.spline import ConditionedSpline
+from pyro.nn import DenseNN
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal, TransformedDistribution, transforms
+from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
+from torch.distributions import transforms as torch_transforms
 from torch.overrides import TorchFunctionMode
 
+from adapters.bridges.common.bounds import Limits, bounds, within
+from adapters.bridges.common.chain import Chain, Leaf
+from adapters.bridges.common.context import Width, one_width
+from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
-from adapters.bridges.common.torch_distributions import (
-    ExportedTransform,
-    ForeignFlow,
-    Held,
-    Limits,
-    TorchBase,
-    Width,
-    bounds,
-    one_width,
-    rows,
-    within,
-)
-from adapters.checks import check_context, naming_shape
-from adapters.finite import finite_rows
+from adapters.bridges.common.held import Held
+from adapters.bridges.common.tensors import like, per_row
+from adapters.bridges.common.torch_base import TorchBase
+from adapters.checks import naming_shape
 from adapters.flow import Flow
 
 PACKAGES = ("pyro", "torch.distributions")
@@ -39,142 +51,159 @@ LIBRARIES = ("pyro", "torch")
 DISTRIBUTION = "pyro-ppl"
 EXTRA = None
 
+# What Pyro can condition on a context, beside torch's own classes, and what may hold tensors.
+KINDS = (torch_transforms.Transform, Distribution, ConditionalTransform, ConditionalDistribution)
+
 # Pyro's transforms that run noise → data only: they score a value by remembering how they made it.
-ONE_WAY = {
-    "BlockAutoregressive",
-    "ConditionalNeuralAutoregressive",
-    "ConditionalPlanar",
-    "ConditionalRadial",
-    "NeuralAutoregressive",
-    "ConditionedPlanar",
-    "Polynomial",
-    "ConditionedRadial",
-    "Sylvester",
-}
+ONE_WAY = (
+    pyro_transforms.BlockAutoregressive,
+    pyro_transforms.ConditionalNeuralAutoregressive,
+    pyro_transforms.ConditionalPlanar,
+    pyro_transforms.ConditionalRadial,
+    pyro_transforms.NeuralAutoregressive,
+    pyro_transforms.Polynomial,
+    pyro_transforms.Sylvester,
+    ConditionedPlanar,
+    ConditionedRadial,
+)
+SPLINES = (
+    pyro_transforms.ConditionalSpline,
+    pyro_transforms.ConditionalSplineAutoregressive,
+    pyro_transforms.SplineAutoregressive,
+    pyro_transforms.SplineCoupling,
+    ConditionedSpline,
+)
+# Those that change the shape of what they are given.
+RESHAPING = (
+    pyro_transforms.CorrLCholeskyTransform,
+    pyro_transforms.SimplexToOrderedTransform,
+    torch_transforms.CorrCholeskyTransform,
+    torch_transforms.ReshapeTransform,
+    torch_transforms.StickBreakingTransform,
+)
 
 
-class TorchTransform(Transform):
-    """Transforms f₁ … f_n of torch or Pyro, noise side first, as one: x = f_n(… f₁(z)); ``forward`` runs x ↦ z.
+class TorchTransform(Leaf):
+    """One transform t of torch or Pyro, which runs noise → data, as an nflows one: ``forward`` runs t⁻¹, data → noise.
 
-    Elementwise transforms are summed over the datum. Those with ``condition`` are conditioned on the context, anew in
-    every call. Compositions and inverses are taken apart.
+    Each log-determinant is asked for right after its value, while t still keeps what both share, so that a network
+    runs once. What t keeps knows nothing of parameters that have changed, nor of other threads: each pass runs a copy
+    of its own, of the same parameters. An elementwise transform's log-determinant is summed over the datum. A
+    conditional transform is conditioned on the context, anew in every call.
 
     Pyro's ``BatchNorm`` has hidden state: data → noise it normalises, in training, by the batch at hand, and updates
     its running statistics; noise → data it uses the latter, so that it has an inverse in eval mode only. Its
     ``MatrixExponential`` is a truncated series, with an inverse as exact as that.
 
     Args:
-        parts: the transforms.
-        context_features: width of the context, where something beside the transforms, such as a base, reads one.
+        part: t, no composition and no inverse of another transform.
+        backwards: whether the flow holds t's inverse, so that ``forward`` runs t itself.
 
     Raises:
-        InverseNotAvailable: for a transform without the direction data → noise; in ``inverse``, without the other one.
-        ValueError: for one that is no bijection; in a call, for a context that is missing, superfluous or of another
-            shape, or an input of another width.
+        InverseNotAvailable: for a transform without the direction data → noise.
+        ValueError: for one that is no bijection; in a call, for an input of another width.
     """
 
-    def __init__(self, parts: list, context_features: Width = None):
+    def __init__(self, part: Any, backwards: bool):
         super().__init__()
-        steps = [step for part in parts for step in _steps(part)]
-        _check_bijective(steps)
-        self.name = ", ".join(dict.fromkeys(_name(part) for part, _ in steps)) or "an empty composition"
-        self.parts = Held([part for part, _ in steps], _kinds())
-        self.backwards = [backwards for _, backwards in steps]
-        self.one_way = [_name(part) for part, backwards in steps if backwards and not _has_inverse(part)]
-        widths = [context_features, *(_context_of(part) for part, _ in steps)]
-        widths = [width for width in widths if width is not None]
-        self.context_features = one_width(widths, f"the context of {self.name}") if widths else None
-        self.features = next((width for width in (_features(part) for part, _ in reversed(steps)) if width), None)
-        self.keeps_shape = not any(_changes_shape(part) for part, _ in steps)
-        self.takes_any_row = not any("Spline" in _name(part) for part, _ in steps)  # Pyro's assert something of them
-        self.bounded = [
-            not _reads_context(part) and any(map(bounds, (part.domain, part.codomain))) for part, _ in steps
-        ]
+        _check_usable(part, backwards)
+        self.name = _name(part)
+        self.held = Held(part, KINDS)
+        self.backwards = backwards
+        self.reads_context = isinstance(part, ConditionalTransform)
+        self.is_bounded = not self.reads_context and any(map(bounds, (part.domain, part.codomain)))
+        self.features = _features(part)
+        self.has_inverse = not backwards or _has_inverse(part)
+        self.keeps_shape = not _changes_shape(part)
+        self.takes_any_row = not isinstance(part, SPLINES)  # these assert something of all rows together
 
-    @finite_rows
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(inputs, context, to_noise=True)
 
-    @finite_rows
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.one_way:
-            raise InverseNotAvailable(f"{', '.join(self.one_way)} has no inverse, so this flow cannot sample")
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return self._run(inputs, context, to_noise=False)
 
     def _run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
-        check_context(context, self.context_features, inputs, self.name)
-        if self.keeps_shape and self.features is not None and inputs.shape[-1] != self.features:
+        if self.features is not None and inputs.shape[-1] != self.features:
             raise ValueError(f"{self.name} takes {self.features} features, not an input of {tuple(inputs.shape)}")
-        steps = list(self._conditioned(context))
-        outputs, log_det = inputs, inputs.new_zeros(len(inputs))
-        with naming_shape(inputs, self.name):
-            for part, backwards, bounded in reversed(steps) if to_noise else steps:
-                called = backwards == to_noise
-                limits = _limits(part, called) if bounded else None
-                outputs, change = within(limits, outputs, to_noise, partial(_change, part, called))
-                log_det = log_det + change
+        steps = self._steps(context)
+        outputs, changes = inputs, []
+        try:
+            for part, backwards in reversed(steps) if to_noise else steps:
+                outputs, change = self._step(part, backwards == to_noise, outputs, to_noise)
+                changes.append(change)
+        except (RuntimeError, IndexError):
+            with naming_shape(inputs, self.name):
+                raise
         if self.keeps_shape and outputs.shape != inputs.shape:
             raise ValueError(f"{self.name} does not take inputs of shape {tuple(inputs.shape)}")
-        return outputs, log_det
+        return outputs, changes[0] if len(changes) == 1 else sum(changes, inputs.new_zeros(len(inputs)))
 
-    def _conditioned(self, context: Tensor | None) -> Iterator[tuple]:
-        for part, backwards, bounded in zip(self.parts(), self.backwards, self.bounded, strict=True):
-            if not _reads_context(part):
-                yield part, backwards, bounded
-                continue
-            for step, reverse in _steps(part.condition(context), backwards):
-                if _is(step, "ConditionedMatrixExponential") and callable(step.weights):
-                    step.weights = step.weights()  # else its network runs for the value and again for the log-det
-                yield step, reverse, False
+    def _steps(self, context: Tensor | None) -> list[tuple[Any, bool]]:
+        """What to run: t or, if it is conditional, all that it consists of under this context."""
+        part = self.held.fresh()
+        if not self.reads_context:
+            return [(part, self.backwards)]
+        steps = list(_parts(part.condition(context), self.backwards))
+        for step, _ in steps:
+            if isinstance(step, ConditionedMatrixExponential) and callable(step.weights):
+                step.weights = step.weights()  # else its network runs for the value and again for the log-determinant
+        return steps
+
+    def _step(self, part: Any, called: bool, value: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
+        """The part, if it is to be called, or its inverse, at the value, and its log-determinants ``(batch,)``."""
+        change = partial(_change, part, called)
+        return within(_limits(part, called), value, scoring, change) if self.is_bounded else change(value)
 
 
 class ConditionedBase(Held):
     """A ``ConditionalDistribution`` of Pyro; calling it on a context gives the distribution."""
 
     def forward(self, context: Tensor | None = None) -> Distribution:
-        return super().forward().condition(context)
+        return self.fresh().condition(context)
 
 
-def transform_in(thing) -> Transform | None:
+def transform_in(thing: Any) -> Transform | None:
     """A transform, conditional or not; an exported one comes back as it went.
 
     Raises: as ``TorchTransform``.
     """
-    thing = thing.export if _is(thing, "ConditionalExport") else thing
+    thing = thing.export if isinstance(thing, ConditionalExport) else thing
     if isinstance(thing, ExportedTransform):
         if thing.context is None:
             return thing.transform
         thing = thing.inv if thing.data_to_noise else thing
-    conditional = _conditional()
-    known = transforms.Transform if conditional is None else transforms.Transform | conditional.ConditionalTransform
-    return TorchTransform([thing]) if isinstance(thing, known) else None
+    return _chain([thing]) if isinstance(thing, torch_transforms.Transform | ConditionalTransform) else None
 
 
-def flow_in(thing) -> Flow | None:
+def flow_in(thing: Any) -> Flow | None:
     """A ``TransformedDistribution`` of torch or Pyro, or Pyro's ``ConditionalTransformedDistribution``, with its base.
 
     Raises:
         ValueError: for a tensor in it that was computed from parameters; for a base that reads a context, if nothing
             says its width; and as ``TorchTransform``.
     """
-    conditional = _conditional()
     while isinstance(thing, Independent):
         thing = thing.base_dist
     if isinstance(thing, TransformedDistribution):
-        shape, transform = thing.batch_shape + thing.event_shape, TorchTransform(thing.transforms)
-        base = TorchBase(Held(thing.base_dist, _kinds()), thing.base_dist.batch_shape + thing.base_dist.event_shape)
-    elif conditional is not None and isinstance(thing, conditional.ConditionalTransformedDistribution):
-        base, reads = thing.base_dist, None
-        if not isinstance(base, conditional.ConstantConditionalDistribution):
-            reads = _context_of(base)
-        transform = TorchTransform(thing.transforms, reads)
-        noise_shape, shape = _shapes(thing, transform.context_features)
-        source = ConditionedBase(base, _kinds()) if reads else Held(base.base_dist, _kinds())
-        base = TorchBase(source, noise_shape)
+        transform, source = _chain(thing.transforms), Held(thing.base_dist, KINDS)
+    elif isinstance(thing, ConditionalTransformedDistribution):
+        base = thing.base_dist
+        if isinstance(base, ConstantConditionalDistribution):
+            transform, source = _chain(thing.transforms), Held(base.base_dist, KINDS)
+        else:
+            transform, source = _chain(thing.transforms, _width(base)), ConditionedBase(base, KINDS)
     else:
         return None
-    flow = ForeignFlow if transform.context_features is ... else Flow
-    return flow(transform, base, shape, transform.context_features)
+    width = transform.context_features
+    if width is ...:
+        raise ValueError(
+            "nothing says how wide a context this distribution takes; give what reads it an attribute context_dim"
+        )
+    if isinstance(thing, ConditionalTransformedDistribution):  # only conditioned, on whatever context, it has a shape
+        with torch.no_grad():
+            thing = thing.condition(like(nn.ModuleList([transform, source])).new_zeros(width or 0))
+    return Flow(transform, TorchBase(source, _shape(thing.base_dist)), _shape(thing), width)
 
 
 def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool):
@@ -188,89 +217,96 @@ def transform_out(transform: Transform, library: str, event_dim: EventDim, condi
     check_shapes_known(transform, event_dim)
     if library == "torch":
         return ExportedTransform(transform, event_dim)
-    return _exports()["ConditionalExport" if conditional else "Export"](transform, event_dim)
+    return (ConditionalExport if conditional else Export)(transform, event_dim)
 
 
-def native_log_prob(exported, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+def native_log_prob(exported: Any, inputs: Tensor, context: Tensor | None = None) -> Tensor:
     """Of the ``TransformedDistribution`` of Pyro, or of torch if that is what the transform was exported to."""
     shape = inputs.shape[1:]
     base = Independent(Normal(inputs.new_zeros(shape), inputs.new_ones(shape)), len(shape))
-    if _reads_context(exported):
-        flow = _pyro().ConditionalTransformedDistribution(base, [exported])
-        return flow.condition(context).log_prob(inputs)
+    if isinstance(exported, ConditionalTransform):
+        return ConditionalTransformedDistribution(base, [exported]).condition(context).log_prob(inputs)
     exported = exported if context is None else exported.condition(context)
-    flow = _pyro().TransformedDistribution if _is(exported, "TransformModule") else TransformedDistribution
+    flow = TransformedDistribution
+    if isinstance(exported, TransformModule):
+        flow = pyro_distributions.TransformedDistribution  # pyright: ignore[reportAttributeAccessIssue]  # made by a loop
     return flow(base, [exported]).log_prob(inputs)
 
 
-@cache
-def _pyro():
-    """``pyro.distributions``. Its import switches argument validation on; here it is left as it was found."""
-    found = Distribution._validate_args
-    import pyro.distributions
-
-    Distribution.set_default_validate_args(found)
-    return pyro.distributions
+class Export(ExportedTransform, TransformModule):
+    __doc__ = ExportedTransform.__doc__
+    __hash__ = ExportedTransform.__hash__
 
 
-def _conditional():
-    """Pyro's module of conditional things; ``None`` if nobody has imported Pyro, so that there can be none."""
-    return sys.modules.get("pyro.distributions.conditional")
+class ConditionalExport(ConditionalTransformModule):
+    """An nflows transform that takes a context as Pyro's: ``condition(context)`` is a torch transform."""
+
+    bijective = True
+
+    def __init__(self, transform: Transform, event_dim: EventDim):
+        super().__init__()
+        self.export = Export(transform, event_dim)
+        self.domain, self.codomain = self.export.domain, self.export.codomain
+
+    def condition(self, context: Tensor) -> ExportedTransform:
+        return self.export.condition(context)
 
 
-@cache
-def _exports() -> dict[str, type]:
-    """The classes of what is exported to Pyro: they exist once Pyro, their parents' package, has been imported."""
-    pyro = _pyro()
+def _chain(things: Iterable, context_features: Width = None) -> Chain:
+    """The transforms, noise side first, as one of nflows'.
 
-    class Export(ExportedTransform, pyro.torch_transform.TransformModule):
-        __doc__ = ExportedTransform.__doc__
-        __hash__ = ExportedTransform.__hash__
-        __qualname__ = "Export"
-
-    class ConditionalExport(pyro.conditional.ConditionalTransformModule):
-        """An nflows transform that takes a context as Pyro's: ``condition(context)`` is a torch transform."""
-
-        __qualname__ = "ConditionalExport"
-        bijective = True
-
-        def __init__(self, transform: Transform, event_dim: EventDim):
-            super().__init__()
-            self.export = Export(transform, event_dim)
-            self.domain, self.codomain = self.export.domain, self.export.codomain
-
-        def condition(self, context: Tensor) -> Export:
-            return self.export.condition(context)
-
-    return {"Export": Export, "ConditionalExport": ConditionalExport}
+    Args:
+        context_features: width of the context that something beside them, such as a base, reads.
+    """
+    parts = [part for thing in things for part in _parts(thing)]
+    leaves = [TorchTransform(part, backwards) for part, backwards in parts]
+    names = ", ".join(dict.fromkeys(leaf.name for leaf in leaves))
+    width = one_width([context_features, *(_width(part) for part, _ in parts)], f"the context of {names}")
+    return Chain(reversed(leaves), width)
 
 
-def __getattr__(name: str) -> type:
-    """The classes of exports by their names, where ``pickle`` looks for them."""
-    if name in ("Export", "ConditionalExport"):
-        return _exports()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _parts(thing: Any, backwards: bool = False) -> Iterator[tuple[Any, bool]]:
+    """The single transforms, noise side first, each with whether it runs backwards (noise → data by its inverse)."""
+    match thing:
+        case torch_transforms.ComposeTransform():
+            parts = thing.parts
+        case ConditionalComposeTransformModule():
+            parts = thing.transforms
+        case torch_transforms.IndependentTransform():
+            parts = [thing.base_transform]
+        case ConstantConditionalTransform():
+            parts = [thing.transform]
+        case torch_transforms._InverseTransform() | _ConditionalInverseTransformModule():
+            yield from _parts(thing.inv, not backwards)
+            return
+        case _:
+            yield thing, backwards
+            return
+    for part in reversed(parts) if backwards else parts:
+        yield from _parts(part, backwards)
 
 
-def _change(part, called: bool, value: Tensor) -> tuple[Tensor, Tensor]:
+def _change(part: Any, called: bool, value: Tensor) -> tuple[Tensor, Tensor]:
     """The part or its inverse at the value, and its log-determinants ``(batch,)``.
 
     A part keeps its last (x, y), and with it what the log-determinant at these very tensors needs.
     """
     x, y = (value, part(value)) if called else (_inverse(part, value), value)
-    log_det = rows(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
+    log_det = per_row(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
     return (y, log_det) if called else (x, -log_det)
 
 
-def _inverse(part, y: Tensor) -> Tensor:
+def _inverse(part: Any, y: Tensor) -> Any:
     """x of y. Pyro's autoregressive inverse starts from zeros of the default dtype: here they are of the flow's."""
-    if y.dtype == torch.get_default_dtype() or not _is(part, "AffineAutoregressive"):
+    if y.dtype == torch.get_default_dtype() or not isinstance(part, pyro_transforms.AffineAutoregressive):
         return part._inv_call(y)
     with _Zeros(y.dtype):
         return part._inv_call(y)
 
 
 class _Zeros(TorchFunctionMode):
+    """Makes ``torch.zeros`` of this dtype, unless it is told another."""
+
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
@@ -282,121 +318,70 @@ class _Zeros(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _steps(thing, backwards: bool = False) -> Iterator[tuple]:
-    """The single transforms, noise side first, each with whether it runs backwards (noise → data by its inverse)."""
-    conditional = _conditional()
-    match thing:
-        case transforms.ComposeTransform():
-            parts = thing.parts
-        case transforms.IndependentTransform():
-            parts = [thing.base_transform]
-        case transforms._InverseTransform():
-            yield from _steps(thing.inv, not backwards)
-            return
-        case _ if conditional is not None and isinstance(thing, conditional.ConditionalComposeTransformModule):
-            parts = thing.transforms
-        case _ if conditional is not None and isinstance(thing, conditional._ConditionalInverseTransformModule):
-            yield from _steps(thing.inv, not backwards)
-            return
-        case _ if conditional is not None and isinstance(thing, conditional.ConstantConditionalTransform):
-            parts = [thing.transform]
-        case _:
-            yield thing, backwards
-            return
-    for part in reversed(parts) if backwards else parts:
-        yield from _steps(part, backwards)
+def _check_usable(part: Any, backwards: bool) -> None:
+    if isinstance(part, pyro_transforms.ConditionalGeneralizedChannelPermute):
+        raise ValueError(
+            f"{_name(part)} has no log-determinant for a batch of contexts: Pyro takes the diagonal of one matrix"
+        )
+    if isinstance(part, pyro_transforms.Sylvester) and backwards:
+        raise ValueError(
+            "Sylvester has a wrong log-determinant in Pyro: that of x + A tanh(Bx + b), while its value is "
+            "x + Aᵀ tanh(Bᵀx + b)"
+        )
+    if not isinstance(part, ConditionalTransform) and not part.bijective:
+        raise ValueError(f"{_name(part)} is no bijection, so no flow can use it")
+    if not backwards and not _has_inverse(part):
+        raise InverseNotAvailable(
+            f"{_name(part)} runs noise → data only and cannot score a value that it did not sample itself; "
+            "its .inv makes a flow that scores, and cannot sample"
+        )
 
 
-def _check_bijective(steps: list[tuple]) -> None:
-    for part, backwards in steps:
-        if _is(part, "ConditionalGeneralizedChannelPermute"):
-            raise ValueError(
-                f"{_name(part)} has no log-determinant for a batch of contexts: Pyro takes the diagonal of one matrix"
-            )
-        if _is(part, "Sylvester") and backwards:
-            raise ValueError(
-                "Sylvester has a wrong log-determinant in Pyro: that of x + A tanh(Bx + b), while its value is "
-                "x + Aᵀ tanh(Bᵀx + b)"
-            )
-        if not _reads_context(part) and not part.bijective:
-            raise ValueError(f"{_name(part)} is no bijection, so no flow can use it")
-        if not backwards and not _has_inverse(part):
-            raise InverseNotAvailable(
-                f"{_name(part)} runs noise → data only and cannot score a value that it did not sample itself; "
-                "its .inv makes a flow that scores, and cannot sample"
-            )
+def _has_inverse(part: Any) -> bool:
+    no_inverse = torch_transforms.Transform._inverse
+    return not isinstance(part, ONE_WAY) and getattr(type(part), "_inverse", None) is not no_inverse
 
 
-def _has_inverse(part) -> bool:
-    return not _is(part, *ONE_WAY) and getattr(type(part), "_inverse", None) is not transforms.Transform._inverse
+def _changes_shape(part: Any) -> bool:
+    return part.shapes is not None if isinstance(part, ExportedTransform) else isinstance(part, RESHAPING)
 
 
-def _changes_shape(part) -> bool:
-    if isinstance(part, ExportedTransform):
-        return part.shapes is not None
-    kinds = transforms.ReshapeTransform | transforms.StickBreakingTransform | transforms.CorrCholeskyTransform
-    return isinstance(part, kinds) or _is(part, "CorrLCholeskyTransform", "SimplexToOrderedTransform")
-
-
-def _limits(part, called: bool) -> Limits | None:
+def _limits(part: Any, called: bool) -> Limits | None:
     """The bounds of what the part takes, when it is called or its inverse is."""
-    if _is(part, "ELUTransform") and not called:
+    if isinstance(part, pyro_transforms.ELUTransform) and not called:
         return -1.0, None  # Pyro says that its values are positive
     return bounds(part.domain if called else part.codomain)
 
 
-def _reads_context(part) -> bool:
-    return _is(part, "ConditionalTransform", "ConditionalDistribution")
-
-
-def _context_of(part) -> Width:
+def _width(part: Any) -> Width:
     """Width of the context that something conditional reads: its own ``context_dim``, or its network's."""
-    if not _reads_context(part):
+    if not isinstance(part, ConditionalTransform | ConditionalDistribution):
         return None
-    for thing in (part, getattr(part, "nn", None)):
-        if getattr(thing, "context_dim", None):
-            return thing.context_dim
     network = getattr(part, "nn", None)
-    return network.input_dim if _is(network, "DenseNN") else ...
+    said = getattr(part, "context_dim", None) or getattr(network, "context_dim", None)
+    return said or (network.input_dim if isinstance(network, DenseNN) else ...)
 
 
-def _features(part) -> int | None:
+def _features(part: Any) -> int | None:
     """Size of the last dimension of the values, if the transform shows it."""
-    if hasattr(part, "split_dim"):
-        if hasattr(part, "upper_spline"):
-            return part.split_dim + part.upper_spline.input_dim
-        dim = part.kwargs.get("dim", -1) if hasattr(part, "kwargs") else part.dim
+    if isinstance(part, pyro_transforms.SplineCoupling):
+        return part.split_dim + part.upper_spline.input_dim
+    if isinstance(part, pyro_transforms.AffineCoupling | pyro_transforms.ConditionalAffineCoupling):
+        conditional = isinstance(part, pyro_transforms.ConditionalAffineCoupling)
+        dim = part.kwargs.get("dim", -1) if conditional else part.dim
         return part.split_dim + part.nn.param_dims[0] if dim == -1 and hasattr(part.nn, "param_dims") else None
-    for thing in (part, getattr(part, "arn", None), getattr(part, "nn", None)):
-        if isinstance(getattr(thing, "input_dim", None), int) and not _is(thing, "DenseNN"):
-            return thing.input_dim
-    return len(part.permutation) if _is(part, "Permute") and part.dim == -1 else None
+    if isinstance(part, pyro_transforms.Permute):
+        return len(part.permutation) if part.dim == -1 else None
+    for owner in (part, getattr(part, "arn", None), getattr(part, "nn", None)):
+        features = getattr(owner, "input_dim", None)
+        if isinstance(features, int) and not isinstance(owner, DenseNN):
+            return features
+    return None
 
 
-def _shapes(flow, context_features: Width) -> tuple[torch.Size, torch.Size]:
-    """The shapes of one noise and one datum of a ``ConditionalTransformedDistribution``, found by conditioning it."""
-    if context_features is ...:
-        raise ValueError(
-            "nothing says how wide a context this distribution takes; give what reads it an attribute context_dim"
-        )
-    modules = [part for part in (flow.base_dist, *flow.transforms) if isinstance(part, nn.Module)]
-    like = next((p for module in modules for p in module.parameters()), torch.empty(0))
-    with torch.no_grad():
-        conditioned = flow.condition(like.new_zeros(context_features or 0))
-    base = conditioned.base_dist
-    return base.batch_shape + base.event_shape, conditioned.batch_shape + conditioned.event_shape
+def _shape(distribution: Distribution) -> torch.Size:
+    return distribution.batch_shape + distribution.event_shape
 
 
-def _kinds() -> tuple[type, ...]:
-    conditional = _conditional()
-    found = () if conditional is None else (conditional.ConditionalTransform, conditional.ConditionalDistribution)
-    return (transforms.Transform, Distribution, *found)
-
-
-def _is(thing, *names: str) -> bool:
-    """Whether the thing is of a class of one of these names, or derived from one; so no import is needed to ask."""
-    return any(kind.__name__ in names for kind in type(thing).__mro__)
-
-
-def _name(thing) -> str:
-    return type(thing).__name__
+def _name(part: Any) -> str:
+    return type(part).__name__

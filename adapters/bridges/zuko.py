@@ -1,34 +1,30 @@
 """zuko: its lazy transforms and flows in, any transform out.
 
-zuko runs data → noise and lists the data side first, as nflows does, so nothing is turned round. A call of a lazy
-transform on a context gives a torch ``Transform``, whose ``call_and_ladj`` gives both halves of a flow's density.
+zuko runs data → noise and lists the data side first, as nflows does, so nothing is turned round. Each single transform
+becomes a ``ZukoTransform``, and nflows' ``CompositeTransform`` chains them.
 
 What ``import zuko`` does to the whole process, ``import_zuko`` undoes; nothing else here imports it.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
-from nflows.transforms import IdentityTransform, InverseNotAvailable, Transform
+from nflows.transforms import CompositeTransform, InverseNotAvailable, InverseTransform, Transform
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.distributions.transforms import _InverseTransform
 
+from adapters.bridges.common.bounds import bounds, nowhere, within
+from adapters.bridges.common.context import AnyContextFlow, Width, one_width
+from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
-from adapters.bridges.common.torch_distributions import (
-    ExportedTransform,
-    ForeignFlow,
-    Held,
-    TorchBase,
-    Width,
-    bounds,
-    nowhere,
-    one_width,
-    rows,
-    within,
-)
+from adapters.bridges.common.held import Held
+from adapters.bridges.common.on_demand import class_on_demand
+from adapters.bridges.common.tensors import like, per_row
+from adapters.bridges.common.torch_base import TorchBase
 from adapters.checks import check_context, check_event, naming_shape
 from adapters.finite import finite_rows
 from adapters.flow import Flow
@@ -61,17 +57,17 @@ def import_zuko() -> ModuleType:
 
 
 class ZukoTransform(Transform):
-    """A lazy transform of zuko, x ↦ f(x | c), as an nflows one: ``forward`` calls f, ``inverse`` its inverse.
+    """One lazy transform of zuko, x ↦ f(x | c), as an nflows one: ``forward`` calls f, ``inverse`` its inverse.
 
-    Each is one evaluation of every conditioner (autoregressive inverses: one for each pass), with its log-determinant.
-    Data beyond the bounds of a transform's domain have the density 0, and noise that no datum is mapped to gives NaN:
-    zuko's ``NAF``, ``UNAF``, ``SOSPF`` and ``GF`` do not reach all noise, and their densities integrate to less than 1.
+    Each evaluates the conditioner once (an autoregressive inverse: once in each pass) and gives its log-determinant.
+    Data beyond the bounds of f's domain have the density 0, and noise that no datum is mapped to gives NaN: zuko's
+    ``NAF``, ``UNAF``, ``SOSPF`` and ``GF`` do not reach all noise, so their densities integrate to less than 1.
     In eval mode zuko cuts the weights of ``MNN``, ``UMNN`` and ``FFJTransform`` out of the graph. Here gradients reach
-    them in either mode: the flag is held at "training", which changes nothing else in these three.
+    them in either mode: these three are always in training mode, which changes nothing else in them.
 
     Args:
         lazy: a module whose call on a context, or None, gives a torch ``Transform``.
-        widths: the contexts that something beside it, such as a base, reads.
+        context_features: the width of the context that it is given; it may ignore it.
 
     Raises:
         InverseNotAvailable: for a transform that is no bijection.
@@ -79,139 +75,136 @@ class ZukoTransform(Transform):
             another shape, or an input of another width.
     """
 
-    def __init__(self, lazy: nn.Module, widths: Iterable[Width] = ()):
+    def __init__(self, lazy: nn.Module, context_features: Width):
         super().__init__()
-        zuko = import_zuko()
+        neural, continuous = import_zuko().flows.neural, import_zuko().flows.continuous
+        layer = _layer(lazy)
         self.lazy = lazy
-        self.name = f"zuko's {type(lazy.thing if isinstance(lazy, Held) else lazy).__name__}"
-        parts = [_reads(part) for part in _parts(lazy)]
-        self.features = parts[0][0], parts[-1][0]
-        self.context_features = _one_width([*widths, *(width for _, read in parts for width in read)])
-        if self.context_features is not ...:
-            _check_bijective(lazy(_some_context(lazy, self.context_features)))
-        gradient_cutting = zuko.flows.neural.MNN, zuko.flows.neural.UMNN, zuko.flows.FFJTransform
-        self.gradient_cutting = [module for module in lazy.modules() if isinstance(module, gradient_cutting)]
-        self.takes_any_row = all(map(_takes_any_row, _parts(lazy)))
+        self.name = f"zuko's {type(layer.thing if isinstance(layer, Held) else layer).__name__}"
+        self.features, _ = _widths(layer)
+        self.context_features = context_features
+        self.takes_any_row = _takes_any_row(layer)
+        cuts_gradients = neural.MNN, neural.UMNN, continuous.FFJTransform
+        self.always_training = [module for module in lazy.modules() if isinstance(module, cuts_gradients)]
         self.train(self.training)
+        if context_features is not ...:
+            _check_exact(lazy(_a_context(lazy, context_features)))
 
     def train(self, mode: bool = True) -> "ZukoTransform":
         super().train(mode)
-        for module in self.gradient_cutting:
+        for module in self.always_training:
             module.training = True
         return self
 
     @finite_rows
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with naming_shape(inputs, self.name):
-            return _call(self._transform(inputs, context, self.features[0]), inputs, scoring=True)
+        return self._checked(inputs, context, self.name, inverse=False)
 
     @finite_rows
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with naming_shape(inputs, f"the inverse of {self.name}"):
-            return _invert(self._transform(inputs, context, self.features[1]), inputs, scoring=False)
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self._checked(inputs, context, f"the inverse of {self.name}", inverse=True)
 
-    def _transform(self, inputs: Tensor, context: Tensor | None, features: int | None):
-        if features is not None:
-            check_event(inputs, (features,), self.name)
+    def _checked(self, inputs: Tensor, context: Tensor | None, what: str, inverse: bool) -> tuple[Tensor, Tensor]:
         check_context(context, self.context_features, inputs, self.name)
-        transform = self.lazy(context)
-        if torch.jit.is_tracing():
-            self._check_traceable(transform)
-        return transform
+        if self.features is not None:
+            check_event(inputs, (self.features,), what)
+            return self._run(inputs, context, inverse)
+        with naming_shape(inputs, what):
+            return self._run(inputs, context, inverse)
 
-    def _check_traceable(self, transform) -> None:
-        layers = [
-            module for module in self.lazy.modules() if hasattr(module, "univariate") and hasattr(module, "shapes")
-        ]
+    def _run(self, inputs: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        transform = self.lazy(context)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            self._check_traceable(transform)
+        return _run(transform, inputs, inverse, scoring=not inverse)
+
+    def _check_traceable(self, transform: torch.distributions.Transform) -> None:
+        zuko = import_zuko().transforms
+        layers: Any = [part for part in self.lazy.modules() if hasattr(part, "univariate") and hasattr(part, "shapes")]
         univariates = [layer.univariate(*map(torch.zeros, layer.shapes)) for layer in layers]
-        if any(map(_solves, (transform, *univariates))):
+        singles = [single for each in (transform, *univariates) for single in _singles(each)]
+        if any(isinstance(single, zuko.MonotonicTransform | zuko.FreeFormJacobianTransform) for single in singles):
             raise NotImplementedError(
                 f"torch.jit cannot trace {self.name}, which solves an equation or differentiates within its pass: "
                 "take Trace_ELBO instead of JitTrace_ELBO"
             )
 
 
-def _call(transform, x: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
-    """y = f(x) and log|det dy/dx| as ``(batch,)``, each network of f evaluated once, behind an ``.inv`` too.
+def _run(transform: Any, values: Tensor, inverse: bool, scoring: bool) -> tuple[Tensor, Tensor]:
+    """f(values), or f⁻¹(values), and its log|det| as ``(batch,)``. Each network of f is evaluated once.
 
-    What lies beyond the bounds of f's domain, as the interval of a circular shift, has no y: see ``within``.
+    zuko's own ``call_and_ladj`` would evaluate each network of an inverse twice, and check no bounds.
+
+    Args:
+        transform: f, or what it is made of, as zuko builds it anew for each context and each univariate transform.
+        scoring: what values beyond the bounds mean: data of density 0, or noise of no datum (see ``within``).
     """
-    transforms, kind = import_zuko().transforms, type(transform)
-    if kind is transforms.ComposedTransform:
-        return _chain(_call, transform.transforms, x, scoring)
-    if isinstance(transform, torch.distributions.transforms._InverseTransform):
-        return _invert(transform.inv, x, scoring)
-    if kind is transforms.DependentTransform:
-        return _call(transform.base, x, scoring)
-    if kind is transforms.AutoregressiveTransform:
-        return _call(transform.meta(x), x, scoring)
-    if kind is transforms.CouplingTransform:
-        x_a, x_b = transform.split(x)
-        y_b, log_det = _call(transform.meta(x_a), x_b, scoring)
-        return transform.merge(x_a, y_b, x.shape), log_det
+    zuko, kind = import_zuko().transforms, type(transform)
+    if isinstance(transform, _InverseTransform):
+        return _run(transform.inv, values, not inverse, scoring)
+    if kind is zuko.DependentTransform:
+        return _run(transform.base, values, inverse, scoring)
+    if kind is zuko.CouplingTransform:
+        # as ``split`` and ``merge`` of the transform do, but several times faster, above all backward
+        unchanged, changed = (values.index_select(-1, index) for index in (transform.idx_a, transform.idx_b))
+        changed, log_det = _run(transform.meta(unchanged), changed, inverse, scoring)
+        return values.index_copy(-1, transform.idx_b, changed), log_det
+    if kind is zuko.AutoregressiveTransform:
+        x = values
+        if inverse:
+            x = torch.zeros_like(values)
+            for _ in range(transform.passes - 1):
+                x = _preimage(transform.meta(x), values, missed=0.0)  # NaN would make the network's every output NaN
+        return _run(transform.meta(x), values, inverse, scoring)  # all that a coordinate depends on is final by now
+    if kind is zuko.ComposedTransform:
+        log_det = values.new_zeros(len(values))
+        for part in reversed(transform.transforms) if inverse else transform.transforms:
+            values, log_det_of_part = _run(part, values, inverse, scoring)
+            log_det = log_det + log_det_of_part
+        return values, log_det
+    if inverse and isinstance(transform, zuko.FreeFormJacobianTransform):  # whose inverse is another of the kind
+        transform, inverse = transform.inv, False
+    run = _invert if inverse else _call
+    limits = bounds(transform.codomain if inverse else transform.domain)
+    return within(limits, values, scoring, lambda inside: run(transform, inside, scoring))
 
-    def values(x: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_det = transform.call_and_ladj(x)
-        return y, rows(log_det, x, transform.domain.event_dim)
 
-    return within(bounds(transform.domain), x, scoring, values)
+def _call(transform: Any, x: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
+    y, log_det = transform.call_and_ladj(x)
+    return y, per_row(log_det, x, transform.domain.event_dim)
 
 
-def _invert(transform, y: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
-    """x = f⁻¹(y) and log|det dx/dy| as ``(batch,)``; zuko itself would run each network again for the latter."""
-    transforms, kind = import_zuko().transforms, type(transform)
-    if kind is transforms.ComposedTransform:
-        return _chain(_invert, reversed(transform.transforms), y, scoring)
-    if isinstance(transform, torch.distributions.transforms._InverseTransform):
-        return _call(transform.inv, y, scoring)
-    if kind is transforms.DependentTransform:
-        return _invert(transform.base, y, scoring)
-    if kind is transforms.CouplingTransform:
-        y_a, y_b = transform.split(y)
-        x_b, log_det = _invert(transform.meta(y_a), y_b, scoring)
-        return transform.merge(y_a, x_b, y.shape), log_det
-    if kind is transforms.AutoregressiveTransform:
-        x = torch.zeros_like(y)
-        for _ in range(transform.passes - 1):
-            x = _preimage(transform.meta(x), y, missed=0.0)  # for in a network, NaN is NaN for every coordinate
-        # all that a coordinate of the last pass depends on is already final
-        return _invert(transform.meta(x), y, scoring)
-
-    def values(y: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(transform, transforms.FreeFormJacobianTransform):
-            x, log_det = transform.inv.call_and_ladj(y)
-            return x, rows(log_det, y, 1)
-        x = _preimage(transform, y, missed=math.nan)
-        if not _bisects(transform):
-            return x, -rows(transform.log_abs_det_jacobian(x, y), x, transform.domain.event_dim)
+def _invert(transform: Any, y: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
+    x = _preimage(transform, y, missed=math.nan)
+    missed = None
+    if _bisects(transform):
         missed = x.isnan() & ~y.isnan()
-        inside = x.masked_fill(missed, 0.0)
-        return nowhere(missed, inside, -rows(transform.log_abs_det_jacobian(inside, y), x, 0), scoring)
+        x = x.masked_fill(missed, 0.0)
+    log_det = -per_row(transform.log_abs_det_jacobian(x, y), x, transform.domain.event_dim)
+    return (x, log_det) if missed is None else nowhere(missed, x, log_det, scoring)
 
-    return within(bounds(transform.codomain), y, scoring, values)
 
-
-def _preimage(transform, y: Tensor, missed: float) -> Tensor:
+def _preimage(transform: Any, y: Tensor, missed: float) -> Tensor:
     """f⁻¹(y) alone; ``missed`` where f does not reach y."""
-    transforms, kind = import_zuko().transforms, type(transform)
-    if kind is transforms.ComposedTransform:
+    zuko, kind = import_zuko().transforms, type(transform)
+    if kind is zuko.ComposedTransform:
         for part in reversed(transform.transforms):
             y = _preimage(part, y, missed)
         return y
-    if kind is transforms.DependentTransform:
+    if kind is zuko.DependentTransform:
         return _preimage(transform.base, y, missed)
     return _bisect(transform, y, missed) if _bisects(transform) else transform.inv(y)
 
 
-def _bisects(transform) -> bool:
+def _bisects(transform: Any) -> bool:
     return getattr(type(transform), "_inverse", None) is import_zuko().transforms.MonotonicTransform._inverse
 
 
-def _bisect(transform, y: Tensor, missed: float) -> Tensor:
+def _bisect(transform: Any, y: Tensor, missed: float) -> Tensor:
     """f⁻¹(y) of a ``MonotonicTransform``; ``missed`` where f does not reach y.
 
-    zuko looks in [−bound, bound] only, and gives the nearer end of that for all y beyond; here it is widened to ``FAR``
-    where it has to be.
+    zuko looks in [−bound, bound] only, and gives the nearer end of that for all y beyond. Here the interval is widened
+    where it has to be, up to ``FAR``.
     """
     bound = transform.bound
     with torch.no_grad():
@@ -229,25 +222,17 @@ def _bisect(transform, y: Tensor, missed: float) -> Tensor:
 FAR = 1e12  # sixteen untrained layers of a NAF, each of slope 0.3 far out, bring noise of 4 from 1e9
 
 
-def _chain(function: Callable, transforms: Iterable, value: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
-    total = 0.0
-    for transform in transforms:
-        value, log_det = function(transform, value, scoring)
-        total = total + log_det
-    return value, total
-
-
 def transform_in(thing) -> Transform | None:
     """A lazy transform, or a transform that needs no call; an exported one comes back as it went.
 
     Raises:
         InverseNotAvailable, ValueError: as ``ZukoTransform``.
+        ValueError: for parts that disagree on the width of the context.
     """
-    if isinstance(thing, _exported()):
-        return thing.transform
-    if isinstance(thing, torch.distributions.Transform):
-        return ZukoTransform(Held(thing))
-    return ZukoTransform(thing) if isinstance(thing, import_zuko().lazy.LazyTransform) else None
+    if not isinstance(thing, torch.distributions.Transform | import_zuko().lazy.LazyTransform):
+        return None
+    layers = _layers(thing)
+    return _chain(layers, _context_width(layers))
 
 
 def flow_in(thing) -> Flow | None:
@@ -257,13 +242,12 @@ def flow_in(thing) -> Flow | None:
     it reads hands it on unchecked.
 
     Raises:
-        InverseNotAvailable, ValueError: as ``ZukoTransform``; for parts that disagree on the width of the context; for
-            a flow that a batch of contexts is already bound to.
+        InverseNotAvailable, ValueError: as ``transform_in``; for a flow that a batch of contexts is already bound to.
     """
     zuko = import_zuko()
-    transform = None
+    layers = []
     if isinstance(thing, zuko.lazy.Flow):
-        transform, base = thing.transform, thing.base
+        layers, base = _layers(thing.transform), thing.base
     elif isinstance(thing, zuko.lazy.LazyDistribution):
         base = thing
     elif isinstance(thing, zuko.distributions.NormalizingFlow):
@@ -272,18 +256,14 @@ def flow_in(thing) -> Flow | None:
                 f"this NormalizingFlow has a batch shape of {tuple(thing.batch_shape)}: its context, if any, is bound "
                 "to it; as_flow takes the lazy flow that made it, and the context in each call"
             )
-        transform, base = Held(thing.transform), Held(thing.base)
+        layers, base = _layers(thing.transform), Held(thing.base)
     elif isinstance(thing, Distribution):
         base = Held(thing)
     else:
         return None
-    widths = _reads(base)[1]
-    if transform is None:
-        width, inner = _one_width(widths), IdentityTransform()
-    else:
-        inner = ZukoTransform(transform, widths)
-        width = inner.context_features
-    context = _some_context(thing if isinstance(thing, nn.Module) else base, width)
+    width = _context_width([*_layers(base), *layers])
+    transform = _chain(layers, width)
+    context = _a_context(thing if isinstance(thing, nn.Module) else base, width)
     try:
         distribution = base(context)
     except (AttributeError, RuntimeError, TypeError) as error:
@@ -295,8 +275,13 @@ def flow_in(thing) -> Flow | None:
         shape = distribution.batch_shape + distribution.event_shape
     else:
         shape = distribution.expand((1,)).event_shape
-    event_shape = shape if transform is None else _data_shape(transform, shape, context, width)
-    return (ForeignFlow if width is ... else Flow)(inner, TorchBase(base, shape), event_shape, width)
+    noise = TorchBase(base, shape)
+    for layer in reversed(layers):
+        if width is not ... or isinstance(_layer(layer), _exported()):  # others cannot be asked without a context
+            shape = layer(context).inverse_shape(shape)
+    if width is ...:
+        return AnyContextFlow(transform, noise, shape, needs_context=False)
+    return Flow(transform, noise, shape, width)
 
 
 def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool) -> nn.Module:
@@ -318,14 +303,10 @@ def native_log_prob(exported: nn.Module, inputs: Tensor, context: Tensor | None 
     return zuko.lazy.Flow(exported, base)(context).log_prob(inputs)
 
 
-@cache
+@class_on_demand
 def _exported() -> type:
-    """The class of exported transforms: it exists once zuko, its parent, has been imported."""
-
     class NflowsTransform(import_zuko().lazy.LazyTransform):
         """An nflows transform, data → noise, as a lazy one."""
-
-        __qualname__ = "NflowsTransform"
 
         def __init__(self, transform: Transform, event_dim: EventDim):
             super().__init__()
@@ -338,115 +319,102 @@ def _exported() -> type:
     return NflowsTransform
 
 
-def __getattr__(name: str) -> type:
-    """The class of exports by its name, where ``pickle`` looks for it."""
-    if name == "NflowsTransform":
-        return _exported()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _layers(thing: Any) -> list[Any]:
+    """The modules that a lazy transform or flow, or one that needs no call, is made of, data side first.
+
+    Each is one of zuko's layers, or the inverse of one as zuko makes it, or ``Held``, or an exported transform. Those
+    of a flow's base are the last.
+    """
+    zuko, kind = import_zuko(), type(thing)
+    if isinstance(thing, zuko.lazy.Flow):
+        return [*_layers(thing.transform), *_layers(thing.base)]
+    if kind is zuko.lazy.LazyComposedTransform or kind is zuko.transforms.ComposedTransform:
+        return [layer for part in thing.transforms for layer in _layers(part)]
+    if kind is zuko.lazy.LazyInverse:
+        return [layer.inv for layer in reversed(_layers(thing.transform))]
+    return [Held(thing) if isinstance(thing, torch.distributions.Transform) else thing]
 
 
-def _data_shape(lazy: nn.Module, shape: torch.Size, context: Tensor | None, width: Width) -> torch.Size:
-    """The shape of a datum whose noise is of this shape; that very shape where the transform cannot be asked."""
-    lazies = import_zuko().lazy
-    if width is not ... or isinstance(lazy, _exported()):
-        return lazy(context).inverse_shape(shape)
-    if isinstance(lazy, lazies.LazyInverse) and isinstance(lazy.transform, _exported()):
-        return lazy.transform(context).forward_shape(shape)
-    for transform in reversed(lazy.transforms) if isinstance(lazy, lazies.LazyComposedTransform) else []:
-        shape = _data_shape(transform, shape, context, width)
-    return shape
+def _layer(lazy: Any) -> Any:
+    """The layer itself, if this is the inverse of one."""
+    return lazy.transform if type(lazy) is import_zuko().lazy.LazyInverse else lazy
 
 
-def _parts(lazy: nn.Module) -> Iterator[nn.Module]:
-    """The single transforms of a lazy one, data side first."""
-    zuko = import_zuko()
-    if type(lazy) is zuko.lazy.LazyComposedTransform:
-        for transform in lazy.transforms:
-            yield from _parts(transform)
-    elif type(lazy) is zuko.lazy.LazyInverse:
-        yield from reversed(list(_parts(lazy.transform)))
-    else:
-        yield lazy
+def _chain(layers: list[Any], context_features: Width) -> Transform:
+    """What the layers compute one after the other, if each is given a context of this width."""
+    chained = []
+    for lazy in layers:
+        layer = _layer(lazy)
+        if isinstance(layer, _exported()):
+            chained.append(layer.transform if lazy is layer else InverseTransform(layer.transform))
+        else:
+            chained.append(ZukoTransform(lazy, context_features))
+    return chained[0] if len(chained) == 1 else CompositeTransform(chained)
 
 
-def _reads(part: nn.Module) -> tuple[int | None, list[Width]]:
-    """The width of the data that one transform or base takes, ``None`` if unknown, and the contexts it reads.
+def _context_width(layers: list[Any]) -> Width:
+    return one_width([_widths(_layer(layer))[1] for layer in layers], "the context of a zuko flow")
 
-    No context in the list means that whatever is given is ignored; ``None`` in it, that there must be none. A layer of
-    a user's own may say it by an attribute ``context_features``.
+
+def _widths(layer: Any) -> tuple[int | None, Width]:
+    """The width of a layer's data, ``None`` if unknown, and that of its context.
+
+    The latter is ``None`` for what ignores whatever it is given, 0 for what must be given none, and ``...`` if it is
+    unknown: see ``one_width``. A layer of a user's own may say it by an attribute ``context_features``.
     """
     zuko = import_zuko()
     flows, lazy = zuko.flows, zuko.lazy
-    if isinstance(part, Held | lazy.UnconditionalTransform | lazy.UnconditionalDistribution | lazy.Unconditional):
-        return None, []
-    if isinstance(part, _exported()):
-        return None, [getattr(part.transform, "context_features", ...)]
-    if isinstance(part, lazy.Flow):
-        return None, [width for inner in (*_parts(part.transform), part.base) for width in _reads(inner)[1]]
+    if isinstance(layer, Held | lazy.UnconditionalTransform | lazy.UnconditionalDistribution | lazy.Unconditional):
+        return None, None
     try:
-        if isinstance(part, flows.MaskedAutoregressiveTransform):
-            features = part.hyper.out_features // part.total
-            context = part.hyper.in_features - features
-        elif isinstance(part, flows.GeneralCouplingTransform):
-            features = len(part.mask)
-            context = part.hyper.in_features - int(part.mask.sum())
-        elif isinstance(part, flows.FFJTransform):
-            features = part.ode.out_features
-            context = part.ode.in_features - features - 2 * len(part.freqs)
-        elif isinstance(part, flows.ElementWiseTransform | zuko.mixtures.GMM):
-            elementwise = isinstance(part, flows.ElementWiseTransform)
-            unconditional = not hasattr(part, "hyper")
-            width = part.phi[0].shape[0] if unconditional else part.hyper.out_features // part.total
-            features = width if elementwise else None
-            context = 0 if unconditional else part.hyper.in_features
-        else:
-            return None, [getattr(part, "context_features", ...)]
+        if isinstance(layer, flows.MaskedAutoregressiveTransform):
+            features = layer.hyper.out_features // layer.total
+            return features, layer.hyper.in_features - features
+        if isinstance(layer, flows.GeneralCouplingTransform):
+            return len(layer.mask), layer.hyper.in_features - int(layer.mask.sum())
+        if isinstance(layer, flows.FFJTransform):
+            features = layer.ode.out_features
+            return features, layer.ode.in_features - features - 2 * len(layer.freqs)
+        if isinstance(layer, flows.ElementWiseTransform):
+            if hasattr(layer, "hyper"):
+                return layer.hyper.out_features // layer.total, layer.hyper.in_features
+            return len(layer.phi[0]), 0
+        if isinstance(layer, zuko.mixtures.GMM):
+            return None, layer.hyper.in_features if hasattr(layer, "hyper") else 0
     except AttributeError:  # another network in the place of zuko's own: it need not say its widths
-        return None, [...]
-    return features, [context or None]
+        return None, ...
+    width = getattr(layer.transform if isinstance(layer, _exported()) else layer, "context_features", ...)
+    return None, 0 if width is None else width
 
 
-def _one_width(widths: list[Width]) -> Width:
-    return one_width(widths, "the context of a zuko flow") if widths else None
-
-
-def _some_context(module: nn.Module, width: Width) -> Tensor | None:
+def _a_context(module: nn.Module, width: Width) -> Tensor | None:
     """One row of context, to ask for shapes with."""
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    return None if width in (None, ...) else like.new_zeros(1, width)
+    return like(module).new_zeros(1, width) if isinstance(width, int) else None
 
 
-def _check_bijective(transform) -> None:
-    transforms = import_zuko().transforms
-    if isinstance(transform, transforms.ComposedTransform):
-        for inner in transform.transforms:
-            _check_bijective(inner)
-    elif isinstance(transform, transforms.DependentTransform):
-        _check_bijective(transform.base)
-    elif not transform.bijective:
-        raise InverseNotAvailable(f"{type(transform).__name__} is no bijection, so no flow can use it")
-    elif isinstance(transform, transforms.FreeFormJacobianTransform) and not transform.exact:
-        raise ValueError("the log-determinant of this transform is a random estimate; build it with exact=True")
+def _singles(transform: Any) -> list[Any]:
+    """The single transforms that one of zuko's, or the inverse of one, is made of."""
+    zuko = import_zuko().transforms
+    if isinstance(transform, zuko.ComposedTransform):
+        return [single for part in transform.transforms for single in _singles(part)]
+    if isinstance(transform, zuko.DependentTransform):
+        return _singles(transform.base)
+    return _singles(transform.inv) if isinstance(transform, _InverseTransform) else [transform]
 
 
-def _takes_any_row(part: nn.Module) -> bool:
+def _check_exact(transform: Any) -> None:
+    for single in _singles(transform):
+        if not single.bijective:
+            raise InverseNotAvailable(f"{type(single).__name__} is no bijection, so no flow can use it")
+        if isinstance(single, import_zuko().transforms.FreeFormJacobianTransform) and not single.exact:
+            raise ValueError("the log-determinant of this transform is a random estimate; build it with exact=True")
+
+
+def _takes_any_row(layer: Any) -> bool:
     """Whether it is a layer of which zuko computes each number on its own, by a formula without a check or a loop."""
     transforms = import_zuko().transforms
-    univariate = getattr(part, "univariate", None)
+    univariate = getattr(layer, "univariate", None)
     return getattr(univariate, "func", univariate) in (
         transforms.MonotonicAffineTransform,
         transforms.MonotonicRQSTransform,
     )
-
-
-def _solves(transform) -> bool:
-    """Whether it, or a part of it, works by bisection, by an integral or by a derivative of its own."""
-    transforms = import_zuko().transforms
-    match transform:
-        case transforms.ComposedTransform():
-            return any(map(_solves, transform.transforms))
-        case transforms.DependentTransform():
-            return _solves(transform.base)
-        case torch.distributions.transforms._InverseTransform():
-            return _solves(transform.inv)
-    return isinstance(transform, transforms.MonotonicTransform | transforms.FreeFormJacobianTransform)

@@ -1,5 +1,7 @@
 """normflows' layers and models."""
 
+from typing import Any
+
 import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
@@ -96,7 +98,7 @@ def _one_way_model() -> nn.Module:
     return normflows.NormalizingFlow(normflows.distributions.DiagGaussian(3, trainable=False), layers)
 
 
-def _log_prob(model: nn.Module, inputs: Tensor, context: Tensor | None) -> Tensor:
+def _log_prob(model: Any, inputs: Tensor, context: Tensor | None) -> Tensor:
     """By the library's own method."""
     return model.log_prob(inputs) if context is None else model.log_prob(inputs, context)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from nflows.transforms import Transform
@@ -18,7 +19,7 @@ def decode(exported, noise: Tensor, context: Tensor | None) -> tuple[Tensor, Ten
     return exported(context).inv.call_and_ladj(noise)
 
 
-def _lazy(name: str, *arguments, **options) -> nn.Module:
+def _lazy(name: str, *arguments, **options) -> Any:
     return getattr(import_zuko().flows, name)(*arguments, **options)
 
 

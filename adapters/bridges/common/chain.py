@@ -1,0 +1,57 @@
+"""A library's transforms one after the other: each is adapted by itself, and nflows runs them."""
+
+from collections.abc import Iterable
+
+from nflows.transforms import CompositeTransform, InverseNotAvailable, Transform
+from torch import Tensor
+
+from adapters.bridges.common.context import Width
+from adapters.checks import check_context
+from adapters.finite import finite_rows
+
+
+class Leaf(Transform):
+    """One transform of a library, adapted: a part of a ``Chain``.
+
+    Attributes:
+        name: what errors call it.
+        has_inverse: whether it runs noise → data, too.
+        takes_any_row: whether a row that is not finite spoils no other.
+    """
+
+    name: str
+    has_inverse: bool = True
+    takes_any_row: bool = True
+
+
+class Chain(CompositeTransform):
+    """nflows' ``CompositeTransform`` of leaves, which checks once what concerns all of them.
+
+    Args:
+        leaves: the first one runs first in ``forward``, data → noise.
+        context_features: width of the one context that goes to all of them, whether they read it or not.
+
+    Raises:
+        InverseNotAvailable: in ``inverse``, if a leaf has none.
+        ValueError: in a call, for a context that is missing, superfluous or of another shape.
+    """
+
+    def __init__(self, leaves: Iterable[Leaf], context_features: Width):
+        leaves = list(leaves)
+        super().__init__(leaves)
+        self.context_features = context_features
+        self.name = ", ".join(dict.fromkeys(leaf.name for leaf in leaves)) or "an empty composition"
+        self.one_way = [leaf.name for leaf in leaves if not leaf.has_inverse]
+        self.takes_any_row = all(leaf.takes_any_row for leaf in leaves)
+
+    @finite_rows
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_context(context, self.context_features, inputs, self.name)
+        return super().forward(inputs, context)
+
+    @finite_rows
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.one_way:
+            raise InverseNotAvailable(f"{', '.join(self.one_way)} has no inverse, so this flow cannot sample")
+        check_context(context, self.context_features, inputs, self.name)
+        return super().inverse(inputs, context)

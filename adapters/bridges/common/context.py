@@ -1,0 +1,59 @@
+"""What context a flow of a library reads, put together from what its parts say about theirs."""
+
+from collections.abc import Iterable
+from types import EllipsisType
+
+import nflows.distributions
+import torch
+from nflows.transforms import Transform
+from torch import Tensor
+
+from adapters.flow import Flow
+
+# The width of the context that something reads: None if it reads none, ... if it does not say how wide.
+Width = int | EllipsisType | None
+
+
+def one_width(widths: Iterable[Width], what: str) -> Width:
+    """The width of the one context that goes to every part of a flow.
+
+    Args:
+        widths: what each part says; 0 for a part that fails when it is given a context, which ``None`` does not.
+        what: the context, as the error names it.
+
+    Returns:
+        The width that parts agree on; ``...`` if some may read a context and none says how wide; ``None`` if none does.
+
+    Raises:
+        ValueError: if two parts want contexts of different widths.
+    """
+    found = dict.fromkeys(width for width in widths if width is not None)
+    known = [width for width in found if width is not ...]
+    if len(known) > 1:
+        raise ValueError(f"the parts of {what} do not agree about its width: {', '.join(map(str, known))}")
+    if known:
+        return known[0] or None
+    return ... if found else None
+
+
+class AnyContextFlow(Flow):
+    """A ``Flow`` whose parts do not say how wide a context they read: one of any shape is handed on to them.
+
+    Args:
+        transform, distribution, event_shape: as for ``Flow``.
+        needs_context: whether it is sure that something reads a context, so that a missing one is an error.
+    """
+
+    def __init__(
+        self,
+        transform: Transform,
+        distribution: nflows.distributions.Distribution,
+        event_shape: torch.Size,
+        needs_context: bool,
+    ):
+        super().__init__(transform, distribution, event_shape, context_features=...)  # type: ignore[arg-type]
+        self.needs_context = needs_context
+
+    def _check_context(self, context: Tensor | None) -> None:
+        if context is None and self.needs_context:
+            raise ValueError("this flow is conditional: give a context of shape (batch, …)")
