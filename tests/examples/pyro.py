@@ -84,12 +84,12 @@ EXAMPLES = {
     "autoregressive-spline": Example(lambda: _example(("spline_autoregressive", 3, [8])), (3,)),
     "composed": Example(
         lambda: _example(
+            ("leaky_relu",),
             ("affine_coupling", 4, [8]),
             ("permute", 4, torch.tensor([2, 0, 3, 1])),
             ("inv", "spline_coupling", 4, 2, [8]),
             ("householder", 4, 2),
             ("batchnorm", 4),
-            ("leaky_relu",),
         ),
         (4,),
     ),

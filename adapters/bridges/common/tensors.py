@@ -26,9 +26,8 @@ def per_row(log_det: Tensor | float, inputs: Tensor, event_dim: int | None = Non
         inputs: of whose dtype and device the result is.
         event_dim: how many dimensions, from the last one on, the transform treats together; ``None`` for a whole datum.
     """
-    if isinstance(log_det, Tensor) and log_det.shape == inputs.shape[:1]:
-        return log_det.to(inputs)  # as most are already
-    log_det = log_det.to(inputs) if isinstance(log_det, Tensor) else inputs.new_full((), log_det)
     left = 1 if event_dim is None else inputs.dim() - event_dim
-    log_det = log_det.expand(inputs.shape[: max(log_det.dim(), left)])
+    log_det = log_det.to(inputs) if isinstance(log_det, Tensor) else inputs.new_full((), log_det)
+    if log_det.dim() <= left:  # one of shape (D,) is of D coordinates, even if there are as many rows
+        log_det = log_det.expand(inputs.shape[:left])
     return log_det if log_det.dim() == 1 else log_det.flatten(1).sum(1)
