@@ -22,8 +22,8 @@ from torch.testing import assert_close
 from adapters import build_flow, flow_names, half_mask, random_mask
 from adapters.checks import naming_shape
 from adapters.layers.autoregressive import AutoregressiveMLP, MaskedAutoregressiveLayer
-from adapters.layers.coupling import PackedCouplingLayer
 from adapters.layers.histogram import MaskedHistogramCouplingLayer
+from adapters.layers.packed import PackedAffineCouplingLayer
 from adapters.layers.spline import MaskedSplineCouplingLayer
 from adapters.networks import MLP
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
@@ -577,7 +577,7 @@ def test_a_loaded_order_is_the_one_that_is_followed():
 
 
 def test_a_scale_stays_within_float32s_range():
-    layer = PackedCouplingLayer(MLP(1, 2), torch.tensor([1.0, 0.0]), scale_bound=None)
+    layer = PackedAffineCouplingLayer(MLP(1, 2), torch.tensor([1.0, 0.0]), scale_bound=None)
     with torch.no_grad():
         layer.conditioner[-1].bias.copy_(torch.tensor([1e6, 0.0]))
     y, log_det = layer.inverse(torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
