@@ -106,7 +106,7 @@ def build_flow(
     if preprocess is not None:
         transform = CompositeTransform([preprocess, transform])
     flow = Flow(transform, base, (features,), context_features)
-    flow.recipe = {
+    flow.blueprint = {
         "name": name,
         "features": features,
         "context_features": context_features,
