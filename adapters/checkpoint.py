@@ -213,8 +213,9 @@ def _preprocess_blueprint(transform: Transform) -> tuple[dict, dict[str, Tensor]
     if type(transform) not in names:
         known = ", ".join(kind.__name__ for kind in names)
         raise TypeError(f"a flow is saved with a preprocess of {known}, not {type(transform).__name__}")
-    numbers = {key: value for key, value in transform.arguments.items() if not isinstance(value, Tensor)}
-    tensors = {f"preprocess.{key}": value for key, value in transform.arguments.items() if isinstance(value, Tensor)}
+    arguments = vars(transform)["arguments"]
+    numbers = {key: value for key, value in arguments.items() if not isinstance(value, Tensor)}
+    tensors = {f"preprocess.{key}": value for key, value in arguments.items() if isinstance(value, Tensor)}
     return {"name": names[type(transform)], "arguments": numbers}, tensors
 
 
@@ -237,7 +238,7 @@ def _checksum(blueprint: dict, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(blueprint, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -63,9 +63,9 @@ class Flow(nflows.flows.Flow):
 
     Raises:
         TypeError: in a call, for inputs, noise or a context that are no tensors, or of a dtype that the flow cannot
-            take; for a number of samples that is no positive integer.
+            take; for a number of samples that is no integer.
         ValueError: for inputs, noise or a context of another shape or on another device; for a context that is given
-            but not wanted, or wanted but not given.
+            but not wanted, or wanted but not given; for a number of samples below 1.
         nflows.transforms.InverseNotAvailable: when a flow is sampled or decodes whose transform has no inverse.
     """
 
@@ -207,9 +207,11 @@ class Flow(nflows.flows.Flow):
 
 
 def _count(name: str, count: Any) -> int:
-    """The number as an ``int``; a TypeError, as nflows raises it, unless it is a positive integer."""
-    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+    """The number as an ``int``; a TypeError unless it is an integer, a ValueError unless it is positive."""
+    if not isinstance(count, Integral) or isinstance(count, bool):
         raise TypeError(f"{name} must be a positive integer, not {shown(count)}")
+    if count < 1:
+        raise ValueError(f"{name} must be a positive integer, not {count}")
     return int(count)
 
 

@@ -462,7 +462,7 @@ def test_samples_in_parts_keep_each_context_in_its_row(name):
         again = flow.encode(samples.flatten(0, 1), context.repeat_interleave(10, dim=0))
     assert_close(again, noise.flatten(0, 1), rtol=0, atol=1e-5)
     assert small(name).sample(10, batch_size=4).shape == (10, 4)
-    with pytest.raises(ValueError, match="batch_size must be positive, not 0"):
+    with pytest.raises(ValueError, match="batch_size must be a positive integer, not 0"):
         flow.sample(10, context, batch_size=0)
 
 

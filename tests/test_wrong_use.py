@@ -259,13 +259,13 @@ FLOW = [
     ),
     ("conditional.sample(5)", ValueError, "this flow is conditional: give a context of shape (batch, 2)"),
     ("flow(x)", RuntimeError, "flow.log_prob(x) gives densities, flow.sample(n) draws, flow.encode(x) gives noise"),
-    ("flow.sample(-1)", TypeError, "num_samples must be a positive integer, not -1"),
+    ("flow.sample(-1)", ValueError, "num_samples must be a positive integer, not -1"),
     ("flow.sample(2.5)", TypeError, "num_samples must be a positive integer, not 2.5"),
     ("flow.sample(True)", TypeError, "num_samples must be a positive integer, not True"),
     ("flow.sample_and_log_prob(True)", TypeError, "num_samples must be a positive integer, not True"),
     ("flow.sample(5, batch_size=2.5)", TypeError, "batch_size must be a positive integer, not 2.5"),
     ("flow.sample(5, batch_size=True)", TypeError, "batch_size must be a positive integer, not True"),
-    ("flow.sample(5, batch_size=0)", TypeError, "batch_size must be a positive integer, not 0"),
+    ("flow.sample(5, batch_size=0)", ValueError, "batch_size must be a positive integer, not 0"),
 ]
 
 LABELS = "one-hot: torch.nn.functional.one_hot(labels, 2).to(x.dtype)"
