@@ -8,6 +8,8 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 from adapters.bridges import bridges, installed
 from adapters.discovery import file_name
@@ -22,6 +24,18 @@ MISSING = {
 collect_ignore = [  # files that import a missing library as a whole
     file.name for file in Path(__file__).parent.glob("*.py") for name in MISSING if f"\n{name} = " in file.read_text()
 ]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A device that isn't the CPU."""
+    if not pretend.AVAILABLE:
+        pytest.skip("this PyTorch takes no device written in Python (2.10 does)")
+    monkeypatch.setattr(torch, "Generator", pretend.OnPretendGenerator)
+    monkeypatch.setattr(pretend, "present", True)
+    pretend.waits.clear()
+    yield torch.device("pretend")
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.hookimpl(wrapper=True)
