@@ -25,9 +25,9 @@ Distribution.set_default_validate_args(_default)  # importing Pyro switches vali
 class FlowDistribution(TorchDistribution):
     """log p(x | c) = log p_base(f(x; c)) + log|det J_f(x; c)|, as a distribution of Pyro and of torch.
 
-    ``rsample`` is differentiable. ``log_prob`` evaluates each network once. Drawing a sample computes its log_prob, too,
-    and keeps it for the next call of ``log_prob``. If that is about the same sample, as a guide's is in every ELBO, the
-    networks are not evaluated again: see ``LastResult``.
+    ``rsample`` is differentiable. ``log_prob`` evaluates each network once. Drawing a sample computes its log_prob,
+    too, and keeps it for the next call of ``log_prob``. If that is about the same sample, as a guide's is in every
+    ELBO, the networks are not evaluated again: see ``LastResult``.
 
     A distribution holds the flow itself, not a copy, and is cheap to make: make a new one in each call of a model. For
     Pyro's parameter store to train the flow, the model must call ``pyro.module("flow", flow)``, too.
