@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from adapters.bridges import bridges, installed
 from adapters.discovery import file_name
@@ -35,6 +34,8 @@ def device(monkeypatch):
     monkeypatch.setattr(pretend, "present", True)
     pretend.waits.clear()
     yield torch.device("pretend")
+    from accelerate.state import AcceleratorState  # here, since only some tests need it and its import takes long
+
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
