@@ -1,7 +1,11 @@
-"""A flow on disk: its weights and the recipe that rebuilds it, in one safetensors file. No code is ever unpickled.
+"""A flow on disk: its weights and the blueprint that rebuilds it, in one safetensors file. No code is ever unpickled.
 
-The file's tensors are the masks, the preprocessing's and the flow's own; its metadata hold the recipe and a checksum of
-both. The recipe is either what ``build_flow`` was asked for, or the name of a function, the maker, and its arguments.
+A blueprint is plain data that says how to build a flow, but for its weights. It is either the arguments that
+``build_flow`` was called with, or the name of a function that makes the flow, the maker, and its arguments.
+
+The file's tensors are the blueprint's masks, the constants of its preprocessing, and the flow's ``state_dict``. Its
+metadata hold the rest of the blueprint, and a checksum of everything.
+
 Before ``save_flow`` writes anything, it rebuilds the flow as ``load_flow`` will: whatever is saved can be loaded.
 """
 
@@ -37,11 +41,14 @@ from adapters.checks import shown
 from adapters.preprocess import PREPROCESSORS
 
 FILE = "flow.safetensors"
-ABANDONED = 600  # seconds since an unfinished file was last written to: nobody is still at it
+FORMAT = 2  # of that file: 1 called the blueprint a recipe, and had other names of weights
+ABANDONED = 600  # seconds since an unfinished file was last written to, after which its writer must be dead
+# The functions that make a tensor of a size that a blueprint may decide.
 FACTORIES = [torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.arange, torch.linspace]
 FACTORIES += [torch.rand, torch.randn, torch.randint, torch.randperm]
 
-_building = threading.RLock()  # building draws from torch's random state, which is then put back: one thread at a time
+# Rebuilding draws from torch's random state, which is then put back. So one thread at a time may do it.
+_rebuilding = threading.RLock()
 
 
 def save_flow(
@@ -49,65 +56,66 @@ def save_flow(
 ) -> Path:
     """Write ``flow`` to ``directory/flow.safetensors``, atomically: a reader sees the old file or the new one.
 
-    A flow of ``build_flow`` carries its recipe. For any other flow, name its maker, the function that made it: the file
-    then holds that name and the arguments, never code.
+    A flow that ``build_flow`` made carries its blueprint. For any other flow, name its maker, the function that made
+    it: the file then holds that name and the arguments, never code.
 
     Args:
-        flow: what to save; one of another library goes through ``as_flow``. It may be under ``torch.compile``.
-        directory: where to; a path that ends in ``.safetensors`` is the file itself.
-        maker: ``"my_module:my_function"``, which returns a flow like this one, whatever its weights.
-        arguments: the maker's keywords: numbers, strings, lists and dictionaries.
+        flow: the flow to save, of any of the libraries. It may be under ``torch.compile``.
+        directory: where to save it. A path that ends in ``.safetensors`` is the file itself.
+        maker: ``"my_module:my_function"``, a function that returns a flow like this one, whatever its weights.
+        arguments: the maker's keyword arguments: numbers, strings, lists and dictionaries.
 
     Returns:
         the file's path, which ``load_flow`` takes, too.
 
     Raises:
-        TypeError: if ``flow`` is no flow; if it has no recipe and no maker is named; if a recipe is no data: one with a
-            ``preprocess`` of another kind than ``adapters.preprocess``, or arguments that JSON can't hold.
-        ValueError: if the recipe makes another flow than this (whose parts or their numbers were replaced since, or
-            which was reparametrised, as ``weight_norm`` does), or a weight is not finite.
+        TypeError: if ``flow`` is no flow; if it has no blueprint and no maker is named; if the blueprint is not plain
+            data, because its ``preprocess`` is of another kind than those of ``adapters.preprocess``, or its arguments
+            are such as JSON can't hold.
+        ValueError: if the blueprint makes another flow than this one, because a part of the flow or a number in it was
+            changed after it was built; or if a weight is not finite.
         OSError: if the file can't be written, as on a full disk. What was there before is untouched.
     """
     path = _file(directory)
     flow = as_flow(_unwrapped(flow))
-    recipe, tensors = _recipe_of(flow, maker, arguments)
+    blueprint, tensors = _blueprint_of(flow, maker, arguments)
     try:
         tensors |= {f"state.{name}": tensor for name, tensor in _state(flow).items()}
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         _check_finite(flow)
-        _rebuilt(recipe, tensors, like=flow)
+        _rebuilt(blueprint, tensors, like=flow)
     except _Unusable as error:
         raise ValueError(f"this flow can't be saved: {error}") from error.__cause__
-    document = json.dumps({"recipe": recipe, "checksum": _checksum(recipe, tensors)})
+    document = json.dumps({"format": FORMAT, "blueprint": blueprint, "checksum": _checksum(blueprint, tensors)})
     return write_atomically(
         path, lambda unfinished: safetensors.torch.save_file(tensors, unfinished, {"flow": document})
     )
 
 
 def load_flow(directory: str | Path, maker: str | None = None) -> Flow:
-    """The flow that ``save_flow`` wrote there, with its dtypes, on the CPU, in eval mode: without dropout.
+    """The flow that ``save_flow`` wrote there, with the dtypes it had.
 
-    To train it further, ``load_flow(directory).train()``.
+    It is on the CPU and in evaluation mode, so that dropout is off. To train it further, call its ``train()``.
 
     Args:
         directory: where it was saved, or the file itself.
         maker: for a flow that was saved with a maker, its name again, ``"my_module:my_function"``. Loading imports that
-            module and calls that function with the arguments in the file, which runs the module's code. Nothing is
-            imported because a file says so: only what is named here.
+            module and calls that function with the arguments in the file, which runs the module's code. A file alone
+            can't make Python import or run anything: it takes the name given here.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if the file is damaged, was not written by ``save_flow``, or holds what makes no flow; if it was
-            saved with another maker than this one.
+        ValueError: if the file is damaged, was not written by this version's ``save_flow``, or holds a blueprint that
+            makes no flow; if it was saved with another maker than this one.
         ImportError: if the flow is of a library that is not installed.
     """
     path = _file(directory)
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}: give the directory that a run wrote (its --out)")
     try:
-        recipe, tensors = _read(path)
-        _check_maker(path, recipe.get("maker"), maker)
-        flow = _rebuilt(recipe, tensors)
+        blueprint, tensors = _read(path)
+        _check_maker(path, blueprint.get("maker"), maker)
+        flow = _rebuilt(blueprint, tensors)
         _check_finite(flow)
     except _Unusable as error:
         raise ValueError(f"{path}: {error}; restore this file or make it again") from error.__cause__
@@ -115,10 +123,10 @@ def load_flow(directory: str | Path, maker: str | None = None) -> Flow:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let ``write`` write a file beside ``path``, then put it there: whatever happens, readers see the old or the new.
+    """Let ``write`` write a file beside ``path``, then move it there: whatever happens, readers see the old or the new.
 
-    Any number of processes and threads may do so at once; the last one to finish wins. What a process that was killed
-    in the middle of a write has left there is removed by a later write.
+    Any number of processes and threads may do so at once; the last one to finish wins. The unfinished file of a process
+    that was killed is removed by a later write.
 
     Raises:
         OSError: if it can't be written, naming ``path``. What was there before is untouched.
@@ -146,7 +154,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 class _Unusable(ValueError):
-    """What is in a file, or is to be, makes no flow."""
+    """The content of a file, read or about to be written, makes no flow."""
 
 
 def _file(directory: str | Path) -> Path:
@@ -159,52 +167,55 @@ def _file(directory: str | Path) -> Path:
 def _unwrapped(flow: nn.Module) -> nn.Module:
     """The module inside ``torch.compile`` and the wrappers of several devices."""
     while True:
-        if hasattr(flow, "_orig_mod"):
-            flow = flow._orig_mod
+        if isinstance(compiled := getattr(flow, "_orig_mod", None), nn.Module):
+            flow = compiled
         elif isinstance(flow, nn.DataParallel | nn.parallel.DistributedDataParallel):
             flow = flow.module
         else:
             return flow
 
 
-# What a file holds
+# From a flow to the content of a file
 
 
-def _recipe_of(flow: Flow, maker: str | None, arguments: dict | None) -> tuple[dict, dict[str, Tensor]]:
-    """What JSON can hold of the recipe, and its tensors."""
+def _blueprint_of(flow: Flow, maker: str | None, arguments: dict | None) -> tuple[dict, dict[str, Tensor]]:
+    """The flow's blueprint as JSON can hold it, and apart from it the tensors that belong to it."""
     tensors = {}
     if not isinstance(arguments, dict | None):
         raise TypeError(f"arguments must be a dictionary, not {shown(arguments)}")
     if maker is not None:
-        recipe = {"maker": maker, "arguments": {} if arguments is None else arguments}
+        blueprint = {"maker": maker, "arguments": {} if arguments is None else arguments}
         _function(maker)
     elif arguments is not None:
         raise TypeError("arguments are those of a maker: name it, too, as maker='my_module:my_function'")
-    elif not isinstance(getattr(flow, "recipe", None), dict):
+    elif not isinstance(arguments_of_build_flow := getattr(flow, "blueprint", None), dict):
         raise TypeError(
             f"this {type(flow).__name__} was not made by build_flow, so name the function that made it: "
             "save_flow(flow, directory, maker='my_module:my_function', arguments={…})"
         )
     else:
-        recipe = dict(flow.recipe)
-        tensors |= {f"masks.{i}": mask for i, mask in enumerate(recipe.pop("masks", ()))}
-        if recipe.get("preprocess") is not None:
-            recipe["preprocess"], own = _preprocess_recipe(recipe["preprocess"])
+        blueprint = dict(arguments_of_build_flow)
+        tensors |= {f"masks.{i}": mask for i, mask in enumerate(blueprint.pop("masks", ()))}
+        if blueprint.get("preprocess") is not None:
+            blueprint["preprocess"], own = _preprocess_blueprint(blueprint["preprocess"])
             tensors |= own
     try:
-        return json.loads(json.dumps(recipe)), tensors
+        return json.loads(json.dumps(blueprint)), tensors
     except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"a recipe is of numbers, strings, lists and dictionaries ({error}), not {recipe}") from error
+        raise TypeError(
+            f"a blueprint is of numbers, strings, lists and dictionaries ({error}), not {blueprint}"
+        ) from error
 
 
-def _preprocess_recipe(transform: Transform) -> tuple[dict, dict[str, Tensor]]:
-    """The transform's name and numbers, and its tensors."""
+def _preprocess_blueprint(transform: Transform) -> tuple[dict, dict[str, Tensor]]:
+    """The preprocessing's name and numbers, and its tensors."""
     names = {kind: name for name, kind in PREPROCESSORS.items()}
     if type(transform) not in names:
         known = ", ".join(kind.__name__ for kind in names)
         raise TypeError(f"a flow is saved with a preprocess of {known}, not {type(transform).__name__}")
-    numbers = {key: value for key, value in transform.arguments.items() if not isinstance(value, Tensor)}
-    tensors = {f"preprocess.{key}": value for key, value in transform.arguments.items() if isinstance(value, Tensor)}
+    arguments = vars(transform)["arguments"]
+    numbers = {key: value for key, value in arguments.items() if not isinstance(value, Tensor)}
+    tensors = {f"preprocess.{key}": value for key, value in arguments.items() if isinstance(value, Tensor)}
     return {"name": names[type(transform)], "arguments": numbers}, tensors
 
 
@@ -218,93 +229,109 @@ def _state(flow: Flow) -> dict[str, Tensor]:
 
 
 def _clean(name: str) -> str:
-    """The name that a part has when nothing around it is compiled."""
+    """The name that a parameter or module would have if nothing around it were compiled."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _checksum(recipe: dict, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the recipe and of every tensor's name, dtype, shape and bytes."""
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+def _checksum(blueprint: dict, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the blueprint and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(blueprint, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The recipe and the tensors in the file; ``_Unusable`` unless both are as they were written."""
-    content = path.read_bytes()  # at once: safe_open would open the file twice, and might find another one then
+    """The blueprint and the tensors in the file; ``_Unusable`` unless both are as they were written."""
+    content = path.read_bytes()  # safe_open would open the file twice, and might find another one the second time
     try:
         with torch.device("cpu"):
-            tensors = dict(sorted(safetensors.torch.load(content).items()))  # in no order of its own
+            tensors = dict(sorted(safetensors.torch.load(content).items()))  # load gives them in no fixed order
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = header.get("__metadata__", {})
     except Exception as error:
-        raise _Unusable(f"it is damaged or truncated ({_said(error)})") from error
+        raise _Unusable(f"it is damaged or truncated ({_in_one_line(error)})") from error
     if "flow" not in metadata:
         if "recipe" in metadata:
             raise _Unusable("it was written by an earlier version, without a checksum")
-        raise _Unusable("it holds no flow's recipe: it was not written by save_flow")
+        raise _Unusable("it holds no flow's blueprint: it was not written by save_flow")
     try:
         document = json.loads(metadata["flow"])
-        recipe, checksum = document["recipe"], document["checksum"]
-        whole = checksum == _checksum(recipe, tensors)
+        version = document.get("format", 1)  # format 1 had no number yet
+        if version != FORMAT:
+            raise _Unusable(f"it was written by another version, in format {version}; this one reads format {FORMAT}")
+        blueprint, checksum = document["blueprint"], document["checksum"]
+        whole = checksum == _checksum(blueprint, tensors)
+    except _Unusable:
+        raise
     except Exception as error:
-        raise _Unusable(f"its recipe is damaged ({_said(error)})") from error
+        raise _Unusable(f"its blueprint is damaged ({_in_one_line(error)})") from error
     if not whole:
         raise _Unusable("it is damaged: its content does not match its checksum")
-    if not isinstance(recipe, dict):
-        raise _Unusable(f"its recipe is no dictionary, but {recipe!r:.80}")
-    return recipe, tensors
+    if not isinstance(blueprint, dict):
+        raise _Unusable(f"its blueprint is no dictionary, but {blueprint!r:.80}")
+    return blueprint, tensors
 
 
-# From there to a flow
+# From the content of a file to a flow
 
 
-def _rebuilt(recipe: dict, tensors: dict[str, Tensor], like: Flow | None = None) -> Flow:
-    """The flow that a recipe makes, with the weights among the tensors; ``_Unusable`` if it is not like ``like``."""
-    groups = {"masks": {}, "preprocess": {}, "state": {}}
+def _rebuilt(blueprint: dict, tensors: dict[str, Tensor], like: Flow | None = None) -> Flow:
+    """The flow that a blueprint makes, with the weights among the tensors.
+
+    Args:
+        like: the flow that this must be, modules and numbers alike; it raises ``_Unusable`` if it is not.
+    """
+    groups: dict[str, dict[str, Tensor]] = {"masks": {}, "preprocess": {}, "state": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         if group not in groups:
             raise _Unusable(f"it holds a tensor {name!r}, which is no part of a flow")
         groups[group][rest] = tensor
     state = groups.pop("state")
-    with _building, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with _rebuilding, torch.random.fork_rng(devices=[]), torch.device("cpu"):
         try:
-            flow = _made(recipe, **groups) if "maker" in recipe else _built(recipe, _Budget(tensors), **groups)
+            flow = _made(blueprint, **groups) if "maker" in blueprint else _built(blueprint, _Budget(tensors), **groups)
         except (_Unusable, ImportError):
             raise
         except Exception as error:
-            raise _Unusable(f"its recipe makes no flow ({_said(error)})") from error
+            raise _Unusable(f"its blueprint makes no flow ({_in_one_line(error)})") from error
         if like is not None:
             _check_same(like, flow)
-        _fill(flow, state, recipe.get("name", recipe.get("maker")))
+        _fill(flow, state, blueprint.get("name") or blueprint["maker"])
     return flow
 
 
-def _built(recipe: dict, budget: "_Budget", masks: dict[str, Tensor], preprocess: dict[str, Tensor]) -> Flow:
-    """By ``build_flow``, which checks kinds and ranges; here, that all is there and no more than the file's size."""
+def _built(blueprint: dict, budget: "_Budget", masks: dict[str, Tensor], preprocess: dict[str, Tensor]) -> Flow:
+    """The flow that ``build_flow`` makes.
+
+    ``build_flow`` checks the kinds and ranges of its arguments. Here it is checked that none is missing, and that they
+    do not make a flow far larger than the file.
+    """
     known = inspect.signature(build_flow).parameters.keys() - {"masks", "options"}
-    if missing := known - recipe.keys():
-        raise _Unusable(f"its recipe has no {', '.join(sorted(missing))}")
-    options = {name: value for name, value in recipe.items() if name not in known}
-    check_options(recipe["name"], options)
+    if missing := known - blueprint.keys():
+        raise _Unusable(f"its blueprint has no {', '.join(sorted(missing))}")
+    options = {name: value for name, value in blueprint.items() if name not in known}
+    check_options(blueprint["name"], options)
     budget.spend(*(value for value in options.values() if isinstance(value, int)))  # of bins and the like
-    if masks.keys() != {str(i) for i in range(len(masks))} or recipe["layers"] != len(masks):
-        raise _Unusable(f"its recipe has {recipe['layers']!r:.80} layers, but it holds masks for {len(masks)}")
-    masks = [masks[str(i)] for i in range(len(masks))]
-    transform = recipe["preprocess"]
+    if masks.keys() != {str(i) for i in range(len(masks))} or blueprint["layers"] != len(masks):
+        raise _Unusable(f"its blueprint has {blueprint['layers']!r:.80} layers, but it holds masks for {len(masks)}")
+    in_order = [masks[str(i)] for i in range(len(masks))]
+    transform = blueprint["preprocess"]
     if transform is not None:
         transform = PREPROCESSORS[transform["name"]](**transform["arguments"], **preprocess)
     elif preprocess:
-        raise _Unusable("it holds tensors for a preprocess that its recipe does not have")
+        raise _Unusable("it holds tensors for a preprocess that its blueprint does not have")
     with budget:
-        return build_flow(**recipe | {"masks": masks, "preprocess": transform})
+        return build_flow(**blueprint | {"masks": in_order, "preprocess": transform})
 
 
 class _Budget(TorchFunctionMode):
-    """Within it, no more tensors are made than a flow of this file's size needs: a recipe may ask for terabytes."""
+    """A context in which no more tensors may be made than a flow of this file's size needs.
+
+    Otherwise a small file could make ``load_flow`` allocate terabytes.
+    """
 
     def __init__(self, tensors: dict[str, Tensor]):
         super().__init__()
@@ -315,7 +342,7 @@ class _Budget(TorchFunctionMode):
         self.elements -= sum(elements)
         self.tensors -= 1
         if self.elements < 0 or self.tensors < 0:
-            raise _Unusable("its recipe asks for a far larger flow than it holds the weights of")
+            raise _Unusable("its blueprint asks for a far larger flow than it holds the weights of")
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -325,17 +352,18 @@ class _Budget(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _made(recipe: dict, masks: dict[str, Tensor], preprocess: dict[str, Tensor]) -> Flow:
-    """By the maker, whose name the caller of ``load_flow`` has given, too."""
-    if masks or preprocess or recipe.keys() != {"maker", "arguments"} or not isinstance(recipe["arguments"], dict):
-        raise _Unusable("its recipe names a maker, but has not just its arguments beside it")
-    flow = as_flow(_function(recipe["maker"])(**recipe["arguments"]))
-    flow.recipe = recipe
+def _made(blueprint: dict, masks: dict[str, Tensor], preprocess: dict[str, Tensor]) -> Flow:
+    """The flow that the maker makes, after ``_check_maker`` has found that the caller named it, too."""
+    known = blueprint.keys() == {"maker", "arguments"} and isinstance(blueprint["arguments"], dict)
+    if masks or preprocess or not known:
+        raise _Unusable("its blueprint names a maker, but has not just its arguments beside it")
+    flow = as_flow(_function(blueprint["maker"])(**blueprint["arguments"]))
+    flow.blueprint = blueprint  # type: ignore[assignment]  # nflows' own Flow, too, may carry one
     return flow
 
 
 def _check_maker(path: Path, maker: str | None, given: str | None) -> None:
-    """A file may not choose what code runs: only the caller may."""
+    """Raise unless the maker that the file names is the one that the caller gave: a file may not choose what runs."""
     if maker is not None and given is None:
         raise ValueError(
             f"the flow in {path} was saved with a maker: if you trust that function, give its name, "
@@ -373,7 +401,7 @@ def _fill(flow: Flow, state: dict[str, Tensor], name: str) -> None:
                 f"its weights are those of another flow than {name}: {key} is {here}, and should be {there}"
             )
     floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
-    flow.to(reduce(torch.promote_types, floating, floating[0] if floating else None))
+    flow.to(reduce(torch.promote_types, floating) if floating else None)
     for key, tensor in [*flow.named_parameters(), *flow.named_buffers()]:
         if key in state and state[key].is_floating_point() and tensor.is_floating_point():
             tensor.data = tensor.data.to(state[key].dtype)
@@ -381,22 +409,22 @@ def _fill(flow: Flow, state: dict[str, Tensor], name: str) -> None:
 
 
 def _shape(tensor: Tensor | None) -> str:
-    """In words; the dtype, too, unless it is floating: of these there may be any."""
+    """A tensor's shape in words, and its dtype unless it is a floating one, which a flow may have changed."""
     if tensor is None:
         return "missing"
     return f"of shape {tuple(tensor.shape)}" + ("" if tensor.is_floating_point() else f" and {tensor.dtype}")
 
 
-def _said(error: Exception) -> str:
-    """Its kind and message, in one line."""
+def _in_one_line(error: Exception) -> str:
+    """An error's kind and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
 
 
-# Whether it is the flow that was saved
+# Whether the flow is the one that was saved
 
 
 def _check_finite(flow: Flow) -> None:
-    """A buffer may hold infinite bounds, but no weight may be infinite."""
+    """Raise ``_Unusable`` for a weight that is not finite. A buffer may be infinite, as a bound is, but not NaN."""
     for tensors, wrong in (
         (flow.named_parameters(), lambda tensor: ~tensor.isfinite()),
         (flow.named_buffers(), Tensor.isnan),
@@ -407,13 +435,13 @@ def _check_finite(flow: Flow) -> None:
 
 
 def _check_same(flow: Flow, rebuilt: Flow) -> None:
-    """Whether the two are of the same modules with the same numbers: their weights alone would not tell."""
+    """Raise ``_Unusable`` unless both flows are of the same modules with the same numbers, apart from their weights."""
     here, there = _described(flow), _described(rebuilt)
     for name in dict.fromkeys((*here, *there)):
         if here.get(name) != there.get(name):
             wanted = there.get(name, "nothing of that name")
             raise _Unusable(
-                f"{name} is {here.get(name, 'missing')}, but the recipe makes {wanted}. "
+                f"{name} is {here.get(name, 'missing')}, but the blueprint makes {wanted}. "
                 "Undo what was done to it after it was built, or name a maker and arguments that make it as it is"
             )
 
@@ -432,7 +460,7 @@ def _described(flow: Flow) -> dict[str, str]:
 
 
 def _in_words(value) -> str:
-    """A number, string or function; anything else says nothing."""
+    """A number, string or function in words; anything else is the empty string, and is not compared."""
     if isinstance(value, bool | int | float | str):
         return repr(value)
     if isinstance(value, FunctionType | BuiltinFunctionType | type):

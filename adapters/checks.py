@@ -1,4 +1,4 @@
-"""What layers and flows check about the tensors they meet: once, and with the offending value in the message."""
+"""Checks of what users give to layers and flows. Each is made once, and its message holds the offending value."""
 
 import math
 import operator
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 
-def check_tensor(thing: Tensor, what: str) -> None:
-    """Raise a TypeError unless ``thing``, which is ``what``, is a tensor."""
-    if not isinstance(thing, Tensor):
-        kind = type(thing)
+def check_tensor(value: Tensor, what: str) -> None:
+    """Raise a TypeError unless ``value``, which the message calls ``what``, is a tensor."""
+    if not isinstance(value, Tensor):
+        kind = type(value)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         article = "an" if name[0] in "aeiou" else "a"
         raise TypeError(
@@ -24,7 +24,7 @@ def check_tensor(thing: Tensor, what: str) -> None:
 
 
 def check_network(network: nn.Module, name: str) -> None:
-    """Raise a TypeError unless ``network``, the argument of this name, can be called on a tensor."""
+    """Raise a TypeError unless ``network`` can be called on a tensor. ``name`` is the argument's, for the message."""
     if isinstance(network, type):
         raise TypeError(f"{name} must be a network, not the class {network.__name__}: make one, {network.__name__}(…)")
     if isinstance(network, Tensor) or not callable(network):
@@ -32,7 +32,7 @@ def check_network(network: nn.Module, name: str) -> None:
 
 
 def sizes(shape: Iterable[int], name: str) -> torch.Size:
-    """A shape as torch's; a TypeError that says what it is called, if it is none."""
+    """The shape as a ``torch.Size``; a TypeError that names the argument if it is not a shape."""
     try:
         return torch.Size(shape)
     except TypeError:
@@ -41,19 +41,21 @@ def sizes(shape: Iterable[int], name: str) -> torch.Size:
 
 
 def shown(value) -> str:
-    """What was given, as it would be typed, on one line of a message: the whole of a number, the start of a module."""
+    """The value as it would be typed, on one line and shortened where it is long, for a message."""
     return textwrap.shorten(repr(value), 100, placeholder=" …")
 
 
 def explain_mismatch(error: BaseException, module: nn.Module, name: str, **tensors: Tensor | None) -> None:
-    """After an error: raise one that says so if the tensors' dtype or device is another than that of ``module``.
+    """After a call of ``module`` has failed: raise a clearer error if the cause is a wrong dtype or device.
 
-    It costs nothing as long as all is well, and lets through every mixture that torch itself can work with.
+    Since it runs only after an error, it costs nothing as long as all is well, and every mixture of dtypes that torch
+    can work with is allowed.
 
     Args:
-        error: what was raised.
-        name: of the module, as the user calls it.
-        tensors: what it was called with, under the names the user knows them by.
+        error: the error of the call.
+        module: a flow, a layer or a network.
+        name: what the user calls it.
+        tensors: the tensors that it was called with, by the names that the user knows.
 
     Raises:
         TypeError: for tensors of another dtype, or a module that holds more than one.
@@ -86,7 +88,10 @@ def explain_mismatch(error: BaseException, module: nn.Module, name: str, **tenso
 
 
 def check_event(inputs: Tensor, event_shape: Sequence[int], what: str) -> None:
-    """Raise a ValueError unless ``inputs`` is ``(batch, *event_shape)``, a TypeError for what is no tensor."""
+    """Raise a ValueError unless ``inputs`` has the shape ``(batch, *event_shape)``, a TypeError if it is no tensor.
+
+    ``what`` takes the inputs: "this layer", say.
+    """
     if not isinstance(inputs, Tensor):
         check_tensor(inputs, f"the inputs of {what}")
     if inputs.dim() == 0 or inputs.shape[1:] != tuple(event_shape):
@@ -95,7 +100,10 @@ def check_event(inputs: Tensor, event_shape: Sequence[int], what: str) -> None:
 
 
 def check_output(output: Tensor, shape: Sequence[int], network: str) -> Tensor:
-    """The output itself; a ValueError unless it has this very shape (a broadcast would falsify the log-determinant)."""
+    """The output itself; a ValueError unless it has this very shape.
+
+    A shape that broadcasts to it is refused, too, because the log-determinant would be wrong.
+    """
     if not isinstance(output, Tensor) or output.shape != tuple(shape):
         returned = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise ValueError(f"{network} must return shape {tuple(shape)}, but returned {returned}")
@@ -103,9 +111,9 @@ def check_output(output: Tensor, shape: Sequence[int], network: str) -> Tensor:
 
 
 def check_positive(**values: float) -> None:
-    """Raise a ValueError unless every value is above zero and finite, a TypeError for what is no number.
+    """Raise a ValueError unless every value is above zero and finite, a TypeError unless it is a number.
 
-    The keyword is the name the user knows it by.
+    Each keyword is the name that the user knows the value by.
     """
     for name, value in values.items():
         if not isinstance(value, Real | Tensor):
@@ -126,10 +134,10 @@ def check_bins(bins: int) -> int:
 
 
 def check_context(context: Tensor | None, width: int | EllipsisType | None, inputs: Tensor, what: str) -> None:
-    """Raise a ValueError unless ``context`` is one that ``what`` takes together with ``inputs``.
+    """Raise a ValueError unless ``what``, a layer or a flow, can take this context together with these inputs.
 
     Args:
-        width: of a context row; ``None`` if it takes no context, ``...`` if it does not say.
+        width: the width of a context row that it takes; ``None`` if it takes no context, ``...`` if that is not known.
     """
     if context is None:
         if width not in (None, ...):
@@ -146,7 +154,7 @@ def check_context(context: Tensor | None, width: int | EllipsisType | None, inpu
 
 
 def check_no_labels(context: Tensor, width: int, what: str) -> None:
-    """Raise a ValueError for class labels, one integer a row, where a context of ``width`` numbers a row is wanted."""
+    """Raise a ValueError for class labels, one integer a row, where a context has ``width`` numbers in each row."""
     if width == 1 or context.is_floating_point() or context.is_complex():
         return
     if context.dim() == 1 or context.shape[-1:] == (1,):
@@ -164,20 +172,20 @@ def check_rows(context: Tensor, inputs: Tensor, what: str) -> None:
 
 
 def must_wait(tensor: Tensor) -> bool:
-    """Whether reading a number of this tensor, as a check of its values does, would hold the program up.
+    """Whether a check of this tensor's values would slow the program down. Where it would, checks are left out.
 
-    A device other than the CPU works behind the program, which would have to wait for it in each step; and a compiler
-    that traces the program would have to cut it in two. Checks of values are left out there.
+    A device other than the CPU works asynchronously, and the program would have to wait for it in each step. A compiler
+    that traces the program would have to break the graph.
     """
     return tensor.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 @contextmanager
 def naming_shape(inputs: Tensor, what: str) -> Iterator[None]:
-    """Turn a library's error about sizes, raised from deep below, into a ValueError that names the inputs' shape.
+    """Turn a library's internal error about sizes into a ValueError that names the shape of the inputs.
 
-    An error of another cause stays as it is, whatever its words: an empty batch, a value that is not finite (which
-    sends a search to no index), a call within ``torch.func`` or a trace.
+    An error that has another cause stays as it is. Such causes are an empty batch, a value that is not finite, and a
+    call within ``torch.func`` or a trace.
     """
     try:
         yield
@@ -194,10 +202,10 @@ def _about_sizes(message: str) -> bool:
 
 
 def _plain(inputs: Tensor) -> bool:
-    """Whether the inputs are a batch of numbers, all of which can be looked at."""
+    """Whether the inputs are at least one row of finite values that can be read here."""
     if inputs.numel() == 0 or torch.compiler.is_compiling():
         return False
     try:
         return bool(inputs.isfinite().all())
-    except RuntimeError:  # within torch.func.vmap no value can be asked for
+    except RuntimeError:  # within torch.func.vmap no value can be read
         return False

@@ -1,4 +1,4 @@
-"""Files make themselves known by their presence: a new bridge, layer or catalogue file is listed nowhere."""
+"""Bridges, layers and catalogue files are found by their presence in a folder: a new one is listed nowhere."""
 
 import importlib
 import pkgutil
@@ -6,7 +6,9 @@ from types import ModuleType
 
 
 def modules(package: str) -> list[ModuleType]:
-    """Every module of a package, in alphabetical order. Its sub-packages, which hold what the modules share, are not.
+    """Every module of a package, in alphabetical order, imported.
+
+    Its sub-packages are left out: they hold code that the modules share.
 
     >>> [module.__name__ for module in modules("adapters.layers")][:2]
     ['adapters.layers.autoregressive', 'adapters.layers.coupling']

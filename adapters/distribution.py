@@ -16,33 +16,35 @@ from adapters.checks import check_no_labels, check_tensor, shown, sizes
 from adapters.last_result import LastResult
 from adapters.parts import base_of, context_width_of, embedding_of, event_shape_of, transform_of
 
-_found = Distribution._validate_args
+_default = Distribution._validate_args
 from pyro.distributions import TorchDistribution  # noqa: E402
 
-Distribution.set_default_validate_args(_found)  # Pyro's import switches validation on for the whole process
+Distribution.set_default_validate_args(_default)  # importing Pyro switches validation on for the whole process
 
 
 class FlowDistribution(TorchDistribution):
     """log p(x | c) = log p_base(f(x; c)) + log|det J_f(x; c)|, as a distribution of Pyro and of torch.
 
-    ``rsample`` is differentiable; ``log_prob`` evaluates each network once. The log_prob of a sample comes with it, and
-    is given out, once, when the very next question is for it, as a guide's is in every ELBO: see ``LastResult``.
+    ``rsample`` is differentiable. ``log_prob`` evaluates each network once. Drawing a sample computes its log_prob,
+    too, and keeps it for the next call of ``log_prob``. If that is about the same sample, as a guide's is in every
+    ELBO, the networks are not evaluated again: see ``LastResult``.
 
-    A distribution holds its flow, not a copy. It is cheap: make one in each call of a model. What is trained through
-    Pyro's parameter store needs a ``pyro.module("flow", flow)`` too.
+    A distribution holds the flow itself, not a copy, and is cheap to make: make a new one in each call of a model. For
+    Pyro's parameter store to train the flow, the model must call ``pyro.module("flow", flow)``, too.
 
     Args:
-        flow: an nflows ``Flow``, bridged or hand-written; one of another library goes through ``as_flow``.
-        context: c, ``(*batch, C)``; its leading dimensions are the batch shape. ``None`` for none.
-        event_shape: shape of one datum; by default what the flow says, or else its base.
+        flow: an nflows ``Flow``, or a flow of another library, which goes through ``as_flow``.
+        context: c, ``(*batch, C)``. Its leading dimensions are the batch shape. ``None`` for an unconditional flow.
+        event_shape: shape of one datum; by default that of the flow, or else that of its base.
         support: where each coordinate of x may lie; by default all of ℝ.
-        validate_args: check context and values, as torch's own distributions do.
+        validate_args: whether to check context and values, as torch's own distributions do.
 
     Raises:
-        TypeError: for what is no flow, or a context, shape, support or value that is none.
-        ValueError: for a context that is missing, superfluous or of another width; for an event shape that nothing
-            says; in a call, for values of another event shape and, when validating, outside the support.
-        nflows.transforms.InverseNotAvailable: when a flow is sampled that can only score.
+        TypeError: for a flow, context, shape, support or value of the wrong kind.
+        ValueError: for a context that is given but not wanted, wanted but not given, or of another width; for an event
+            shape that is not given and that neither the flow nor its base knows; in a call, for values of another event
+            shape and, when validating, for values outside the support.
+        nflows.transforms.InverseNotAvailable: when a flow is sampled whose transform has no inverse.
         NotImplementedError: when its base cannot draw samples.
         nflows.transforms.base.InputOutsideDomain: for values or noise outside the domain of a layer.
 
@@ -84,7 +86,7 @@ class FlowDistribution(TorchDistribution):
     @property
     def has_rsample(self) -> bool:
         base = base_of(self.flow)
-        source = getattr(base, "source", None)  # a torch distribution, which may be discrete
+        source = getattr(base, "source", None)  # of a base that wraps a torch distribution, which may be discrete
         return source is None or source(self._rows(self.batch_shape)).has_rsample
 
     def expand(self, batch_shape, _instance=None) -> "FlowDistribution":
@@ -108,11 +110,11 @@ class FlowDistribution(TorchDistribution):
             raise ValueError(f"values must end in the event shape {tuple(self.event_shape)}, not {tuple(value.shape)}")
         if self._validate_args and value.numel():
             self._validate_sample(value)
-        known = self._last.take(self.flow, value, self.context)
-        if known is not None:
-            return known
+        kept = self._last.take(self.flow, value, self.context)
+        if kept is not None:
+            return kept
         batch = torch.broadcast_shapes(leading, self.batch_shape)
-        rows = leading if self.context is None else batch  # what broadcasts is scored once
+        rows = leading if self.context is None else batch  # without a context, each value is scored just once
         if math.prod(rows) == 0:
             return value.new_empty(batch)
         flat = value.expand(*rows, *self.event_shape).reshape(math.prod(rows), *self.event_shape)
@@ -144,7 +146,7 @@ class FlowDistribution(TorchDistribution):
         context = embedding_of(self.flow)(self._rows(rows))
         base = base_of(self.flow)
         noise = _sample(base, count, context).to(dtype)  # nflows' own normal draws float32 always
-        log_prob = base.log_prob(noise, context)  # now: a transform may overwrite its input
+        log_prob = base.log_prob(noise, context)  # before the transform, which may overwrite its input
         try:
             x, log_det = transform_of(self.flow).inverse(noise, context)  # type: ignore[misc]
         except InputOutsideDomain as error:
@@ -159,7 +161,7 @@ class FlowDistribution(TorchDistribution):
         return x
 
     def _rows(self, batch: torch.Size) -> Tensor | None:
-        """The context of each of the batch's data, ``(prod(batch), C)``."""
+        """The context expanded to this batch shape, one row for each datum: ``(prod(batch), C)``."""
         if self.context is None:
             return None
         width = self.context.shape[-1]
@@ -167,7 +169,7 @@ class FlowDistribution(TorchDistribution):
 
 
 def _sample(base: nflows.distributions.Distribution, count: int, context: Tensor | None) -> Tensor:
-    """One draw for each row of the context; ``count`` without one."""
+    """``count`` samples of the base; with a context, which has ``count`` rows, one sample for each row."""
     name = type(base).__name__
     if isinstance(base, MADEMoG) and context is None:
         raise NotImplementedError(f"nflows' {name} draws samples only with a context, so this flow can only score")
@@ -178,7 +180,7 @@ def _sample(base: nflows.distributions.Distribution, count: int, context: Tensor
 
 
 def _outside(error: InputOutsideDomain) -> InputOutsideDomain:
-    """nflows' own error, which says nothing, in words."""
+    """nflows' error of this kind has no message: the same error with one."""
     return InputOutsideDomain(
         str(error)
         or "a value lies outside the domain of a layer of this flow, such as [0, 1] of a spline with tails=None; if it "
@@ -187,12 +189,12 @@ def _outside(error: InputOutsideDomain) -> InputOutsideDomain:
 
 
 def _check_context(flow: Flow, context: Tensor | None) -> None:
-    width = getattr(flow, "context_features", ...)  # only our own Flow knows
+    width = getattr(flow, "context_features", ...)  # only our own Flow has the attribute
     if context is not None:
         check_tensor(context, "the context of this distribution")
     base = base_of(flow)
     if isinstance(base, MADEMoG) and isinstance(embedding_of(flow), torch.nn.Identity):
-        width = context_width_of(base)  # given no context, it would silently do without
+        width = context_width_of(base)  # without a check, it would silently ignore a missing context
     if width is None and context is not None:
         raise ValueError(f"this flow is unconditional, but a context of shape {tuple(context.shape)} was given")
     if isinstance(width, int) and context is None:

@@ -1,7 +1,7 @@
-"""Rows that are not finite, kept from a library that would fail at them.
+"""Protection of a batch from its rows that are not finite.
 
-Many a library asserts something about a whole batch, or solves an equation until every row of it is solved. One row of
-NaN or ±inf then makes the batch an error, or a loop without an end.
+Many libraries assert something about a whole batch, or iterate until an equation is solved for every row. One row of
+NaN or ±inf then makes the whole call fail, or loop without an end.
 """
 
 import math
@@ -15,13 +15,14 @@ Pass = Callable[..., tuple[Tensor, Tensor]]  # as an nflows Transform's forward 
 
 
 def with_finite_rows(run: Pass, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``run(inputs, context)``, outputs and log-determinants, of which no row is spoiled by another.
+    """``run(inputs, context)``, where a row that is not finite does no harm to the other rows.
 
-    A row of the inputs or of the context that is not finite becomes one of ``HARMLESS`` numbers before ``run`` sees it.
-    Its outputs and its log-determinant are NaN. Nothing waits for the device, and other rows keep their gradients.
+    Each such row of the inputs or of the context is replaced by the number ``HARMLESS`` before ``run`` gets it. Its
+    outputs and its log-determinant are NaN. No value is read on the host, so that nothing waits for the device, and the
+    other rows keep their gradients.
     """
     if inputs.dim() == 0 or not inputs.is_floating_point():
-        return run(inputs, context)  # which refuses them
+        return run(inputs, context)  # run refuses such inputs
     lost = _lost(inputs)
     if context is not None and context.shape[:1] == inputs.shape[:1] and context.is_floating_point():
         lost_context = _lost(context)
@@ -32,9 +33,10 @@ def with_finite_rows(run: Pass, inputs: Tensor, context: Tensor | None = None) -
 
 
 def finite_rows(method: Pass) -> Pass:
-    """A ``forward`` or ``inverse`` that runs ``with_finite_rows``, unless ``takes_any_row`` is true of the transform.
+    """A decorator of a transform's ``forward`` or ``inverse``, which then runs ``with_finite_rows``.
 
-    That is for a transform whose library itself keeps the rows apart, so that nothing is paid for it there.
+    A transform may have an attribute ``takes_any_row``. If it is true, the method runs as it is. This is for transforms
+    whose library keeps the rows apart itself.
     """
 
     @wraps(method)
@@ -46,10 +48,11 @@ def finite_rows(method: Pass) -> Pass:
     return guarded
 
 
-HARMLESS = 0.5  # inside the domain of a transform of all numbers, of the positive ones, and of those in [0, 1]
+HARMLESS = 0.5  # inside the domain of transforms of all numbers, of positive numbers, and of numbers in [0, 1]
 
 
 def _lost(rows: Tensor) -> Tensor:
+    """Which rows of ``(batch, …)`` are not finite: ``(batch,)``."""
     finite = rows.isfinite()
     return ~(finite if finite.dim() == 1 else finite.flatten(1).all(1))
 

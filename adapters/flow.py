@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from numbers import Integral
+from typing import Any, NoReturn, TypeVar
 
 import nflows.distributions
 import nflows.flows
@@ -14,18 +15,24 @@ from adapters.checks import (
     check_context,
     check_event,
     check_no_labels,
-    check_positive,
     check_rows,
     check_tensor,
     explain_mismatch,
+    shown,
 )
 from adapters.parts import base_of, embedding_of, noise_shape_of, transform_of
 
-Answer = TypeVar("Answer", Tensor, tuple[Tensor, Tensor])
+Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
 
 class StandardNormal(nflows.distributions.StandardNormal):
-    """nflows' standard normal N(0, I), sampled in the dtype and on the device it was moved to (nflows': float32)."""
+    """The standard normal N(0, I), which draws samples of the dtype and on the device that it was moved to.
+
+    nflows' own draws float32 always.
+
+    Args:
+        shape: of one sample.
+    """
 
     def __init__(self, shape):
         with torch.device("cpu"):  # nflows makes a float64 constant, which not every device has
@@ -40,23 +47,29 @@ class StandardNormal(nflows.distributions.StandardNormal):
 class Flow(nflows.flows.Flow):
     """log p(x) = log p_base(f(x)) + log|det J_f(x)|, with f = ``transform``, data → noise.
 
-    An nflows ``Flow`` in every respect (``log_prob``, ``sample``, ``sample_and_log_prob``, each with ``context``),
-    which knows its shapes and so can refuse wrong ones before they reach a layer. ``encode`` and ``decode`` turn data
-    into noise and noise into data; ``transform`` and ``base`` are the two parts that it is made of.
+    It is an nflows ``Flow``, with ``log_prob``, ``sample`` and ``sample_and_log_prob``, each with a ``context``. Beyond
+    that, it knows the shapes of its data and its context, and refuses wrong ones before they reach a layer. ``encode``
+    turns data into noise, and ``decode`` noise into data. ``transform`` and ``base`` are the two parts it is made of.
 
     Args:
         transform: f, an nflows ``Transform``.
         distribution: the base, an nflows ``Distribution``.
         event_shape: shape of one datum.
-        context_features: width of a context row; ``None`` if the flow takes no context.
+        context_features: width of the context, ``(batch, context_features)``; ``None`` if the flow takes no context.
+
+    Attributes:
+        blueprint: the arguments of ``build_flow``, by name. Only a flow that ``build_flow`` made has it; a checkpoint
+            holds it, so that ``load_flow`` can build the flow again.
 
     Raises:
         TypeError: in a call, for inputs, noise or a context that are no tensors, or of a dtype that the flow cannot
-            take.
-        ValueError: for inputs, noise or a context of another shape or on another device, or a context missing or
-            superfluous.
-        nflows.transforms.InverseNotAvailable: when a flow samples or decodes that can only score.
+            take; for a number of samples that is no integer.
+        ValueError: for inputs, noise or a context of another shape or on another device; for a context that is given
+            but not wanted, or wanted but not given; for a number of samples below 1.
+        nflows.transforms.InverseNotAvailable: when a flow is sampled or decodes whose transform has no inverse.
     """
+
+    blueprint: dict[str, Any]
 
     def __init__(
         self,
@@ -80,8 +93,18 @@ class Flow(nflows.flows.Flow):
         return base_of(self)
 
     def __setattr__(self, name: str, value) -> None:
-        """A new ``transform`` or ``base`` is kept where nflows looks for it; PyTorch would store it beside the old."""
+        """Set an attribute; a new ``transform`` or ``base`` replaces the old one under the name that nflows uses."""
         super().__setattr__({"transform": "_transform", "base": "_distribution"}.get(name, name), value)
+
+    def forward(self, *args: Any) -> NoReturn:
+        """Refused: a flow is no function of x.
+
+        Raises:
+            RuntimeError: always, as nflows does.
+        """
+        raise RuntimeError(
+            "a flow is not called: flow.log_prob(x) gives densities, flow.sample(n) draws, flow.encode(x) gives noise"
+        )
 
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x | context) in nats: ``(batch, *event)`` → ``(batch,)``."""
@@ -89,12 +112,12 @@ class Flow(nflows.flows.Flow):
         return self._call(super().log_prob, inputs=inputs, context=context)
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """f(x; context), the noise that the data are made of: ``(batch, *event)`` → ``(batch, *noise)``."""
+        """f(x; context), the noise that corresponds to the data: ``(batch, *event)`` → ``(batch, *noise)``."""
         self._check_inputs(x, context)
         return self._call(super().transform_to_noise, inputs=x, context=context)
 
     def decode(self, noise: Tensor, context: Tensor | None = None) -> Tensor:
-        """f⁻¹(noise; context), the data made of this noise: ``(batch, *noise)`` → ``(batch, *event)``."""
+        """f⁻¹(noise; context), the data that correspond to the noise: ``(batch, *noise)`` → ``(batch, *event)``."""
         self._check(noise, "noise", noise_shape_of(self.base), "decode of this flow", context)
         return self._call(self._decode, noise=noise, context=context)
 
@@ -103,46 +126,58 @@ class Flow(nflows.flows.Flow):
         return self.encode(inputs, context)
 
     def sample(self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None) -> Tensor:
-        """``(num_samples, *event)``, or ``(batch, num_samples, *event)`` for a context of ``batch`` rows.
+        """Samples, ``(num_samples, *event)``; for a context of ``batch`` rows ``(batch, num_samples, *event)``.
 
         Args:
-            batch_size: draw at most so many at once, for each row of the context, to save memory.
+            num_samples: how many samples to draw, for each row of the context if there is one.
+            batch_size: how many of them to draw at once; fewer take less memory. By default all.
         """
         self._check_context_of_samples(context)
+        num_samples = _count("num_samples", num_samples)
         if batch_size is None:
             return self._call(partial(super().sample, num_samples), context=context)
-        check_positive(num_samples=num_samples, batch_size=batch_size)
+        batch_size = _count("batch_size", batch_size)
         parts = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]
         return torch.cat([self.sample(part, context) for part in parts], dim=0 if context is None else 1)
 
     def sample_and_log_prob(self, num_samples: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Samples, as ``sample``, and their log_prob from the same pass."""
+        """Samples, as ``sample`` gives them, and log p of each in nats, from the same pass through the transform."""
         self._check_context_of_samples(context)
+        num_samples = _count("num_samples", num_samples)
         return self._call(partial(super().sample_and_log_prob, num_samples), context=context)
 
     def _decode(self, noise: Tensor, context: Tensor | None) -> Tensor:
         return self.transform.inverse(noise, context=embedding_of(self)(context))[0]
 
-    def _call(self, function: Callable[..., Answer], **tensors: Tensor | None) -> Answer:
-        """``function`` of the tensors. What it says of none is what it says of one, less that one.
+    def _call(self, function: Callable[..., Result], **tensors: Tensor | None) -> Result:
+        """``function(**tensors)``, also for an empty batch, and with a clear error for a wrong dtype or device.
 
-        So an empty batch reaches no layer: many a library's reshapes it to a size that nothing tells.
+        An empty batch reaches no layer, since many libraries' layers reshape a batch to a size that cannot be inferred
+        from no elements. The function is called on one row of zeros instead, whose result is left out.
         """
         if any(tensor is not None and tensor.shape[:1] == (0,) for tensor in tensors.values()):
-            one = {name: t if t is None else t.new_zeros(1, *t.shape[1:]) for name, t in tensors.items()}
-            answer = function(**one)
-            return answer[:0] if isinstance(answer, Tensor) else tuple(part[:0] for part in answer)  # type: ignore
+            one_row = {name: t if t is None else t.new_zeros(1, *t.shape[1:]) for name, t in tensors.items()}
+            result = function(**one_row)
+            return result[:0] if isinstance(result, Tensor) else tuple(part[:0] for part in result)  # type: ignore
         try:
             return function(**tensors)
         except (RuntimeError, TypeError, ValueError) as error:
-            explain_mismatch(error.__context__ or error, self, "flow", **tensors)  # a network has spoken for itself
+            # A network's message is about the network; its context is torch's own error, which tells the cause.
+            explain_mismatch(error.__context__ or error, self, "flow", **tensors)
             raise
 
     def _check_inputs(self, inputs: Tensor, context: Tensor | None) -> None:
         self._check(inputs, "inputs", self.event_shape, "this flow", context)
 
     def _check(self, values: Tensor, role: str, shape: torch.Size | None, what: str, context: Tensor | None) -> None:
-        """Raise an error unless ``values``, the ``role`` of this flow, and ``context`` can be given to ``what``."""
+        """Raise an error unless ``values`` and ``context`` are of the dtype and shape that this flow takes.
+
+        Args:
+            values: inputs or noise, ``(batch, *shape)``.
+            role: which of them, for messages.
+            shape: of one row; ``None`` if nothing says it.
+            what: is to take them, for messages.
+        """
         check_tensor(values, f"the {role} of this flow")
         if not values.is_floating_point():
             explain_mismatch(TypeError(), self, "flow", **{role: values})
@@ -171,12 +206,28 @@ class Flow(nflows.flows.Flow):
             check_event(context, (self.context_features,), "the context of this flow")
 
 
+def _count(name: str, count: Any) -> int:
+    """The number as an ``int``; a TypeError unless it is an integer, a ValueError unless it is positive."""
+    if not isinstance(count, Integral) or isinstance(count, bool):
+        raise TypeError(f"{name} must be a positive integer, not {shown(count)}")
+    if count < 1:
+        raise ValueError(f"{name} must be a positive integer, not {count}")
+    return int(count)
+
+
 class ContextAsCoordinates(Transform):
-    """A transform of x and a context side by side that leaves the context unchanged, as a conditional one of x.
+    """A conditional transform of x, made of a transform of x and the context in one vector.
+
+    It is for libraries whose coupling layers take no context: coordinates that a mask leaves unchanged condition the
+    others just as a context does.
 
     Args:
-        transform: of ``(batch, features + context_features)``.
-        features, context_features: how many coordinates of each.
+        transform: of vectors ``(batch, features + context_features)``, x first. It leaves the context unchanged.
+        features: width of x.
+        context_features: width of the context.
+
+    Raises:
+        ValueError: in a call, for inputs or a context of another shape.
     """
 
     def __init__(self, transform: Transform, features: int, context_features: int):
@@ -192,6 +243,5 @@ class ContextAsCoordinates(Transform):
     def _apply_to(self, function: Callable, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         check_event(inputs, (self.features,), "this transform")
         check_context(context, self.context_features, inputs, "this transform")
-        given = inputs if context is None else torch.cat((inputs, context), dim=1)
-        outputs, log_det = function(given)
+        outputs, log_det = function(inputs if context is None else torch.cat((inputs, context), dim=1))
         return outputs[:, : self.features], log_det

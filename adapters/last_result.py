@@ -1,4 +1,4 @@
-"""What the last pass of a module has found, for the question that tends to follow it: ``LastResult``."""
+"""A memo of the result of a module's last pass, for the call that tends to ask for it next: ``LastResult``."""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -19,31 +19,33 @@ def _count_step(*_) -> None:
     _optimizer_steps += 1
 
 
-register_optimizer_step_post_hook(_count_step)  # fused optimisers change parameters, but count no version of them
+register_optimizer_step_post_hook(_count_step)  # fused optimisers change parameters without counting up their versions
 
 
 class LastResult:
-    """What the last pass of a module has found beside its output, until somebody asks for it.
+    """A memo of the second result of a module's last pass: the log-determinant or log-density beside its output.
 
-    Whoever draws a sample knows its log-density from the same pass, and whoever inverts a transform its
-    log-determinant; but torch asks for these afterwards, in a call of its own. So the pass may ``keep`` what it has
-    found, and the call may ``take`` it instead of passing everything through the networks again.
+    A pass that draws a sample also gives the sample's log-density, and a pass that inverts a transform its
+    log-determinant. But torch's distributions and transforms return the output alone, and ask for the rest in a second
+    call. So the pass may ``keep`` the rest, and the second call may ``take`` it, instead of evaluating the networks
+    again.
 
-    It is given out once, to the next question alone, and only if the pass would give the very same again:
+    A kept result is given out once, to the next ``take`` only, and only if a new pass would give the very same:
 
-    - the question is about the same tensors (the same objects, not equal ones), which have not changed since;
-    - the module holds the same parameters, buffers and submodules, and none of the tensors has been changed in place or
+    - ``take`` is about the same tensors (the same objects, not equal ones), which have not changed since;
+    - the module has the same parameters, buffers and submodules, and none of the tensors has been changed in place or
       been given other ``.data``;
     - each submodule is in the same mode, training or evaluation, and gradients, inference mode and autocast are on or
       off as they were.
 
-    Changes in place are seen as autograd counts them: what is written *through* ``.data`` is not.
+    A change in place is noticed by the version that autograd counts for each tensor. What is written *through*
+    ``.data`` does not count, and is not noticed.
 
-    It keeps no tensor alive but the result, and that no longer than the first of the tensors asked about. A copy, as
-    one from a pickle, starts with nothing kept.
+    The memo keeps no tensor alive but the result, and that no longer than the first of the tensors that it is about. A
+    copy of a memo is empty, and so is one from a pickle.
 
     Args:
-        parts: of the module, where they are known already; see ``sibling``.
+        parts: the module's parts, if they are known already; see ``sibling``.
     """
 
     def __init__(self, parts: "Parts | None" = None):
@@ -51,7 +53,7 @@ class LastResult:
         self.kept: Kept | None = None
 
     def keep(self, result: Tensor, module: nn.Module, first: Tensor, *others: Tensor | None) -> None:
-        """Keep the result of a pass of this module at, or to, these tensors."""
+        """Keep the result of a pass of this module whose inputs or outputs are these tensors."""
         state = self._state(module, first, *others)
         if state is None:
             self.kept = None
@@ -61,7 +63,7 @@ class LastResult:
         self.kept = Kept(result, state._replace(uncounted=uncounted), weakref.ref(first, lambda _: _forget(this)))
 
     def take(self, module: nn.Module, first: Tensor, *others: Tensor | None) -> Tensor | None:
-        """What was kept, if these are the tensors that it is about and nothing has changed; else ``None``."""
+        """The kept result, if it is about these tensors and nothing has changed since; otherwise ``None``."""
         kept, self.kept = self.kept, None
         if kept is None or kept.first() is not first:
             return None
@@ -69,14 +71,14 @@ class LastResult:
         return kept.result if state is not None and state.equals(kept.state) else None
 
     def sibling(self, module: nn.Module) -> "LastResult":
-        """An empty one for the same module, whose parts it need not look up again."""
+        """An empty memo for the same module, which shares the list of the module's parts with this one."""
         with suppress(RuntimeError):  # as in _state
             if not torch.compiler.is_compiling():
                 self._look_up(module)
         return LastResult(self.parts)
 
     def _look_up(self, module: nn.Module) -> tuple["Parts", list[Tensor]]:
-        """The module's parts and tensors; looked up anew for another module, or where a part has been replaced."""
+        """The module's parts and tensors. They are listed anew if the module is another one, or a part was replaced."""
         parts = self.parts
         tensors = None if parts is None else parts.found_in(module)
         if parts is None or tensors is None:
@@ -85,14 +87,14 @@ class LastResult:
         return parts, tensors
 
     def _state(self, module: nn.Module, *about: Tensor | None) -> "State | None":
-        """All that a pass of the module at these tensors depends on; ``None`` where nothing can tell."""
+        """Everything that a pass of the module at these tensors depends on; ``None`` where it can't be told."""
         if torch.compiler.is_compiling():
             return None
         given = [tensor for tensor in about if tensor is not None]
         counted = [tensor for tensor in given if not tensor.is_inference()]
         uncounted = [tensor for tensor in given if tensor.is_inference()]
         if any(tensor.is_cuda for tensor in uncounted) and torch.cuda.is_current_stream_capturing():
-            return None  # where no value can be compared
+            return None  # while a graph is captured, no values can be compared
         device = given[0].device.type
         try:  # a tensor within torch.func has no storage, and a parameter made in inference mode no version
             parts, inside = self._look_up(module)
@@ -116,22 +118,22 @@ class LastResult:
 
 
 class Parts:
-    """A module's submodules, parameters and buffers, as they were found: these very objects, with this very memory.
+    """A list of a module's submodules, parameters and buffers, which can tell whether one was replaced since.
 
-    It holds on to the submodules, but to the tensors by weak references only. As long as such a reference lives, Python
-    and PyTorch give the same one for the same object, and no other object takes its place.
+    The submodules are held, the tensors by weak references only. As long as a weak reference lives, Python and PyTorch
+    return the same one for the same object, so that two references are compared by ``is``.
     """
 
     def __init__(self, module: nn.Module):
         self.modules = [*module.modules()]
         self.children = [part._modules for part in self.modules]
         self.addresses = [*map(id, _values(self.children))]
-        self.held = [held for part in self.modules for held in (part._parameters, part._buffers)]
+        self.tensors_of_parts = [tensors for part in self.modules for tensors in (part._parameters, part._buffers)]
         tensors = self.tensors()
         self.references, self.views = _references(tensors), _views(tensors)
 
     def found_in(self, module: nn.Module) -> list[Tensor] | None:
-        """The tensors, if this module has these very parts still."""
+        """The module's tensors, if it is the module that was listed and no part of it was replaced; else ``None``."""
         if self.modules[0] is not module or [*map(id, _values(self.children))] != self.addresses:
             return None
         tensors = self.tensors()
@@ -139,18 +141,19 @@ class Parts:
         return tensors if found else None
 
     def tensors(self) -> list[Tensor]:
-        """All parameters and buffers; what two submodules share comes twice."""
-        return [tensor for tensor in _values(self.held) if tensor is not None]
+        """All parameters and buffers. One that two submodules share comes twice."""
+        return [tensor for tensor in _values(self.tensors_of_parts) if tensor is not None]
 
 
 class State(NamedTuple):
-    """All that a pass depends on.
+    """Everything that the result of a pass depends on.
 
     Attributes:
-        parts: the module's. Others have taken their place as soon as one of them is another object.
-        values: what is compared as numbers: modes, versions, views.
-        references: to the tensors asked about, as in ``Parts``.
-        uncounted: those of them made in inference mode, whose changes autograd does not count; copies where it is kept.
+        parts: the module's parts. If one of them is replaced, this is another object.
+        values: what is compared with ``==``: modes, versions and views.
+        references: weak references to the tensors that the pass is about, as in ``Parts``.
+        uncounted: those of these tensors that were made in inference mode, whose versions autograd does not count. They
+            are compared by value, so that a kept state has copies of them.
     """
 
     parts: Parts
@@ -168,7 +171,7 @@ class State(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A result, what it depends on, and the first of the tensors that it is about."""
+    """A kept result, the state that it depends on, and a weak reference to the first tensor that it is about."""
 
     result: Tensor
     state: State
@@ -182,7 +185,7 @@ def _forget(last: "weakref.ref[LastResult]") -> None:
 
 
 def _references(tensors: list[Tensor]) -> list[weakref.ref]:
-    """Weak references to the tensors and to their memory, which ``.data`` may replace."""
+    """Weak references to the tensors and to their storages: setting ``.data`` gives a tensor another storage."""
     return [*map(weakref.ref, tensors), *map(weakref.ref, map(Tensor.untyped_storage, tensors))]
 
 
@@ -191,7 +194,7 @@ def _alike(these: list[weakref.ref], those: list[weakref.ref]) -> bool:
 
 
 def _views(tensors: list[Tensor]) -> list[list]:
-    """Which part of its memory each tensor is, and whether in the usual order."""
+    """For each tensor, which part of its storage it is, and whether its elements are in the usual order."""
     return [[*map(part, tensors)] for part in (Tensor.storage_offset, Tensor.numel, Tensor.is_contiguous)]
 
 

@@ -1,8 +1,8 @@
 """Binary masks b ∈ {0, 1}^D that tell a coupling layer which coordinates to leave alone.
 
 The convention, here and everywhere in this package: **1 = passes unchanged, 0 = transformed** (equation 15 of the
-exercise; zuko and distrax agree). nflows' own coupling layers mean the opposite by 1; only
-``catalogue/nflows.py`` knows.
+exercise; zuko and distrax agree). nflows' own coupling layers mean the opposite by 1; ``catalogue/nflows.py`` is the
+one place that translates.
 """
 
 from numbers import Integral
@@ -14,28 +14,32 @@ from adapters.checks import shown
 
 
 def checkerboard_mask(*shape: int) -> Tensor:
-    """The chequerboard of Dinh et al. (2017), figure 3: 1 where the coordinates' indices sum to an even number.
+    """The chequerboard of Dinh et al. (2017), figure 3: 1 where the indices of a coordinate add up to an even number.
 
     ``checkerboard_mask(28, 28)`` is the image mask of Real NVP; ``checkerboard_mask(D)`` alternates 1, 0, 1, 0, …
 
     Returns:
-        a float tensor of the given shape; ``1 - mask`` is its inverse, for the next layer.
+        a float tensor of the given shape. ``1 - mask`` is the mask of the other coordinates, for the next layer.
 
     Raises:
         ValueError: if the shape is empty or has a size below 1.
+        TypeError: if a size is no integer.
 
     >>> checkerboard_mask(2, 3)
     tensor([[1., 0., 1.],
             [0., 1., 0.]])
     """
-    index_sum = sum(torch.meshgrid(*map(torch.arange, _sizes(*shape)), indexing="ij"))
-    return (index_sum % 2 == 0).float()
+    indices = torch.stack(torch.meshgrid(*map(torch.arange, _sizes(*shape)), indexing="ij"))
+    return (indices.sum(0) % 2 == 0).float()
 
 
 def random_mask(features: int, generator: torch.Generator | None = None) -> Tensor:
-    """A random half (⌊D/2⌋) of the coordinates is 1. It is drawn once, here; a layer keeps it as a buffer.
+    """A random half of the D coordinates, ⌊D/2⌋ of them, is 1. A layer keeps the mask that it is given.
 
-    The generator may be of another device than torch's default one, on which the mask is.
+    Args:
+        features: D.
+        generator: where the randomness comes from, on any device; by default torch's global one. The mask is on torch's
+            default device in either case.
 
     Raises:
         ValueError: if ``features`` is below 1.
@@ -53,10 +57,11 @@ def random_mask(features: int, generator: torch.Generator | None = None) -> Tens
 
 
 def half_mask(features: int) -> Tensor:
-    """The first half (⌊D/2⌋) of the coordinates is 1.
+    """The first half of the D coordinates, ⌊D/2⌋ of them, is 1.
 
     Raises:
-        ValueError: if ``features`` is below 1.
+        ValueError: if ``features``, D, is below 1.
+        TypeError: if it is no integer.
 
     >>> half_mask(5)
     tensor([1., 1., 0., 0., 0.])
@@ -66,13 +71,18 @@ def half_mask(features: int) -> Tensor:
 
 
 def pyramid_masks(height: int, width: int) -> list[Tensor]:
-    """Masks that transform each pixel once, coarse to fine, noise side first, each flattened to ``height · width``.
+    """Masks that together transform each pixel exactly once, from a coarse grid to the full image (Reed et al. 2017).
 
-    On the data side the odd squares of the chequerboard are transformed, given the even ones; of these the odd rows,
-    which leaves a grid of half the resolution, and so on down to one pixel (Reed et al. 2017).
+    From the data side on, the first mask transforms the odd squares of the chequerboard, given the even ones. The next
+    transforms the odd rows of those even squares. That leaves a grid of half the resolution, with which the same is
+    done, and so on until one pixel is left, which the last mask transforms given nothing.
+
+    Returns:
+        the masks, noise side first, each flattened to ``(height · width,)``.
 
     Raises:
         ValueError: if a size is below 1.
+        TypeError: if a size is no integer.
 
     >>> for mask in pyramid_masks(2, 2):
     ...     print(mask.tolist())
@@ -82,7 +92,7 @@ def pyramid_masks(height: int, width: int) -> list[Tensor]:
     """
     height, width = _sizes(height, width)
     default = torch.empty(0).device
-    with torch.device("cpu"):  # how many masks there are depends on the values in them, and meta tensors have none
+    with torch.device("cpu"):  # the number of masks depends on values, which tensors on the meta device do not have
         row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         left = torch.ones(height, width, dtype=torch.bool)
         masks, step = [], 1
@@ -97,7 +107,7 @@ def pyramid_masks(height: int, width: int) -> list[Tensor]:
 
 
 def as_mask(mask: Tensor) -> Tensor:
-    """The mask as a tensor, if a list or an array; a TypeError if it is neither."""
+    """The mask as a tensor. It may be a list or an array; anything else is a TypeError."""
     try:
         return mask if isinstance(mask, Tensor) and mask.is_meta else torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -105,15 +115,15 @@ def as_mask(mask: Tensor) -> Tensor:
 
 
 def check_mask(mask: Tensor) -> Tensor:
-    """The mask itself, if a coupling layer can use it.
+    """The mask as a tensor, if a coupling layer can use it.
 
-    All zeros is allowed: the networks then see nothing, and the layer is an elementwise map, the only kind of
-    coupling there is in one dimension. All ones is not: the layer would be the identity, its networks never trained.
-    A mask on the meta device has no values to be wrong.
+    A mask of zeros is allowed: the networks then see nothing, and the layer is an elementwise map. In one dimension
+    there is no other coupling layer. A mask of ones is refused: the layer would be the identity, and its networks would
+    never be trained. The values of a mask on the meta device can't be checked.
 
     Raises:
         ValueError: if the mask is empty, all ones, or holds anything but 0 and 1.
-        TypeError: for what is no tensor, nor can become one.
+        TypeError: if it is neither a tensor nor a list or an array.
     """
     mask = as_mask(mask)
     if mask.numel() == 0:
@@ -131,6 +141,7 @@ def check_mask(mask: Tensor) -> Tensor:
 
 
 def _sizes(*sizes: int) -> tuple[int, ...]:
+    """The sizes as plain integers; an error that names them unless all are positive integers."""
     if any(not isinstance(size, Integral) or isinstance(size, bool) for size in sizes):
         raise TypeError(
             f"a mask needs sizes that are integers, one by one, such as 28, 28, not {', '.join(map(repr, sizes))}"

@@ -1,4 +1,4 @@
-"""Conditioners: the networks inside a coupling layer."""
+"""Conditioners: the networks that give a coupling or autoregressive layer its parameters."""
 
 import inspect
 import itertools
@@ -7,15 +7,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import hardtanh, pixel_shuffle, pixel_unshuffle
 
 from adapters.checks import check_tensor, explain_mismatch, naming_shape
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh, "elu": nn.ELU}
+MAX_INPUT = 1e15  # the largest coordinate that a conditioner is given; larger ones are clamped to it
+MAX_LOG_SCALE = 80.0  # the largest log-scale s of an affine layer: e^±80 is still a float32
 
 
 class MLP(nn.Sequential):
-    """A multilayer perceptron on the input and, if there is one, the context, side by side.
+    """A multilayer perceptron. A context, if there is one, is concatenated to the input.
 
     The last layer starts at zero, so that the coupling layer around it starts at the identity.
 
@@ -24,8 +26,11 @@ class MLP(nn.Sequential):
         out_features: width of the output, ``(batch, out_features)``.
         hidden_features: widths of the hidden layers.
         context_features: width of the context, ``(batch, context_features)``; ``None`` for no context.
-        activation: one of ``ACTIVATIONS``.
+        activation: a key of ``ACTIVATIONS``.
         dropout: probability of dropping a hidden unit in training.
+
+    Raises:
+        ValueError: for an activation that is not known.
     """
 
     def __init__(
@@ -49,33 +54,46 @@ class MLP(nn.Sequential):
         super().__init__(*layers, last)
         self.hidden_features = widths[-1]  # nflows' splines read it, to scale their bins down for the start
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        inputs = inputs if context is None else torch.cat((inputs, context), dim=1)
-        if inputs.shape[1] == 0:  # nothing to go by: the network is its bias
-            inputs = inputs.new_zeros(inputs.shape[0], 1)
-        return super().forward(inputs)
+    def forward(self, input: Tensor, context: Tensor | None = None) -> Tensor:
+        input = input if context is None else torch.cat((input, context), dim=1)
+        if input.shape[1] == 0:  # with no input and no context the output is constant; the first layer needs a column
+            input = input.new_zeros(input.shape[0], 1)
+        return super().forward(input)
 
 
 class ConvNet(nn.Module):
     """A residual convolutional network from some pixels of a square grey image to parameters of other pixels.
 
-    The pixels are laid out in the image, zero elsewhere, beside a plane that marks them; 2 × 2 squares become channels;
-    then a 3 × 3 convolution, one block a hidden width (3 × 3, activation, 1 × 1, added to its input), and a last 1 × 1
-    convolution, which starts at zero. Where every other row and column is neither read nor written, the image is the
-    smaller one without them.
+    It is the conditioner of a packed coupling layer that reads U pixels and transforms T: ``(batch, U)`` to
+    ``(batch, P · T)``. The network works as follows.
+
+    1. The U pixels are put in their places in the image, which is zero elsewhere. A second plane marks their places.
+    2. Each 2 × 2 square of the two planes becomes one position with 8 channels.
+    3. A 3 × 3 convolution is followed by one residual block for each hidden width: activation, 3 × 3 convolution,
+       activation, 1 × 1 convolution.
+    4. A last 1 × 1 convolution, which starts at zero, gives P numbers for each pixel, of which those for the T pixels
+       are returned.
+
+    If every other row and every other column is neither read nor written, they are left out of the image first. This is
+    repeated as often as it applies, so that masks on a coarse grid get a small image.
 
     Args:
-        reads, writes: 0/1 vectors over the image's H · W pixels: what the network is given, what it is asked for.
-        parameters_per_coordinate: P, how many numbers it gives for each of the latter.
+        reads, writes: 0/1 vectors over the image's H · W pixels. 1 marks the U pixels that the network is given, and
+            the T pixels that it gives parameters for.
+        parameters_per_coordinate: P.
         hidden_features: channels of the blocks, all equal.
-        context_features: width of the context, ``(batch, context_features)``, which shifts the first channels.
+        context_features: width of the context, ``(batch, context_features)``, which is mapped linearly to the channels
+            and added after the first convolution.
         activation, dropout: as for ``MLP``.
 
-    Calling it maps ``(batch, U)`` to ``(batch, P · T)``, as a packed coupling layer wants.
-
     Raises:
-        ValueError: unless the image is square with an even side, and the channels are equal.
+        ValueError: unless the image is square with an even side, and the channels are equal; for an activation that is
+            not known.
     """
+
+    reads: Tensor
+    writes: Tensor
+    plane: Tensor
 
     def __init__(
         self,
@@ -116,8 +134,8 @@ class ConvNet(nn.Module):
         self.activation = ACTIVATIONS[activation]()
         self.context = None if context_features is None else nn.Linear(context_features, channels)
         self.last = nn.Conv2d(channels, 4 * parameters_per_coordinate, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
@@ -125,7 +143,7 @@ class ConvNet(nn.Module):
         image = pixel_unshuffle(image.view(-1, 1, self.side, self.side), 2)
         image = torch.cat((image, self.plane.expand(image.shape[0], -1, -1, -1)), dim=1)
         hidden = self.first(image.contiguous(memory_format=torch.channels_last))
-        if context is not None:
+        if context is not None and self.context is not None:
             hidden = hidden + self.context(context)[:, :, None, None]
         for block in self.blocks:
             hidden = hidden + block(self.activation(hidden))
@@ -137,12 +155,14 @@ NETS = ("mlp", "conv")
 
 
 def conditioner(net: str, reads: Tensor, writes: Tensor, parameters_per_coordinate: int, **network) -> nn.Module:
-    """The conditioner of a packed coupling layer that reads and writes these coordinates, 0/1 vectors over all D.
+    """The conditioner of a packed coupling layer.
 
     Args:
-        net: ``mlp``, or ``conv`` for the pixels of a square image. Where there is next to nothing to read, ``conv``
-            too is an MLP.
-        network: the keywords of ``MLP`` and ``ConvNet`` alike.
+        net: ``mlp``, or ``conv`` for the pixels of a square image. A layer that reads fewer than 49 pixels gets an MLP
+            in either case: so few are too coarse a grid for convolutions.
+        reads, writes: 0/1 vectors over all D coordinates: those that the layer reads and those that it transforms.
+        parameters_per_coordinate: how many numbers the layer takes for each coordinate that it transforms.
+        network: keywords that ``MLP`` and ``ConvNet`` share.
 
     Raises:
         ValueError: for a net that is not known.
@@ -160,23 +180,33 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
 
 
+def within(values: Tensor, bound: float) -> Tensor:
+    """The values, clamped to [−bound, bound]. NaN stays NaN.
+
+    Layers clamp with it so that the density of a finite point is never NaN. Without it, a network's sums of huge
+    numbers overflow to inf, and inf − inf is NaN; and a scale that overflows to inf makes NaN of 0. With it, a point
+    far out has the log-density −inf at worst.
+    """
+    return hardtanh(values, -bound, bound)  # backward, it is one operation, where clamp takes four
+
+
 def condition(network: nn.Module, inputs: Tensor, context: Tensor | None) -> Tensor:
-    """The network's answer: ``network(inputs)``, or ``network(inputs, context)`` when there is a context.
+    """The network's output: ``network(inputs)``, or ``network(inputs, context)`` when there is a context.
 
     Raises:
         TypeError: if there is a context and the network has no second argument to take it, or it is no tensor.
         ValueError: if the network takes inputs or a context of another width.
     """
-    given = (inputs,) if context is None else (inputs, context)
+    arguments = (inputs,) if context is None else (inputs, context)
     if context is not None:
         check_tensor(context, "the context of this layer")
         try:
-            inspect.signature(network.forward if isinstance(network, nn.Module) else network).bind(*given)
+            inspect.signature(network.forward if isinstance(network, nn.Module) else network).bind(*arguments)
         except TypeError:
             name, shape = type(network).__name__, tuple(context.shape)
             raise TypeError(f"a context of shape {shape} was given, but {name} takes no context") from None
     try:
-        return network(*given)
+        return network(*arguments)
     except RuntimeError as error:
         if isinstance(network, nn.Module):
             explain_mismatch(error, network, "network", inputs=inputs, context=context)

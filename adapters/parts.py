@@ -22,12 +22,12 @@ def base_of(flow: Flow) -> Distribution:
 
 
 def embedding_of(flow: Flow) -> nn.Module:
-    """The network that a flow sends each context through: ``nn.Identity`` where the context is taken as it is."""
+    """The network that maps a flow's context before the layers get it; ``nn.Identity`` if they get it as it is."""
     return flow._embedding_net
 
 
 def parts_of(composite: CompositeTransform) -> Sequence[Transform]:
-    """The transforms that a composite is made of; the first one runs first in ``forward``."""
+    """The transforms in a composite, of which the first runs first in ``forward``."""
     parts: Any = composite._transforms  # a ModuleList, whose entries are modules as far as type checkers know
     return parts
 
@@ -38,13 +38,13 @@ def inner_of(inverse: InverseTransform) -> Transform:
 
 
 def noise_shape_of(base: Distribution) -> torch.Size | None:
-    """The shape of one sample of a base distribution; ``None`` if nothing says it."""
+    """The shape of one sample of a base distribution; ``None`` if the distribution has no attribute for it."""
     shapes = (getattr(base, name, None) for name in ("_shape", "shape"))
     return next((torch.Size(shape) for shape in shapes if isinstance(shape, tuple | list)), None)
 
 
 def event_shape_of(flow: Flow) -> torch.Size | None:
-    """The shape of one datum: what the flow says, or else that of its noise; ``None`` if nothing says it."""
+    """The shape of one datum: the flow's ``event_shape``, or else that of its noise; ``None`` if neither is known."""
     shape = getattr(flow, "event_shape", None)
     return noise_shape_of(base_of(flow)) if shape is None else torch.Size(shape)
 

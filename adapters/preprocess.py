@@ -1,9 +1,12 @@
-"""Fixed transforms at the data side of a flow: data → something of unit scale, with their log-determinants.
+"""Fixed transforms at the data side of a flow, which bring the data to a scale that a flow can learn from.
 
-They have no parameters, but buffers: a checkpoint carries them, and bits/dim stay in the space of the data.
+They are part of the flow, and their log-determinants are counted, so that densities and bits/dim are those of the data
+themselves. They have buffers but no parameters. ``arguments``, the arguments that one was made with, go into a
+checkpoint, so that it can be made again.
 """
 
 import math
+from typing import Any
 
 import torch
 from nflows.transforms import PointwiseAffineTransform, Transform
@@ -15,14 +18,16 @@ from adapters.normal import ndtri
 
 
 class Standardize(PointwiseAffineTransform):
-    """y = (x − mean) / std per coordinate.
+    """y = (x − mean) / std, for each coordinate.
 
     Args:
-        mean, std: of the shape of one datum.
+        mean, std: tensors of the shape of one datum.
 
     Raises:
         ValueError: unless every mean is finite and every std positive and finite.
     """
+
+    arguments: dict[str, Any]
 
     def __init__(self, mean: Tensor, std: Tensor):
         mean, std = torch.as_tensor(mean), torch.as_tensor(std)
@@ -38,23 +43,29 @@ class Standardize(PointwiseAffineTransform):
 
     @classmethod
     def of(cls, data: Tensor) -> "Standardize":
-        """With the mean and standard deviation of ``(batch, *event)`` data."""
+        """Make one with the mean and standard deviation of these data, ``(batch, *event)``."""
         return cls(data.mean(0), data.std(0))
 
 
 class UnitInterval(Transform):
-    """y = g(α + (1 − 2α) x / high) for data in [0, high], with g: (0, 1) → ℝ and α to keep the ends finite.
+    """y = g(α + (1 − 2α) x / high) for data in [0, high], with g: (0, 1) → ℝ.
 
-    What a flow draws lies up to α high / (1 − 2α) beyond both ends, and so far the data may go. Where g's argument
-    rounds to 0 or 1, the nearest number between them is taken.
+    α keeps y finite at both ends of the interval. The inverse maps ℝ to an interval that is larger by α high / (1 − 2α)
+    at each end, so that samples may lie outside [0, high] by so much; data may, too. Where g's argument rounds to 0 or
+    1, the nearest number between them is taken.
+
+    A subclass gives g as ``stretch``, g⁻¹ as ``squash``, and log dg⁻¹(y)/dy as ``log_squash_slope``, each elementwise.
 
     Args:
         alpha: α in (0, 1/2).
         high: upper end of the data's range.
 
     Raises:
-        ValueError: for α or ``high`` out of range; in a call, for data outside that interval.
+        ValueError: for α or ``high`` out of range; in a call, for data outside that larger interval. On a GPU such data
+            have the log-density −inf instead, because a check of values would slow down every call.
     """
+
+    arguments: dict[str, Any]
 
     def __init__(self, alpha: float = 1e-6, high: float = 1.0):
         if not 0 < alpha < 0.5:
@@ -71,7 +82,7 @@ class UnitInterval(Transform):
         outputs = self.stretch((alpha + self.slope * inputs).clamp(limits.tiny, 1 - limits.eps / 2))
         return outputs, self._log_det(outputs).masked_fill(outside, -math.inf)
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         outputs = (self.squash(inputs) - self.arguments["alpha"]) / self.slope
         return outputs, -self._log_det(inputs)
 
@@ -79,15 +90,32 @@ class UnitInterval(Transform):
         """Σ log|dy/dx| = Σ (log(slope) − log dg⁻¹(y)/dy)."""
         return (math.log(self.slope) - self.log_squash_slope(y)).flatten(1).sum(1)
 
+    @staticmethod
+    def stretch(p: Tensor) -> Tensor:
+        """g(p)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def squash(y: Tensor) -> Tensor:
+        """g⁻¹(y)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def log_squash_slope(y: Tensor) -> Tensor:
+        """log dg⁻¹(y)/dy."""
+        raise NotImplementedError
+
 
 class Logit(UnitInterval):
-    """g = logit: Papamakarios et al. (2017), on image data. See ``UnitInterval``."""
+    """``UnitInterval`` with g the logit, as Papamakarios et al. (2017) treat images."""
 
     @staticmethod
     def stretch(p: Tensor) -> Tensor:
         return p.log() - (-p).log1p()
 
-    squash = staticmethod(torch.sigmoid)
+    @staticmethod
+    def squash(y: Tensor) -> Tensor:
+        return torch.sigmoid(y)
 
     @staticmethod
     def log_squash_slope(y: Tensor) -> Tensor:
@@ -97,10 +125,15 @@ class Logit(UnitInterval):
 
 
 class Probit(UnitInterval):
-    """g = Φ⁻¹, the standard normal's quantile function: it makes uniform data standard normal. See ``UnitInterval``."""
+    """``UnitInterval`` with g = Φ⁻¹, the standard normal's quantile function: uniform data become standard normal."""
 
-    stretch = staticmethod(ndtri)
-    squash = staticmethod(torch.special.ndtr)
+    @staticmethod
+    def stretch(p: Tensor) -> Tensor:
+        return ndtri(p)
+
+    @staticmethod
+    def squash(y: Tensor) -> Tensor:
+        return torch.special.ndtr(y)
 
     @staticmethod
     def log_squash_slope(y: Tensor) -> Tensor:
@@ -109,19 +142,25 @@ class Probit(UnitInterval):
 
 
 class Marginals(Transform):
-    """z_d = Φ⁻¹(α + (1 − 2α) F_d(x_d)): each coordinate alone made standard normal, by its own histogram's CDF F_d.
+    """z_d = Φ⁻¹(α + (1 − 2α) F_d(x_d)), with F_d the CDF of coordinate d, as a histogram of the data has it.
 
-    For data that come in L levels and were dequantised, x = (level + U(0, 1)) · high / L. What is left for a flow to
-    learn is how the coordinates hang together: their copula.
+    It makes each coordinate standard normal on its own. What is left for a flow to learn is how the coordinates depend
+    on each other: their copula. It is for data that come in L levels and were dequantised,
+    x = (level + U(0, 1)) · high / L.
 
     Args:
-        masses: the histograms, ``(D, L)``, each row positive and adding up to 1.
+        masses: the histograms, ``(D, L)``, all positive. Each row is normalised to a sum of 1.
         high: upper end of the data's range.
         alpha: α in (0, 1/2).
 
     Raises:
-        ValueError: for masses that are not positive; in a call, for data outside [0, high].
+        ValueError: for masses that are not positive or not of two dimensions; in a call, for data outside [0, high], as
+            in ``UnitInterval``.
     """
+
+    arguments: dict[str, Any]
+    masses: Tensor  # (D, L), each row adding up to 1
+    below: Tensor  # (D, L), the mass of all lower levels
 
     def __init__(self, masses: Tensor, high: float = 1.0, alpha: float = 1e-6):
         super().__init__()
@@ -138,13 +177,14 @@ class Marginals(Transform):
 
     @classmethod
     def of(cls, levels: Tensor, number: int = 256, high: float = 256 / 255, prior: float = 100.0) -> "Marginals":
-        """From data as integer levels 0 … L − 1, ``(batch, D)``.
+        """Make one from data.
 
         Args:
-            levels: the data, before their dequantisation.
+            levels: the data before their dequantisation, ``(batch, D)``: integers 0 … L − 1.
             number: L.
-            high: as above.
-            prior: so many observations of the histogram over all coordinates are added to each coordinate's own.
+            high: upper end of the range of the dequantised data.
+            prior: strength of the smoothing, as a number of observations. So many, distributed as the levels of all
+                coordinates together, are added to the counts of each coordinate.
         """
         levels = levels.flatten(1)
         counts = torch.stack([torch.bincount(column, minlength=number) for column in levels.T]).double()
@@ -163,7 +203,7 @@ class Marginals(Transform):
         log_det = log_det + (mass / self.width).log().sum(1)
         return outputs, log_det.masked_fill(outside, -math.inf)
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         u, log_det = self.probit.inverse(inputs)
         level = (torch.searchsorted(self.below, u.T.contiguous(), right=True) - 1).clamp(min=0)
         mass = self.masses.gather(1, level).T
@@ -171,9 +211,10 @@ class Marginals(Transform):
         return (level.T + inside) * self.width, log_det - (mass / self.width).log().sum(1)
 
     def edges(self, bins: int) -> Tensor:
-        """F_d at the ends of groups of levels, ``(D, bins − 1)``: about equal in mass over all coordinates together.
+        """Divide the levels into groups, and give F_d at the boundaries between them, ``(D, bins − 1)``.
 
-        A level with more than its share is a group of its own.
+        Over all coordinates together the groups have about equal mass. A level with more than that is a group of its
+        own. ``MaskedHistogramCouplingLayer`` takes the boundaries as the edges of its bins.
         """
         masses = self.arguments["masses"].double()
         masses = masses / masses.sum(1, keepdim=True)
@@ -187,19 +228,20 @@ class Marginals(Transform):
 
 
 def _outside(inputs: Tensor, high: float, margin: float, interval: str) -> Tensor:
-    """Which rows lie outside [−margin, high + margin], but for rounding: ``(batch,)``. A NaN does not.
+    """Which rows lie outside [−margin, high + margin] by more than rounding errors: ``(batch,)``. NaN does not count.
 
     Raises:
-        ValueError: if any does, where asking costs nothing. On a GPU it would cost a wait (see ``must_wait``), and in a
-            trace or in ``torch.func.vmap`` nothing can be asked: there the density, which is 0, is the answer.
+        ValueError: if any row does, where a check of values is free. On a GPU the program would have to wait for it
+            (see ``must_wait``), and in a trace or in ``torch.func.vmap`` there are no values. There the caller gives
+            such rows the density 0.
     """
     margin = margin + 4 * high * torch.finfo(inputs.dtype).eps
     outside = ((inputs < -margin) | (inputs > high + margin)).flatten(1).any(1)
-    if must_wait(outside) or torch.jit.is_tracing():
+    if must_wait(outside) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return outside
     try:
         refused = bool(outside.any())
-    except RuntimeError:
+    except RuntimeError:  # within torch.func.vmap
         return outside
     if refused:
         low, top = inputs[~inputs.isnan()].aminmax()

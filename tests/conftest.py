@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes that run tests side by side share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
@@ -26,6 +27,20 @@ MISSING = {
 collect_ignore = [  # files that import a missing library as a whole
     file.name for file in Path(__file__).parent.glob("*.py") for name in MISSING if f"\n{name} = " in file.read_text()
 ]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A device that isn't the CPU."""
+    if not pretend.AVAILABLE:
+        pytest.skip("this PyTorch takes no device written in Python (2.10 does)")
+    monkeypatch.setattr(torch, "Generator", pretend.OnPretendGenerator)
+    monkeypatch.setattr(pretend, "present", True)
+    pretend.waits.clear()
+    yield torch.device("pretend")
+    from accelerate.state import AcceleratorState  # here, since only some tests need it and its import takes long
+
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.hookimpl(wrapper=True)

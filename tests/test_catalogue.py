@@ -125,7 +125,7 @@ def test_numpys_numbers_are_numbers():
         bins=np.int64(5),
         minimum=np.float32(0.01),
     )
-    plain = {key: value for key, value in flow.recipe.items() if key != "masks"}
+    plain = {key: value for key, value in flow.blueprint.items() if key != "masks"}
     assert json.loads(json.dumps(plain)) == plain | {"hidden_features": [8, 8]}
     assert checkerboard_mask(np.int64(2), np.int64(3)).shape == (2, 3) and random_mask(np.int64(5)).shape == (5,)
 

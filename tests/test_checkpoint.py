@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 from adapters import as_flow, build_flow, flow_names, load_flow, random_mask, save_flow
-from adapters.checkpoint import FILE, _checksum, write_atomically
+from adapters.checkpoint import FILE, FORMAT, _checksum, write_atomically
 from adapters.parts import inner_of, parts_of
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
 from tests.examples import models
@@ -33,11 +33,11 @@ def make_model(name: str):
 
 
 def make_stack(features: int, tail_bound: float = 3.0, activation: str = "relu", norm: bool = False):
-    """A flow with no recipe of its own, as a user's module makes one."""
+    """A flow with no blueprint of its own, as a user's module makes one."""
     flow = build_flow("masked-spline", features, layers=2, hidden_features=(8,), tail_bound=tail_bound)
     if norm:
         parametrizations.weight_norm(parts_of(inner_of(flow.transform))[0].conditioner[0])
-    del flow.recipe
+    del flow.blueprint
     return flow
 
 
@@ -74,7 +74,7 @@ def test_a_flow_of_any_library_comes_back_by_its_maker(name, tmp_path):
     loaded = load_flow(tmp_path, maker=maker)
     x, context = torch.rand(5, *model.event_shape).double(), context_for(model.context_features, 5)
     assert_close(loaded.log_prob(x, context), flow.eval().log_prob(x, context), atol=0, rtol=0)
-    assert save_flow(loaded, tmp_path / "again").read_bytes() == path.read_bytes(), "it has its recipe now"
+    assert save_flow(loaded, tmp_path / "again").read_bytes() == path.read_bytes(), "it has its blueprint now"
 
 
 @pytest.mark.parametrize("preprocess", [Logit(0.01, 2), Probit(), Marginals(torch.tensor([[0.5, 0.5], [0.1, 0.9]]))])
@@ -196,32 +196,35 @@ def _no_tensor(flow):
     flow.base = type("Extra", (type(flow.base),), {"get_extra_state": lambda self: {"epoch": 3}})([4])
 
 
-def _recipe(flow):
-    flow.recipe["hidden_features"] = (8, 8)
+def _blueprint(flow):
+    flow.blueprint["hidden_features"] = (8, 8)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_norm, "conditioner.0 is torch.nn.utils.parametrize.ParametrizedLinear, but the recipe makes torch.*Linear"),
+        (
+            _norm,
+            "conditioner.0 is torch.nn.utils.parametrize.ParametrizedLinear, but the blueprint makes torch.*Linear",
+        ),
         (
             _old_norm,
             "conditioner.0.weight is missing, and should be|weight_g is .*, and should be missing",
         ),
         (_prune, r"conditioner.0.weight is missing, and should be of shape \(8, 2\)"),
-        (_base, "_distribution is nflows.*ConditionalDiagonalNormal, but the recipe makes adapters.flow.Standard"),
+        (_base, "_distribution is nflows.*ConditionalDiagonalNormal, but the blueprint makes adapters.flow.Standard"),
         (
             _same_tensors_base,
-            "_distribution is tests.test_checkpoint.MyNormal, but the recipe makes adapters.flow",
+            "_distribution is tests.test_checkpoint.MyNormal, but the blueprint makes adapters.flow",
         ),
-        (_activation, "conditioner.1 is torch.*Tanh, but the recipe makes torch.*ReLU"),
-        (_number, "tail_bound is 5.0, but the recipe makes 4.0"),
+        (_activation, "conditioner.1 is torch.*Tanh, but the blueprint makes torch.*ReLU"),
+        (_number, "tail_bound is 5.0, but the blueprint makes 4.0"),
         (_width, r"conditioner.0.weight is of shape \(8, 1\), and should be of shape \(8, 2\)"),
         (_nan, "_transforms.1.conditioner.0.bias holds 1 of 8 values that are not finite"),
         (_inf, "_transforms.1.conditioner.0.bias holds 2 of 8 values that are not finite"),
         (_complex, "holds phase, of torch.complex128, which a safetensors file can't hold"),
         (_no_tensor, "holds _distribution._extra_state, of dict, which a safetensors file can't hold"),
-        (_recipe, "conditioner.2.out_features is 46, but the recipe makes 8"),
+        (_blueprint, "conditioner.2.out_features is 46, but the blueprint makes 8"),
     ],
 )
 def test_a_flow_that_would_not_come_back_is_not_saved(change, message, tmp_path):
@@ -244,7 +247,7 @@ def test_what_is_no_data_is_not_saved(tmp_path):
     flow = build_flow("masked-affine", 2, preprocess=MyTransform(torch.zeros(2), torch.ones(2)))
     with pytest.raises(TypeError, match="preprocess of Standardize, Logit, Probit, Marginals, not MyTransform"):
         save_flow(flow, tmp_path)
-    with pytest.raises(TypeError, match="a recipe is of numbers, strings, lists and dictionaries"):
+    with pytest.raises(TypeError, match="a blueprint is of numbers, strings, lists and dictionaries"):
         save_flow(make_stack(2), tmp_path, maker=maker, arguments={"features": torch.tensor(2)})
     with pytest.raises(TypeError, match="arguments are those of a maker: name it, too"):
         save_flow(flow, tmp_path, arguments={"features": 2})
@@ -274,7 +277,7 @@ def test_a_maker_may_do_what_build_flow_does_not(tmp_path):
         ("no_such_module:make", {}, ImportError, "maker 'no_such_module:make': No module named 'no_such_module'"),
         (f"{__name__}:make_stuck", {}, ValueError, f"{__name__} has no function make_stuck"),
         (f"{__name__}:make_stack", {}, ValueError, "missing 1 required positional argument: 'features'"),
-        (f"{__name__}:make_stack", {"features": 3}, ValueError, r"out_features is 46, but the recipe makes 23"),
+        (f"{__name__}:make_stack", {"features": 3}, ValueError, r"out_features is 46, but the blueprint makes 23"),
         (
             f"{__name__}:make_stack",
             {"features": 4, "tail_bound": 2.0},
@@ -285,7 +288,7 @@ def test_a_maker_may_do_what_build_flow_does_not(tmp_path):
             f"{__name__}:make_stack",
             {"features": 4, "norm": True},
             ValueError,
-            "torch.*Linear, but the recipe makes torch.*ParametrizedLinear",
+            "torch.*Linear, but the blueprint makes torch.*ParametrizedLinear",
         ),
         (f"{__name__}:make_nothing", {}, ValueError, "makes no flow .*int is of no known library"),
     ],
@@ -301,7 +304,7 @@ def test_a_file_does_not_choose_what_is_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     mine = f"{__name__}:make_stack"
     path = save_flow(make_stack(4), tmp_path, mine, {"features": 4})
-    craft(path, recipe={"maker": "hostile:make", "arguments": {}})
+    craft(path, blueprint={"maker": "hostile:make", "arguments": {}})
     with pytest.raises(ValueError, match=r"saved with a maker: if you trust .* load_flow\(…, maker='hostile:make'\)"):
         load_flow(path)
     with pytest.raises(ValueError, match="was made by 'hostile:make', not by 'tests.test_checkpoint:make_stack'"):
@@ -323,14 +326,16 @@ def whole(tmp_path_factory) -> bytes:
     return save_flow(flow, tmp_path_factory.mktemp("whole")).read_bytes()
 
 
-def craft(path, *, document=..., metadata=..., recipe=..., tensors=None, **changes) -> None:
+def craft(path, *, document=..., metadata=..., blueprint=..., tensors=None, **changes) -> None:
     """Write the file anew with these changes, and a checksum that is right."""
     with safetensors.safe_open(path, "pt") as file:
-        found = json.loads(file.metadata()["flow"])["recipe"]
+        found = json.loads(file.metadata()["flow"])["blueprint"]
     held = safetensors.torch.load_file(path) if tensors is None else tensors
-    recipe = {key: value for key, value in (found | changes).items() if value is not ...} if recipe is ... else recipe
+    blueprint = (
+        {key: value for key, value in (found | changes).items() if value is not ...} if blueprint is ... else blueprint
+    )
     if document is ...:
-        document = json.dumps({"recipe": recipe, "checksum": _checksum(recipe, held)})
+        document = json.dumps({"format": FORMAT, "blueprint": blueprint, "checksum": _checksum(blueprint, held)})
     safetensors.torch.save_file(held, path, {"flow": document} if metadata is ... else metadata)
 
 
@@ -339,33 +344,35 @@ def without(*names):
 
 
 STRUCTURE = [
-    ({"metadata": None}, "holds no flow's recipe: it was not written by save_flow"),
-    ({"metadata": {"format": "pt"}}, "holds no flow's recipe"),
+    ({"metadata": None}, "holds no flow's blueprint: it was not written by save_flow"),
+    ({"metadata": {"format": "pt"}}, "holds no flow's blueprint"),
     (
         {"metadata": {"recipe": "{}"}},
         "was written by an earlier version, without a checksum; restore this file or",
     ),
-    ({"document": ""}, "its recipe is damaged"),
-    ({"document": "{"}, "its recipe is damaged"),
-    ({"document": "3"}, "its recipe is damaged"),
-    ({"document": "null"}, "its recipe is damaged"),
-    ({"document": "[]"}, "its recipe is damaged"),
-    ({"document": "{}"}, "its recipe is damaged .*'recipe'"),
-    ({"document": '{"recipe": {}}'}, "its recipe is damaged .*'checksum'"),
-    ({"document": '{"recipe": {}, "checksum": "0"}'}, "its content does not match its checksum"),
-    ({"document": '{"recipe": {}, "checksum": null}'}, "its content does not match its checksum"),
-    ({"document": "[" * 100_000 + "]" * 100_000}, "its recipe is damaged .*Recursion"),
-    ({"document": "9" * 10_000}, "its recipe is damaged"),
-    ({"recipe": 3}, "its recipe is no dictionary, but 3"),
-    ({"recipe": None}, "its recipe is no dictionary, but None"),
-    ({"recipe": ["x"]}, "its recipe is no dictionary, but"),
+    ({"document": ""}, "its blueprint is damaged"),
+    ({"document": "{"}, "its blueprint is damaged"),
+    ({"document": "3"}, "its blueprint is damaged"),
+    ({"document": "null"}, "its blueprint is damaged"),
+    ({"document": "[]"}, "its blueprint is damaged"),
+    ({"document": '{"recipe": {}, "checksum": "0"}'}, "another version, in format 1; this one reads format 2; restore"),
+    ({"document": '{"format": 3, "blueprint": {}}'}, "another version, in format 3; this one reads format 2"),
+    ({"document": '{"format": 2}'}, "its blueprint is damaged .*'blueprint'"),
+    ({"document": '{"format": 2, "blueprint": {}}'}, "its blueprint is damaged .*'checksum'"),
+    ({"document": '{"format": 2, "blueprint": {}, "checksum": "0"}'}, "its content does not match its checksum"),
+    ({"document": '{"format": 2, "blueprint": {}, "checksum": null}'}, "its content does not match its checksum"),
+    ({"document": "[" * 100_000 + "]" * 100_000}, "its blueprint is damaged .*Recursion"),
+    ({"document": "9" * 10_000}, "its blueprint is damaged"),
+    ({"blueprint": 3}, "its blueprint is no dictionary, but 3"),
+    ({"blueprint": None}, "its blueprint is no dictionary, but None"),
+    ({"blueprint": ["x"]}, "its blueprint is no dictionary, but"),
     (
-        {"recipe": {}},
-        "its recipe has no activation, context_features, features, hidden_features, layers, name, preproc",
+        {"blueprint": {}},
+        "its blueprint has no activation, context_features, features, hidden_features, layers, name, preproc",
     ),
-    ({"layers": ...}, "its recipe has no layers"),
-    ({"preprocess": ...}, "its recipe has no preprocess"),
-    ({"name": ...}, "its recipe has no name"),
+    ({"layers": ...}, "its blueprint has no layers"),
+    ({"preprocess": ...}, "its blueprint has no preprocess"),
+    ({"name": ...}, "its blueprint has no name"),
     ({"colour": 3}, "masked-spline has no option 'colour'"),
     ({"masks": []}, "masks is no option, but an argument of its own"),
     ({"specification": 3}, "masked-spline has no option 'specification'"),
@@ -384,11 +391,11 @@ VALUES = [
     ({"context_features": 0}, "context_features must be a positive integer, not 0"),
     ({"context_features": None}, "those of another flow than masked-spline: .* is of shape .*, and should be"),
     ({"context_features": 10**10}, "asks for a far larger flow than it holds the weights of"),
-    ({"context_features": 10**30}, "its recipe makes no flow"),
-    ({"layers": True}, "its recipe has True layers, but it holds masks for 2"),
+    ({"context_features": 10**30}, "its blueprint makes no flow"),
+    ({"layers": True}, "its blueprint has True layers, but it holds masks for 2"),
     ({"layers": 2.0}, "layers must be a positive integer, not 2.0"),
-    ({"layers": 3}, "its recipe has 3 layers, but it holds masks for 2"),
-    ({"layers": 10**9}, "its recipe has 1000000000 layers, but it holds masks for 2"),
+    ({"layers": 3}, "its blueprint has 3 layers, but it holds masks for 2"),
+    ({"layers": 10**9}, "its blueprint has 1000000000 layers, but it holds masks for 2"),
     ({"hidden_features": [10**9]}, "asks for a far larger flow than it holds the weights of"),
     ({"hidden_features": [8] * 10**5}, "asks for a far larger flow than it holds the weights of"),
     ({"hidden_features": [1e400]}, r"hidden_features\[0\] must be a positive integer, not inf"),
@@ -405,22 +412,25 @@ VALUES = [
     ({"minimum": -1}, "minimum must be in"),
     ({"dropout": 2}, "dropout must be in"),
     ({"net": "perceptron"}, "unknown net 'perceptron'"),
-    ({"preprocess": 3}, "its recipe makes no flow"),
-    ({"preprocess": {"name": "standardise", "arguments": {}}}, "its recipe makes no flow .*'standardise'"),
+    ({"preprocess": 3}, "its blueprint makes no flow"),
+    ({"preprocess": {"name": "standardise", "arguments": {}}}, "its blueprint makes no flow .*'standardise'"),
     (
         {"preprocess": {"name": "logit", "arguments": {}}},
-        "its recipe makes no flow .*unexpected keyword argument 'mean'",
+        "its blueprint makes no flow .*unexpected keyword argument 'mean'",
     ),
-    ({"preprocess": {"name": "standardize", "arguments": {"mean": 3}}}, "its recipe makes no flow .*multiple values"),
-    ({"preprocess": {"name": "standardize"}}, "its recipe makes no flow .*'arguments'"),
-    ({"preprocess": None}, "holds tensors for a preprocess that its recipe does not have"),
+    (
+        {"preprocess": {"name": "standardize", "arguments": {"mean": 3}}},
+        "its blueprint makes no flow .*multiple values",
+    ),
+    ({"preprocess": {"name": "standardize"}}, "its blueprint makes no flow .*'arguments'"),
+    ({"preprocess": None}, "holds tensors for a preprocess that its blueprint does not have"),
 ]
 TENSORS = [
-    (lambda tensors: {}, "its recipe has 2 layers, but it holds masks for 0"),
-    (without("masks.0"), "its recipe has 2 layers, but it holds masks for 1"),
-    (without("masks"), "its recipe has 2 layers, but it holds masks for 0"),
-    (without("preprocess"), "its recipe makes no flow"),
-    (without("preprocess.std"), "its recipe makes no flow .*'std'"),
+    (lambda tensors: {}, "its blueprint has 2 layers, but it holds masks for 0"),
+    (without("masks.0"), "its blueprint has 2 layers, but it holds masks for 1"),
+    (without("masks"), "its blueprint has 2 layers, but it holds masks for 0"),
+    (without("preprocess"), "its blueprint makes no flow"),
+    (without("preprocess.std"), "its blueprint makes no flow .*'std'"),
     (
         without("state"),
         "its weights are those of another flow than masked-spline: .* is missing, and should be of shape",
@@ -432,8 +442,8 @@ TENSORS = [
     (lambda tensors: tensors | {"masks.0": torch.full((4,), torch.nan)}, "holds only 0 .* but this one holds nan"),
     (lambda tensors: tensors | {"masks.0": torch.ones(2, 2)}, r"each mask must have shape \(4,\)"),
     (lambda tensors: tensors | {"preprocess.std": torch.zeros(4)}, "std must be positive"),
-    (lambda tensors: tensors | {"preprocess.mean": torch.zeros(3)}, "its recipe makes no flow"),
-    (lambda tensors: {name: tensor * torch.nan for name, tensor in tensors.items()}, "its recipe makes no flow"),
+    (lambda tensors: tensors | {"preprocess.mean": torch.zeros(3)}, "its blueprint makes no flow"),
+    (lambda tensors: {name: tensor * torch.nan for name, tensor in tensors.items()}, "its blueprint makes no flow"),
     (
         lambda tensors: {key: one * torch.inf if key.endswith("0.bias") else one for key, one in tensors.items()},
         "bias holds 8 of 8 values that are not finite",
@@ -475,7 +485,7 @@ def test_damaged_bytes_are_refused(change, message, whole, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), STRUCTURE + VALUES)
-def test_a_recipe_that_makes_no_flow_is_refused(change, message, whole, tmp_path):
+def test_a_blueprint_that_makes_no_flow_is_refused(change, message, whole, tmp_path):
     path = tmp_path / FILE
     path.write_bytes(whole)
     craft(path, **change)
@@ -497,7 +507,7 @@ def test_no_flipped_bit_goes_unseen(whole, tmp_path):
         damaged = bytearray(whole)
         damaged[i] ^= 1 << i % 8
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged|not written by save_flow"):
+        with pytest.raises(ValueError, match="damaged|not written by save_flow|another version"):
             load_flow(path)
 
 

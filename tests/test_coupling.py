@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from adapters import MaskedCouplingLayer, checkerboard_mask, random_mask
-from adapters.layers.coupling import PackedComposite, PackedCouplingLayer
+from adapters.layers.packed import PackedAffineCouplingLayer, PackedComposite
 from adapters.networks import MLP, ConvNet
 from tests.laws import batch, randomise
 
@@ -132,7 +132,7 @@ def test_packed_form_is_the_textbook_form(features, scale_bound):
     """The packed layer's weights, embedded in full-width networks, give the same outputs and log-determinants."""
     mask = random_mask(features, torch.Generator().manual_seed(features))
     unchanged, transformed = int(mask.sum()), int((1 - mask).sum())
-    packed = randomise(PackedCouplingLayer(MLP(unchanged, 2 * transformed, (9,)), mask, scale_bound))
+    packed = randomise(PackedAffineCouplingLayer(MLP(unchanged, 2 * transformed, (9,)), mask, scale_bound))
     first, last = packed.conditioner[0], packed.conditioner[-1]
 
     def full_width(rows: slice) -> MLP:
@@ -162,7 +162,7 @@ def test_packed_form_is_the_textbook_form(features, scale_bound):
 
 def test_packed_layer_starts_at_the_identity():
     z = batch(3, 6).float()
-    y, log_det = PackedCouplingLayer(MLP(3, 6), checkerboard_mask(6))(z)
+    y, log_det = PackedAffineCouplingLayer(MLP(3, 6), checkerboard_mask(6))(z)
     assert torch.equal(y, z) and torch.equal(log_det, torch.zeros(3))
 
 
@@ -177,7 +177,7 @@ def test_packed_layer_starts_at_the_identity():
     ],
 )
 @pytest.mark.parametrize("layer", [lambda mask: MaskedCouplingLayer(MLP(2, 2), MLP(2, 2), mask),
-                                   lambda mask: PackedCouplingLayer(MLP(2, 2), mask)])  # fmt: skip
+                                   lambda mask: PackedAffineCouplingLayer(MLP(2, 2), mask)])  # fmt: skip
 def test_bad_masks_are_refused_at_construction(layer, mask, message):
     with pytest.raises(ValueError, match=message):
         layer(mask)
@@ -190,13 +190,13 @@ def test_bad_networks_and_inputs_are_refused():
     with pytest.raises(ValueError, match=r"translation_net must return shape \(4, 3\), but returned \(4, 2\)"):
         MaskedCouplingLayer(MLP(3, 3), MLP(3, 2), mask)(torch.randn(4, 3))
     with pytest.raises(ValueError, match=r"conditioner must return shape \(4, 4\), but returned \(4, 3\)"):
-        PackedCouplingLayer(MLP(1, 3), mask)(torch.randn(4, 3))
-    for layer in (MaskedCouplingLayer(MLP(3, 3), MLP(3, 3), mask), PackedCouplingLayer(MLP(1, 4), mask)):
+        PackedAffineCouplingLayer(MLP(1, 3), mask)(torch.randn(4, 3))
+    for layer in (MaskedCouplingLayer(MLP(3, 3), MLP(3, 3), mask), PackedAffineCouplingLayer(MLP(1, 4), mask)):
         for shape in [(4, 2), (3,), (4, 1, 3), ()]:
             with pytest.raises(ValueError, match=r"takes inputs of shape \(batch, 3\), not"):
                 layer(torch.randn(shape))
     with pytest.raises(ValueError, match="scale_bound must be positive, not -1"):
-        PackedCouplingLayer(MLP(1, 4), mask, scale_bound=-1)
+        PackedAffineCouplingLayer(MLP(1, 4), mask, scale_bound=-1)
     with pytest.raises(TypeError, match=r"context of shape \(4, 2\) was given, but Linear takes no context"):
         MaskedCouplingLayer(nn.Linear(3, 3), nn.Linear(3, 3), mask)(torch.randn(4, 3), torch.randn(4, 2))
 
@@ -231,7 +231,7 @@ def test_conv_net_wants_square_images_and_equal_channels():
 
 def composite(masks, seed=0):
     torch.manual_seed(seed)
-    layers = [PackedCouplingLayer(MLP(int(mask.sum()), 2 * int((1 - mask).sum())), mask) for mask in masks]
+    layers = [PackedAffineCouplingLayer(MLP(int(mask.sum()), 2 * int((1 - mask).sum())), mask) for mask in masks]
     return randomise(PackedComposite(layers))
 
 
@@ -253,7 +253,7 @@ SOME = torch.tensor([0.0, 1, 1, 0, 1])
 def test_packed_layers_in_a_row_compute_what_each_alone_does(masks, moves, reads):
     torch.manual_seed(0)
     layers = [
-        PackedCouplingLayer(MLP(int((mask * reads).sum()), 2 * int((1 - mask).sum())), mask, reads=reads)
+        PackedAffineCouplingLayer(MLP(int((mask * reads).sum()), 2 * int((1 - mask).sum())), mask, reads=reads)
         for mask in masks
     ]
     packed = randomise(PackedComposite(layers))

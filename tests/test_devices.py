@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 from torch.testing import assert_close
 
@@ -30,19 +29,7 @@ from tests import pretend
 from tests.laws import randomise
 from tests.scripts import run
 
-pytestmark = [
-    pytest.mark.skipif(not pretend.AVAILABLE, reason="this PyTorch takes no device written in Python (2.10 does)"),
-    pytest.mark.filterwarnings("ignore:.*lr_scheduler.*"),
-]
-
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch):
-    monkeypatch.setattr(torch, "Generator", pretend.OnPretendGenerator)
-    monkeypatch.setattr(pretend, "present", True)
-    pretend.waits.clear()
-    yield torch.device("pretend")
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.filterwarnings("ignore:.*lr_scheduler.*")]
 
 
 def test_the_device_is_as_strict_as_it_says(device):

@@ -297,14 +297,14 @@ class Planted:
         return (pytest.fail, ("code has run from a file",))
 
 
-HEADER = {"format": 1, "steps": 5, "finished": True}
+HEADER = {"format": 2, "steps": 5, "finished": True}
 DAMAGES = {
     "empty": lambda content: b"",
     "half": lambda content: content[: len(content) // 2],
     "one byte short": lambda content: content[:-1],
     "one byte more": lambda content: content + b"x",
     "no header": lambda content: content.partition(b"\n")[2],
-    "header of another format": lambda content: content.replace(b'"format": 1', b'"format": 9'),
+    "header of another format": lambda content: content.replace(b'"format": 2', b'"format": 9'),
     "header without steps": lambda content: content.replace(b'"steps"', b'"stops"'),
     "header of a number": lambda content: b"3\n" + content,
     "text": lambda content: b"a training",

@@ -322,7 +322,7 @@ def test_end_to_end(conditional, run, data_dir, tmp_path, capsys):
 def test_every_option(arguments, run, data_dir, tmp_path):
     metrics = run(out=tmp_path, **arguments)
     flow = load_flow(tmp_path).eval()
-    masks = flow.recipe["masks"]
+    masks = flow.blueprint["masks"]
     assert len(masks) == (TINY | arguments)["layers"] or len(masks) == len(pyramid_masks(28, 28))
     images = _cached_images(data_dir).first(64)
     assert score_images(flow, images.test, images.test_labels)["nll"] == pytest.approx(metrics["nll"], rel=1e-4)
@@ -337,7 +337,7 @@ def test_random_masks_are_saved_and_follow_the_seed(run, tmp_path):
     masks = []
     for seed, out in [(3, "a"), (3, "b"), (4, "c")]:
         run(mask="random", seed=seed, out=tmp_path / out)
-        masks.append(torch.stack(load_flow(tmp_path / out).recipe["masks"]))
+        masks.append(torch.stack(load_flow(tmp_path / out).blueprint["masks"]))
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
     assert not torch.equal(masks[0][0], masks[0][1]) and masks[0].sum(1).tolist() == [392, 392]
 

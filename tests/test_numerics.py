@@ -22,8 +22,8 @@ from torch.testing import assert_close
 from adapters import build_flow, flow_names, half_mask, random_mask
 from adapters.checks import naming_shape
 from adapters.layers.autoregressive import AutoregressiveMLP, MaskedAutoregressiveLayer
-from adapters.layers.coupling import PackedCouplingLayer
 from adapters.layers.histogram import MaskedHistogramCouplingLayer
+from adapters.layers.packed import PackedAffineCouplingLayer
 from adapters.layers.spline import MaskedSplineCouplingLayer
 from adapters.networks import MLP
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
@@ -462,7 +462,7 @@ def test_samples_in_parts_keep_each_context_in_its_row(name):
         again = flow.encode(samples.flatten(0, 1), context.repeat_interleave(10, dim=0))
     assert_close(again, noise.flatten(0, 1), rtol=0, atol=1e-5)
     assert small(name).sample(10, batch_size=4).shape == (10, 4)
-    with pytest.raises(ValueError, match="batch_size must be positive, not 0"):
+    with pytest.raises(ValueError, match="batch_size must be a positive integer, not 0"):
         flow.sample(10, context, batch_size=0)
 
 
@@ -577,7 +577,7 @@ def test_a_loaded_order_is_the_one_that_is_followed():
 
 
 def test_a_scale_stays_within_float32s_range():
-    layer = PackedCouplingLayer(MLP(1, 2), torch.tensor([1.0, 0.0]), scale_bound=None)
+    layer = PackedAffineCouplingLayer(MLP(1, 2), torch.tensor([1.0, 0.0]), scale_bound=None)
     with torch.no_grad():
         layer.conditioner[-1].bias.copy_(torch.tensor([1e6, 0.0]))
     y, log_det = layer.inverse(torch.tensor([[0.0, 0.0], [0.0, 1.0]]))

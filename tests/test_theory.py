@@ -7,7 +7,7 @@ from nflows.transforms import CompositeTransform, InverseTransform
 from torch.autograd.functional import jacobian
 from torch.testing import assert_close
 
-from adapters.layers.coupling import PackedCouplingLayer
+from adapters.layers.packed import PackedAffineCouplingLayer
 from adapters.masks import checkerboard_mask
 from adapters.networks import MLP
 from tests.laws import batch, randomise
@@ -26,7 +26,7 @@ def test_exercise_2_1_reflection_preserves_volume(D, seed):
 def layers(K, D):
     masks = [checkerboard_mask(D), 1 - checkerboard_mask(D)]
     return [
-        randomise(PackedCouplingLayer(MLP(int(m.sum()), 2 * int((1 - m).sum()), (6,)), m), seed=k)
+        randomise(PackedAffineCouplingLayer(MLP(int(m.sum()), 2 * int((1 - m).sum()), (6,)), m), seed=k)
         for k, m in ((k, masks[k % 2]) for k in range(K))
     ]
 

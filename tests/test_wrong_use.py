@@ -258,8 +258,14 @@ FLOW = [
         "the context of this flow takes inputs of shape (batch, 2)",
     ),
     ("conditional.sample(5)", ValueError, "this flow is conditional: give a context of shape (batch, 2)"),
-    ("flow.sample(-1)", TypeError, "Number of samples must be a positive integer"),
-    ("flow.sample(2.5)", TypeError, "Number of samples must be a positive integer"),
+    ("flow(x)", RuntimeError, "flow.log_prob(x) gives densities, flow.sample(n) draws, flow.encode(x) gives noise"),
+    ("flow.sample(-1)", ValueError, "num_samples must be a positive integer, not -1"),
+    ("flow.sample(2.5)", TypeError, "num_samples must be a positive integer, not 2.5"),
+    ("flow.sample(True)", TypeError, "num_samples must be a positive integer, not True"),
+    ("flow.sample_and_log_prob(True)", TypeError, "num_samples must be a positive integer, not True"),
+    ("flow.sample(5, batch_size=2.5)", TypeError, "batch_size must be a positive integer, not 2.5"),
+    ("flow.sample(5, batch_size=True)", TypeError, "batch_size must be a positive integer, not True"),
+    ("flow.sample(5, batch_size=0)", ValueError, "batch_size must be a positive integer, not 0"),
 ]
 
 LABELS = "one-hot: torch.nn.functional.one_hot(labels, 2).to(x.dtype)"
@@ -317,7 +323,7 @@ TENSORS = [
         "the inputs of this flow must be a torch.Tensor, not a numpy.ndarray",
     ),
     ("flow.log_prob(x, 3)", TypeError, "the context of this flow must be a torch.Tensor, not an int"),
-    ("flow.sample(5, batch_size='a')", TypeError, "batch_size must be a number, not 'a'"),
+    ("flow.sample(5, batch_size='a')", TypeError, "batch_size must be a positive integer, not 'a'"),
     ("layer([[1.0, 2.0, 3.0]])", TypeError, "the inputs of this layer must be a torch.Tensor, not a list"),
     ("layer(None)", TypeError, "the inputs of this layer must be a torch.Tensor, not a NoneType"),
     (
@@ -487,7 +493,7 @@ def test_a_wrong_use_says_what_came_and_what_is_wanted(use, error, message, tmp_
         "unnamed": adapters.build_flow("masked-affine", 3, layers=1),
         "here": tmp_path,
     }
-    del names["unnamed"].recipe
+    del names["unnamed"].blueprint
     with pytest.raises(error) as caught:
         eval(use, names)
     said = str(caught.value)

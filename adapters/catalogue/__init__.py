@@ -1,8 +1,10 @@
-"""Named, ready-made flows of every library and of our own layers, each asked for in the same words.
+"""Named, ready-made flows of every library and of our own layers, all built by the same arguments.
 
-Each file here, found by its presence, has the flows of one library, or of our own layers: ``specification`` says how.
+Each file in this folder has the flows of one library, or those of our own layers. The files are found by their
+presence; ``specification`` says what one holds.
 
-What a user asks for is checked here, once, before anything is built: kinds and ranges of all numbers, and the masks.
+The arguments of ``build_flow`` are checked here, once, before anything is built: the kinds and ranges of all numbers,
+and the masks.
 """
 
 import inspect
@@ -25,13 +27,13 @@ from adapters.flow import Flow, StandardNormal
 from adapters.masks import as_mask, check_mask, checkerboard_mask
 from adapters.networks import check_activation
 
-KINDS = {  # what a value may be for an option of that annotation, and what that is called
+KINDS = {  # of each annotation of an option: the type that its value must have, and words for it
     float: (Real, "a number"),
     int: (Integral, "an integer"),
     str: (str, "a string"),
     bool: (bool, "True or False"),
 }
-LIMITS = {  # what a number by that name may be, in words and as a test; a number by another name need only be finite
+LIMITS = {  # of each option: the range of its values, in words and as a test; any other number need only be finite
     "bins": ("at least 2", lambda value: value >= 2),
     "dropout": ("in [0, 1)", lambda value: 0 <= value < 1),
     "minimum": ("in (0, 1)", lambda value: 0 < value < 1),
@@ -41,9 +43,9 @@ LIMITS = {  # what a number by that name may be, in words and as a test; a numbe
 
 
 def flow_names() -> list[str]:
-    """Every name that ``build_flow`` can build here, hand-written layers first, each part in alphabetical order.
+    """Every name that ``build_flow`` knows: our own flows first, then the libraries', each in alphabetical order.
 
-    The flows of a library that is not installed are left out; ``build_flow`` names the extra that installs it.
+    The flows of a library that is not installed are left out. ``build_flow`` names the extra that installs it.
 
     >>> flow_names()[:3]
     ['masked-affine', 'masked-affine-textbook', 'masked-autoregressive']
@@ -64,8 +66,8 @@ def build_flow(
 ) -> Flow:
     """The flow of that name: ``layers`` layers of that kind between the data and a standard normal N(0, I).
 
-    ``torch.manual_seed`` before the call decides the initial weights: they are drawn on the CPU, so that they are the
-    same for any device, and then moved to torch's default device.
+    The initial weights are random; ``torch.manual_seed`` before the call makes them reproducible. They are drawn on the
+    CPU, so that they are the same for any device, and then moved to torch's default device.
 
     Args:
         name: one of ``flow_names()``.
@@ -73,15 +75,16 @@ def build_flow(
         context_features: width of the context, ``(batch, context_features)``; ``None`` for an unconditional flow.
         layers: how many layers.
         hidden_features: widths of each conditioner's hidden layers.
-        masks: the coupling layers' masks of D entries, 1 = unchanged, used in turn from the noise side on; by default
-            the alternating mask and its inverse. Autoregressive flows have no use for them.
+        masks: the coupling layers' masks, of D entries each; 1 = unchanged. The layers take them in turn, from the
+            noise side on. By default the alternating mask and its inverse. Autoregressive flows ignore them.
         activation: of the conditioners; a key of ``networks.ACTIVATIONS``.
-        preprocess: a fixed transform data → input of the flow, e.g. ``Standardize.of(data)``. It stays on its device.
-        options: what this kind of flow has beyond that (``bins``, ``tail_bound``, …): see its docstring.
+        preprocess: a fixed transform between the data and the layers, e.g. ``Standardize.of(data)``. It stays on its
+            device.
+        options: arguments that only this kind of flow has (``bins``, ``tail_bound``, …): see ``flow_options``.
 
     Raises:
         ValueError: for a name that is not known, a number out of its range, or masks that no layer can use.
-        TypeError: for an option that this kind of flow does not have, or a thing of another kind than is wanted.
+        TypeError: for an option that this kind of flow does not have, or an argument of the wrong kind.
         ImportError: for a library that is not installed, naming the extra that installs it.
 
     >>> build_flow("masked-affine", features=2).sample(5).shape
@@ -96,7 +99,7 @@ def build_flow(
     check_activation(activation)
     _check_preprocess(preprocess, features)
     default = torch.empty(0).device
-    with torch.device("cpu"):  # masks and permutations must have values, even where the default device is meta
+    with torch.device("cpu"):  # masks and permutations need values, which they would not have on the meta device
         masks = _cycle(masks, features, layers)
         specification = Specification(
             features, layers, hidden_features, context_features, masks, activation, preprocess
@@ -106,7 +109,7 @@ def build_flow(
     if preprocess is not None:
         transform = CompositeTransform([preprocess, transform])
     flow = Flow(transform, base, (features,), context_features)
-    flow.recipe = {
+    flow.blueprint = {
         "name": name,
         "features": features,
         "context_features": context_features,
@@ -121,7 +124,7 @@ def build_flow(
 
 
 def flow_options(name: str) -> list[str]:
-    """The options that this kind of flow has beyond what all have.
+    """The names of the options that this kind of flow has, beyond the arguments that all flows have.
 
     Raises:
         ValueError: for a name that is not known.
@@ -133,7 +136,7 @@ def flow_options(name: str) -> list[str]:
 
 
 def describe_flow(name: str) -> str:
-    """Which layers of which library this is, and how it differs from the others: one paragraph.
+    """One paragraph on a flow: which layers of which library it is made of, and what is particular about them.
 
     Raises:
         ValueError: for a name that is not known.
@@ -145,7 +148,7 @@ def describe_flow(name: str) -> str:
 
 
 def check_options(name: str, options: dict) -> None:
-    """Raise unless ``build_flow`` can build this flow, and the flow has these options.
+    """Raise an error unless ``build_flow`` can build this flow, and the flow has these options.
 
     Raises:
         ValueError: for a name that is not known.
@@ -166,9 +169,12 @@ def check_options(name: str, options: dict) -> None:
 
 
 def native_flows() -> dict[str, dict[str, Callable[..., NativeFlow]]]:
-    """Of each library that is installed, its own coupling flows as its authors would build them, by name.
+    """Affine coupling flows of each installed library, as its authors would build them, without a bridge.
 
-    These are what a benchmark times beside ours; the first of a library is its usual one.
+    A benchmark times them beside ours.
+
+    Returns:
+        for each library, by the name of its file here: functions that make a flow, by name. The first is the usual one.
     """
     found = {}
     for module in modules(__name__):
@@ -189,7 +195,7 @@ def _maker(name: str) -> Callable[..., Any]:
 
 @cache
 def _flows() -> dict[str, tuple[Callable[..., Any], Bridge | None]]:
-    """What makes each flow, with the bridge of its library; our own layers need none, and come first.
+    """For each name, the function that makes the flow, and the bridge of its library: ``None`` for our own layers.
 
     Raises:
         ValueError: if two files give their flows the same name.
@@ -209,7 +215,7 @@ def _bridge(module: ModuleType) -> Bridge | None:
 
 
 def _cycle(masks: Sequence[Tensor] | None, features: int, layers: int) -> tuple[Tensor, ...]:
-    """One mask a layer, each of floats on the CPU."""
+    """One mask for each layer, each of floats on the CPU."""
     if masks is None:
         mask = checkerboard_mask(features)
         masks = (mask, 1 - mask)
@@ -228,7 +234,7 @@ def _mask(mask: Tensor, features: int) -> Tensor:
         raise ValueError(f"each mask must have shape ({features},), but one has {tuple(mask.shape)}")
     if mask.is_meta:
         raise ValueError("a mask on the meta device has no values: make the masks on the CPU")
-    if features > 1:  # one coordinate has nothing to be coupled with: only flows that use no mask take it
+    if features > 1:  # with one coordinate there is nothing to couple, and only flows that use no mask can be built
         check_mask(mask)
     return mask.float().cpu()
 
@@ -247,7 +253,7 @@ def _check_preprocess(preprocess: Transform | None, features: int) -> None:
 
 
 def _option(parameter: inspect.Parameter, value):
-    """The value of this option as plain Python, which a checkpoint can hold: held to its annotation and its limits."""
+    """The value of this option, checked against its annotation and ``LIMITS``, as plain Python for a checkpoint."""
     name, kinds = parameter.name, get_args(parameter.annotation) or (parameter.annotation,)
     kind = next((kind for kind in KINDS if kind in kinds), None)
     if kind is None or (value is None and NoneType in kinds):

@@ -15,8 +15,9 @@ from adapters.networks import MLP
 def affine(specification: Specification, clamp: float = 2.0) -> Transform:
     """``AffineCouplingOneSided`` under our masks and networks.
 
-    FrEIA splits by place: the first coordinates pass. Here the coordinates are put in the mask's order before each
-    block, and back after it. The scale is exp(clamp · 0.636 · atan s), within e^±clamp.
+    FrEIA's block leaves the first coordinates unchanged. Here a permutation before each block puts the coordinates that
+    the mask leaves unchanged first, and another one after it puts them back. The scale is exp(clamp · 0.636 · atan s),
+    which lies within e^±clamp.
     """
     from FrEIA.modules import AffineCouplingOneSided
 

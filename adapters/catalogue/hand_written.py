@@ -10,17 +10,11 @@ from torch import Tensor, nn
 from adapters.catalogue.specification import Specification
 from adapters.checks import check_bins
 from adapters.layers.autoregressive import AutoregressiveMLP, MaskedAutoregressiveLayer
-from adapters.layers.coupling import (
-    FURTHEST,
-    MaskedCouplingLayer,
-    PackedComposite,
-    PackedCoupling,
-    PackedCouplingLayer,
-    within,
-)
+from adapters.layers.coupling import MaskedCouplingLayer
 from adapters.layers.histogram import MaskedHistogramCouplingLayer
+from adapters.layers.packed import PackedAffineCouplingLayer, PackedComposite, PackedCoupling
 from adapters.layers.spline import MaskedSplineCouplingLayer, spline_parameters
-from adapters.networks import MLP, conditioner
+from adapters.networks import MAX_INPUT, MLP, conditioner, within
 from adapters.preprocess import Marginals
 
 
@@ -32,13 +26,20 @@ def packed_flow(
     dropout: float = 0.0,
     reads: Iterable[Tensor] | None = None,
 ) -> Transform:
-    """Data → noise by a stack of ``layer(conditioner, mask, reads=…)``, each with its conditioner of kind ``net``."""
+    """A stack of packed coupling layers under the specification's masks, as a transform data → noise.
+
+    Args:
+        layer: makes one layer, ``layer(conditioner, mask, reads=…)``.
+        parameters_per_coordinate: how many numbers the layer takes for each coordinate that it transforms.
+        net, dropout: of the conditioners; see ``networks.conditioner``.
+        reads: one for each layer; see ``PackedCoupling``. By default each layer reads all unchanged coordinates.
+    """
     masks = specification.coupling_masks
     reads = [torch.ones_like(mask) for mask in masks] if reads is None else reads
     network = dict(specification.network, dropout=dropout)
     layers = [
-        layer(conditioner(net, mask * seen, 1 - mask, parameters_per_coordinate, **network), mask, reads=seen)
-        for mask, seen in zip(masks, reads, strict=True)
+        layer(conditioner(net, mask * readable, 1 - mask, parameters_per_coordinate, **network), mask, reads=readable)
+        for mask, readable in zip(masks, reads, strict=True)
     ]
     return InverseTransform(PackedComposite(layers))
 
@@ -47,15 +48,15 @@ def masked_affine(
     specification: Specification, scale_bound: float | None = 2.0, net: str = "mlp", dropout: float = 0.0
 ) -> Transform:
     """Packed affine coupling layers: equations 15 to 17, fast."""
-    layer = partial(PackedCouplingLayer, scale_bound=scale_bound)
-    return packed_flow(specification, layer, PackedCouplingLayer.parameters_per_coordinate, net, dropout)
+    layer = partial(PackedAffineCouplingLayer, scale_bound=scale_bound)
+    return packed_flow(specification, layer, PackedAffineCouplingLayer.parameters_per_coordinate, net, dropout)
 
 
 class BoundedMLP(MLP):
-    """An ``MLP`` that is shown its input as far as arithmetic goes: see ``within``."""
+    """An ``MLP`` whose input is clamped, so that none of its sums overflows: see ``networks.within``."""
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        return super().forward(within(inputs, FURTHEST), context)
+    def forward(self, input: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(within(input, MAX_INPUT), context)
 
 
 def masked_affine_textbook(specification: Specification) -> Transform:
@@ -84,11 +85,11 @@ def masked_spline(
 
 
 def masked_autoregressive(specification: Specification, scale_bound: float = 2.0, dropout: float = 0.0) -> Transform:
-    """Masked autoregressive affine layers, in ascending and descending order by turns: fast log_prob.
+    """Masked autoregressive affine layers, whose log_prob is fast. They have no masks to choose.
 
-    There are no masks to choose.
+    The layers take the coordinates in ascending and in descending order by turns.
     """
-    ascending = torch.arange(specification.features, device="cpu")  # its values are needed, whatever the default device
+    ascending = torch.arange(specification.features, device="cpu")  # on the meta device it would have no values
     networks = [
         AutoregressiveMLP(ascending.flip(0) if i % 2 else ascending, dropout=dropout, **specification.network)
         for i in range(specification.layers)
@@ -100,8 +101,9 @@ def masked_autoregressive(specification: Specification, scale_bound: float = 2.0
 def masked_histogram(specification: Specification, bins: int = 16, net: str = "mlp", dropout: float = 0.0) -> Transform:
     """Packed histogram coupling layers.
 
-    Where the masks transform each coordinate just once, as ``masks.pyramid_masks`` do, a conditioner reads only
-    coordinates that are still data. Where ``preprocess`` is ``Marginals``, the bins are groups of its levels.
+    If the masks transform each coordinate just once, as ``masks.pyramid_masks`` do, a conditioner reads only those
+    coordinates that no layer has transformed yet on the way from data to noise. If ``preprocess`` is ``Marginals``, the
+    bins are groups of its levels. Otherwise they are equally wide.
     """
     bins = check_bins(bins)
     marginals = specification.preprocess
@@ -112,8 +114,8 @@ def masked_histogram(specification: Specification, bins: int = 16, net: str = "m
     masks = specification.coupling_masks
     reads = None
     if (1 - torch.stack(masks)).sum(0).eq(1).all():
-        data = torch.stack([torch.ones_like(masks[0]), *reversed(masks)]).cumprod(0)  # from the data side on
-        reads = data[:-1].flip(0)
+        untransformed = torch.stack([torch.ones_like(masks[0]), *reversed(masks)]).cumprod(0)  # from the data side on
+        reads = untransformed[:-1].flip(0)
     layer = partial(MaskedHistogramCouplingLayer, edges=edges)
     return packed_flow(specification, layer, edges.shape[-1] + 1, net, dropout, reads)
 

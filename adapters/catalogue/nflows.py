@@ -1,7 +1,7 @@
 """nflows' own coupling and autoregressive layers in the catalogue.
 
-nflows applies a layer's ``forward`` data → noise and marks the *transformed* coordinates by 1; ``nflows_mask`` turns
-our masks over, here and nowhere else.
+nflows applies a layer's ``forward`` data → noise, and lists the layer at the data side first. Its masks mark the
+*transformed* coordinates by 1. ``nflows_mask`` translates ours, here and nowhere else.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from adapters.networks import ACTIVATIONS, MLP
 
 
 class RationalQuadraticCoupling(transforms.PiecewiseRationalQuadraticCouplingTransform):
-    """nflows' own, whose inverse asserts something of the whole batch, which NaN and ±inf in one row make false."""
+    """nflows' own layer, whose inverse asserts something about the whole batch, and would fail if one row is NaN."""
 
     inverse = finite_rows(transforms.PiecewiseRationalQuadraticCouplingTransform.inverse)
 
@@ -30,7 +30,7 @@ def nflows_mask(mask: Tensor) -> Tensor:
 
 
 def affine(specification: Specification) -> Transform:
-    """``AffineCouplingTransform``. Its scale, data → noise, is σ(· + 2) + 0.001: at most 1.001."""
+    """``AffineCouplingTransform``. Its scale, data → noise, is σ(· + 2) + 0.001, which is at most 1.001."""
     return _couplings(specification, transforms.AffineCouplingTransform)
 
 
@@ -51,15 +51,17 @@ def rqs(specification: Specification, bins: int = 8, tail_bound: float = 4.0, mi
 def realnvp(specification: Specification) -> Transform:
     """The layers of ``SimpleRealNVP``: affine couplings whose conditioners are nflows' residual networks.
 
-    A residual network has one width and two linear layers a block: one block for each hidden width, all equal.
+    A residual network has blocks of two linear layers, all of one width. It gets one block for each hidden width, and
+    the hidden widths must all be equal.
     """
     return _couplings(specification, transforms.AffineCouplingTransform, network=_residual_network)
 
 
 def maf(specification: Specification) -> Transform:
-    """``MaskedAffineAutoregressiveTransform`` after a reversal each, as ``MaskedAutoregressiveFlow``: fast log_prob.
+    """``MaskedAffineAutoregressiveTransform``, as in nflows' ``MaskedAutoregressiveFlow``. Its log_prob is fast.
 
-    Its MADE has one width, and one residual block for each hidden width.
+    Before each layer the order of the coordinates is reversed. Its network, a MADE, has residual blocks of one width:
+    one block for each hidden width.
     """
     layers = []
     for _ in range(specification.layers):
@@ -77,7 +79,7 @@ def maf(specification: Specification) -> Transform:
 
 
 def _couplings(specification: Specification, coupling: type, network=None, **options) -> Transform:
-    """Coupling layers under the specification's masks, data side first as nflows lists them."""
+    """Coupling layers under the specification's masks, with the data side first, as nflows lists layers."""
 
     def conditioner(in_features: int, out_features: int):
         return (network or _mlp)(in_features, out_features, specification)

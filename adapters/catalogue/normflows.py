@@ -1,6 +1,6 @@
 """normflows' layers in the catalogue.
 
-normflows runs noise → data and lists the noise side first, as the specification lists its masks.
+normflows runs noise → data, and lists the layer at the noise side first, as the specification lists its masks.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,10 @@ from adapters.networks import ACTIVATIONS, MLP
 
 
 def affine(specification: Specification) -> Transform:
-    """``MaskedAffineFlow``: two full-width networks a layer, the scale exp(s) without a bound, from the identity on.
+    """``MaskedAffineFlow``: two full-width networks in each layer. It starts at the identity.
 
-    The layer takes no context of its own; here the context joins the coordinates that it leaves unchanged.
+    The scale exp(s) has no bound. The library's layer takes no context. Here the context is given to it as further
+    coordinates that it leaves unchanged.
     """
     from normflows.flows import Composite, MaskedAffineFlow
 
@@ -39,8 +40,8 @@ def affine(specification: Specification) -> Transform:
 def rqs(specification: Specification, bins: int = 8, tail_bound: float = 4.0) -> nn.Module:
     """The coupling inside ``CoupledRationalQuadraticSpline``, with linear tails, under our masks and networks.
 
-    As there, the unchanged coordinates too go through a spline, one that depends on nothing. The library's own class
-    knows the alternating mask only, has residual networks of one width, and bounds its tails at 3.
+    As in that class, the unchanged coordinates go through a spline, too, whose parameters depend on no input. The
+    library's class has the alternating mask only, residual networks of one width, and a tail bound of 3.
     """
     from normflows.flows import Composite, Reverse
     from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
@@ -63,10 +64,11 @@ def rqs(specification: Specification, bins: int = 8, tail_bound: float = 4.0) ->
 
 
 def maf(specification: Specification) -> Transform:
-    """``MaskedAffineAutoregressive`` turned round, so that log_prob is the fast direction, after a reversal each.
+    """``MaskedAffineAutoregressive``, turned round so that log_prob is the fast direction.
 
-    The library's own direction samples fast. The scale, data → noise, is σ(· + 2) + 0.001: at most 1.001. Its MADE has
-    one width, and one residual block for each hidden width.
+    In the library's own direction, sampling is fast. Before each layer the order of the coordinates is reversed. The
+    scale, data → noise, is σ(· + 2) + 0.001, which is at most 1.001. The network, a MADE, has residual blocks of one
+    width: one block for each hidden width.
     """
     from normflows.flows import MaskedAffineAutoregressive, Reverse
 
@@ -96,7 +98,7 @@ def native_masked_affine(features: int, masks: Sequence[Tensor], hidden_features
 
 
 def native_coupling_block(features: int, masks: Sequence[Tensor], hidden_features: tuple[int, ...]) -> NativeFlow:
-    """``AffineCouplingBlock`` and a swap of the halves, the library's own example."""
+    """``AffineCouplingBlock`` and a swap of the halves in turn, as in the library's own example."""
     from normflows.flows import AffineCouplingBlock, Permute
 
     half, layers = (features + 1) // 2, []

@@ -1,6 +1,6 @@
 """Pyro's couplings and autoregressive layers in the catalogue.
 
-Pyro runs noise → data and lists the noise side first, as the specification lists its masks.
+Pyro runs noise → data, and lists the layer at the noise side first, as the specification lists its masks.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,11 @@ from adapters.networks import ACTIVATIONS
 
 
 def affine(specification: Specification):
-    """``AffineCoupling``: log-scale clamped to [−5, 3], noise → data, with the gradient of no clamp.
+    """``AffineCoupling``. Its log-scale, noise → data, is clamped to [−5, 3].
 
-    The library's coupling leaves the first coordinates unchanged; here a ``Permute`` before and its inverse after make
-    that any mask. Its networks, ``DenseNN``, start at random, not at the identity.
+    Gradients pass through the clamp as if there were none. The library's coupling leaves the first coordinates
+    unchanged. Here a ``Permute`` before it and the inverse one after it make it follow any mask. Its networks,
+    ``DenseNN``, start at random weights, not at the identity.
     """
     context = specification.context_features
 
@@ -40,11 +41,13 @@ def affine(specification: Specification):
 
 
 def spline(specification: Specification, bins: int = 8, tail_bound: float = 4.0, order: str = "quadratic") -> Transform:
-    """``SplineCoupling``, rational quadratic, or linear as is the library's default; its tails are linear.
+    """``SplineCoupling`` with rational-quadratic splines, or rational-linear ones, the library's default.
 
-    Permuted, and started at random, as ``affine``. The coordinates that a mask leaves unchanged stay so, as with the
-    other libraries' couplings (``identity=True``). The library has no conditional one: the context joins the unchanged
-    coordinates. Bins are at least 0.001 of the box wide and high, slopes at least 0.001.
+    Outside [−tail_bound, tail_bound] the splines are the identity. Bins are at least 0.001 of that interval wide and
+    high, and slopes are at least 0.001. As in ``affine``, permutations make the layer follow any mask, and its networks
+    start at random weights. The coordinates that a mask leaves unchanged stay so (``identity=True``), as in the other
+    libraries' couplings. The library's layer takes no context. Here the context is given to it as further coordinates
+    that it leaves unchanged.
     """
     if order not in ("linear", "quadratic"):
         raise ValueError(f"order must be 'linear' or 'quadratic', not {order!r}")
@@ -55,7 +58,7 @@ def spline(specification: Specification, bins: int = 8, tail_bound: float = 4.0,
         network = _network(specification, unchanged, [transformed * width for width in widths])
         width = unchanged + transformed
         layer = transforms.SplineCoupling(width, unchanged, network, bins, tail_bound, order, identity=True)
-        del layer.lower_spline  # of the unchanged coordinates, which identity=True never uses
+        del layer.lower_spline  # the spline of the unchanged coordinates, which identity=True never uses
         return layer
 
     transform = as_transform(ComposeTransformModule(_couplings(specification, coupling, context_features)))
@@ -63,10 +66,11 @@ def spline(specification: Specification, bins: int = 8, tail_bound: float = 4.0,
 
 
 def maf(specification: Specification):
-    """``AffineAutoregressive`` turned round, so that log_prob is the fast direction, after a reversal each.
+    """``AffineAutoregressive``, turned round so that log_prob is the fast direction.
 
-    The library's own direction samples fast. The log-scale, data → noise, is clamped to [−5, 3], with the gradient of
-    no clamp. Its network, ``AutoRegressiveNN``, starts at random and has no hidden layer narrower than the data.
+    In the library's own direction, sampling is fast. Before each layer the order of the coordinates is reversed. The
+    log-scale, data → noise, is clamped to [−5, 3], and gradients pass through the clamp as if there were none. Its
+    network, ``AutoRegressiveNN``, starts at random weights. Its hidden layers must be at least as wide as the data.
     """
     features, widths = specification.features, list(specification.hidden_features)
     if not widths or min(widths) < features:
@@ -90,7 +94,7 @@ def maf(specification: Specification):
 def _couplings(specification: Specification, coupling: Callable, context_features: int = 0) -> list:
     """Couplings that leave the first coordinates unchanged, each between permutations that make it follow its mask.
 
-    A context follows the data as further coordinates, unchanged under every mask.
+    If ``context_features`` is given, so many coordinates are added to each mask, which it leaves unchanged.
     """
     parts = []
     for mask in specification.coupling_masks:
@@ -107,7 +111,7 @@ def _couplings(specification: Specification, coupling: Callable, context_feature
 
 
 def _composed(specification: Specification, parts: list):
-    """The parts, noise side first, as Pyro composes them."""
+    """The parts, listed from the noise side on, as one transform of Pyro's."""
     return (ConditionalComposeTransformModule if specification.context_features else ComposeTransformModule)(parts)
 
 
@@ -128,13 +132,13 @@ def native_affine(features: int, masks: Sequence[Tensor], hidden_features: tuple
     for _ in masks:
         coupling = transforms.affine_coupling(features, hidden_dims=list(hidden_features))
         weight = next(coupling.nn.layers[-1].parameters())
-        nn.init.zeros_(weight)  # as the others start; from Pyro's own start, 64 layers overflow
+        nn.init.zeros_(weight)  # as the other libraries' flows here; with Pyro's own weights 64 layers overflow
         parts += [coupling, transforms.Permute(torch.arange(features).flip(0))]
     base = Independent(Normal(torch.zeros(features), torch.ones(features)), 1)
     flow = TransformedDistribution(base, parts)
 
     def log_prob(x: Tensor) -> Tensor:
-        flow.clear_cache()  # what every training loop in Pyro has to do
+        flow.clear_cache()  # as every training loop in Pyro has to do
         return flow.log_prob(x)
 
     modules = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))

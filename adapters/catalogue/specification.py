@@ -1,13 +1,14 @@
-"""What the files of the catalogue are given, and what they give.
+"""What a file of the catalogue holds: the types of its arguments and results.
 
-A file of the catalogue may have
+A file of the catalogue may have two dictionaries.
 
-- ``FLOWS``, of names that ``build_flow`` takes: ``make(specification, **options)`` gives the transform data → noise,
-  the library's own or nflows';
-- ``NATIVE_FLOWS``, of names that the benchmarks show: ``make(features, masks, hidden_features)`` gives a
-  ``NativeFlow``. A library whose coupling layers know halves only takes the halves, whatever the masks.
+- ``FLOWS`` has the flows of ``build_flow``, by name. Each value is a function ``make(specification, **options)`` that
+  returns the transform data → noise, as nflows' ``Transform`` or as the library's own.
+- ``NATIVE_FLOWS`` has the flows that benchmarks time, by the name that they show. Each value is a function
+  ``make(features, masks, hidden_features)`` that returns a ``NativeFlow``. Where a library's coupling layers can only
+  split the coordinates into halves, it does so and uses only the number of masks.
 
-A file with the name of a bridge is of that bridge's library, and imports the library only when a flow is built.
+A file with the same name as a bridge is for that bridge's library. It imports the library only when a flow is built.
 """
 
 from collections.abc import Callable
@@ -20,14 +21,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Specification:
-    """What every flow of the catalogue is asked for alike, so that a comparison is fair.
+    """The arguments that all flows of the catalogue share, so that a comparison between them is fair.
 
     Attributes:
         features: D, the width of the data.
         layers: how many layers.
         hidden_features: widths of each conditioner's hidden layers.
         context_features: width of the context; ``None`` for an unconditional flow.
-        masks: one mask of D entries a layer, from the noise side to the data side; 1 = unchanged. Floats, on the CPU.
+        masks: one mask for each layer, from the noise side to the data side, each of D floats on the CPU;
+            1 = unchanged.
         activation: name of the conditioners' activation, a key of ``networks.ACTIVATIONS``.
         preprocess: the fixed transform between the data and these layers, if there is one.
     """
@@ -42,7 +44,7 @@ class Specification:
 
     @property
     def coupling_masks(self) -> tuple[Tensor, ...]:
-        """The masks; a ValueError if there is only one coordinate, and so nothing to couple it with."""
+        """The masks of a coupling flow; a ValueError if there is only one coordinate, with nothing to couple."""
         if self.features == 1:
             raise ValueError(
                 "a coupling flow needs at least 2 features, not 1; "
@@ -52,7 +54,7 @@ class Specification:
 
     @property
     def network(self) -> dict[str, Any]:
-        """The keywords of ``networks.MLP`` that follow from the specification."""
+        """The keyword arguments of ``networks.MLP`` that the specification decides."""
         return {
             "hidden_features": self.hidden_features,
             "context_features": self.context_features,
@@ -61,7 +63,7 @@ class Specification:
 
     @property
     def one_hidden_width(self) -> int:
-        """The width of all hidden layers, for networks that have just one; a ValueError if there are several."""
+        """The width of the hidden layers, for networks in which all have the same; a ValueError if they differ."""
         widths = set(self.hidden_features)
         if len(widths) != 1:
             raise ValueError(f"this network has one hidden width, so {self.hidden_features} must all be equal")
@@ -74,8 +76,8 @@ class NativeFlow(NamedTuple):
     Attributes:
         flow: the library's flow.
         log_prob: its own log-density, ``(batch, D)`` → ``(batch,)``.
-        sample: draws so many samples.
-        parameters: what a training changes.
+        sample: draws that many samples.
+        parameters: the parameters that a training changes.
     """
 
     flow: Any

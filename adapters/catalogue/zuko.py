@@ -1,6 +1,6 @@
 """zuko's layers in the catalogue: couplings and autoregressive layers with affine, spline and other transforms.
 
-zuko runs data → noise and lists the data side first, as nflows does, so nothing is turned round.
+zuko runs data → noise and lists the layer at the data side first, both as nflows does.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +16,14 @@ from adapters.networks import ACTIVATIONS
 
 
 class Bracket(nn.Module):
-    """Sets where a ``MonotonicTransform`` looks for its inverse, x in [−bound, bound], and how closely, ±eps.
+    """Sets the interval in which a ``MonotonicTransform`` searches for its inverse, and the error of the search.
 
-    ``Sequential(MNN(…), Bracket(…))`` is a univariate of zuko's, whose ``MNN`` itself fixes them at 10 and 1e-6.
+    ``Sequential(MNN(…), Bracket(…))`` is a univariate transform of zuko's. Its ``MNN`` alone has the fixed values 10
+    and 1e-6.
+
+    Args:
+        bound: the search is in [−bound, bound].
+        eps: the largest error of the result.
     """
 
     def __init__(self, bound: float, eps: float):
@@ -34,7 +39,8 @@ class Bracket(nn.Module):
 def realnvp(specification: Specification) -> nn.Module:
     """``GeneralCouplingTransform`` with ``MonotonicAffineTransform``: its scale, data → noise, is in (0.001, 1000).
 
-    That is e^s with s soft-clipped. The networks have our widths and zuko's start, which is not at the identity.
+    The scale is e^s with s soft-clipped. The networks have our widths, but zuko's initial weights, so that the flow
+    does not start at the identity.
     """
     return _couplings(specification)
 
@@ -42,8 +48,8 @@ def realnvp(specification: Specification) -> nn.Module:
 def nsf(specification: Specification, bins: int = 8, tail_bound: float = 4.0, minimum: float = 1e-3) -> nn.Module:
     """``GeneralCouplingTransform`` with ``MonotonicRQSTransform``: the splines of ``zuko.flows.NSF`` in couplings.
 
-    ``zuko.flows.NSF`` itself is autoregressive and bounds its tails at 5. Outside [−tail_bound, tail_bound] nothing is
-    transformed. The slopes at the knots are in (minimum, 1/minimum), and so are the ratios of bin sizes.
+    ``zuko.flows.NSF`` itself is autoregressive, with a tail bound of 5. Outside [−tail_bound, tail_bound] the splines
+    are the identity. The slopes at the knots and the ratios of bin sizes are in (minimum, 1/minimum).
     """
     check_positive(tail_bound=tail_bound, minimum=minimum)
     transforms = import_zuko().transforms
@@ -55,19 +61,20 @@ def nsf(specification: Specification, bins: int = 8, tail_bound: float = 4.0, mi
 
 
 def maf(specification: Specification) -> nn.Module:
-    """The layers of ``zuko.flows.MAF``, in ascending and descending order by turns: fast log_prob.
+    """The layers of ``zuko.flows.MAF``, whose log_prob is fast. They have no masks to choose.
 
-    The scale, data → noise, is in (0.001, 1000), as in ``realnvp``. There are no masks to choose.
+    The layers take the coordinates in ascending and in descending order by turns. The scale, data → noise, is in
+    (0.001, 1000), as in ``realnvp``.
     """
     return _autoregressive(specification)
 
 
 def bpf(specification: Specification, degree: int = 16, tail_bound: float = 4.0, eps: float = 1e-9) -> nn.Module:
-    """The layers of ``zuko.flows.BPF``, ``BoundedBernsteinTransform``, autoregressive as ``maf``.
+    """The layers of ``zuko.flows.BPF``, ``BoundedBernsteinTransform``, autoregressive as in ``maf``.
 
-    Outside [−tail_bound, tail_bound] (zuko: 5) only a shift by 2·tail_bound·eps is left. That is the polynomial's jump
-    at its ends, too, and ``eps`` is the error of the inverse, a bisection: at zuko's 1e-6, samples of a few layers
-    carry a log_prob that is not theirs.
+    Outside [−tail_bound, tail_bound] (zuko: 5) the transform is a shift by 2·tail_bound·eps, by which the polynomial
+    jumps at its ends, too. ``eps`` is also the error of the inverse, a bisection. At zuko's 1e-6, the log_prob that
+    comes with the samples of a few layers is visibly not that of the samples; here it is 1e-9.
     """
     check_positive(tail_bound=tail_bound, eps=eps)
     transforms = import_zuko().transforms
@@ -76,13 +83,16 @@ def bpf(specification: Specification, degree: int = 16, tail_bound: float = 4.0,
 
 
 def naf(specification: Specification, signal: int = 16, bound: float = 1e6, eps: float = 1e-9) -> nn.Module:
-    """The layers of ``zuko.flows.NAF``, ``MNN``, autoregressive as ``maf``, with nothing in between.
+    """The layers of ``zuko.flows.NAF``, ``MNN``, autoregressive as in ``maf``, without its clips between the layers.
 
-    ``zuko.flows.NAF`` soft-clips to (−11, 11) between layers. The last layer then maps onto an interval only, noise
-    beyond it has no datum, and the density integrates to less than 1. Without the clips it is exactly normalised, but
-    a datum may lie anywhere: the inverse, a bisection, looks in [−bound, bound] (zuko: 10) first, down to ±eps (1e-6).
+    ``zuko.flows.NAF`` soft-clips to (−11, 11) between layers. Its last layer then maps onto an interval only. No data
+    correspond to noise beyond that interval, and the density integrates to less than 1. Without the clips the density
+    is exactly normalised, but the data may lie anywhere. So the inverse, a bisection, starts from [−bound, bound]
+    (zuko: 10), and has an error of at most eps (zuko: 1e-6).
+
     The hidden widths are those of the conditioners and of the monotonic networks, whose activation is zuko's. The
-    latter start at a mean slope of 1 around 0, where zuko's own, of some 0.1, would take eight layers to 1e-8.
+    monotonic networks are scaled so that they start at a mean slope of 1 around 0. zuko's own start at about 0.1, so
+    that eight layers would have a slope of 1e-8.
     """
     return _autoregressive(
         specification, lambda: _monotonic_network(specification, signal, bound, eps), shapes=[(signal,)]
@@ -101,7 +111,7 @@ def _monotonic_network(specification: Specification, signal: int, bound: float, 
 
 
 def _couplings(specification: Specification, **options) -> nn.Module:
-    """Coupling layers under the specification's masks, data side first as zuko lists them."""
+    """Coupling layers under the specification's masks, with the data side first, as zuko lists layers."""
     zuko = import_zuko()
     return zuko.lazy.LazyComposedTransform(
         *(
@@ -112,7 +122,10 @@ def _couplings(specification: Specification, **options) -> nn.Module:
 
 
 def _autoregressive(specification: Specification, univariate: Callable | None = None, **options) -> nn.Module:
-    """Autoregressive layers; ``univariate`` makes the univariate transform of one layer."""
+    """Autoregressive layers, in ascending and descending order by turns.
+
+    ``univariate``, if given, makes the univariate transform of one layer.
+    """
     zuko = import_zuko()
     order = torch.arange(specification.features)
     layers = []
@@ -127,7 +140,7 @@ def _autoregressive(specification: Specification, univariate: Callable | None = 
 
 
 def _common(specification: Specification) -> dict:
-    """What zuko's layers call the specification's numbers."""
+    """The specification as keyword arguments of zuko's layers."""
     return {
         "features": specification.features,
         "context": specification.context_features or 0,

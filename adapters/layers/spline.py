@@ -7,29 +7,30 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
 from adapters.checks import check_bins, check_positive
-from adapters.layers.coupling import PackedCoupling
+from adapters.layers.packed import PackedCoupling
 
-STEEPEST = 1e15  # the largest derivative at a knot: its square is still a float32
+MAX_SLOPE = 1e15  # the largest derivative at a knot: its square is still a float32
 
 
 class MaskedSplineCouplingLayer(PackedCoupling):
-    """z'_d = g_d(z_d) where b_d = 0, with g_d a monotone rational-quadratic spline whose knots are θ_d(z_{b=1}).
+    """z'_d = g_d(z_d) where b_d = 0, with g_d a monotone rational-quadratic spline of parameters θ_d(z_{b=1}).
 
-    On [−B, B] the spline has K bins; outside it is the identity. The knots are K widths, K heights (softmax) and K − 1
-    inner derivatives (softplus), so θ_d has 3K − 1 entries; zeros give equal bins and unit derivatives: the identity.
+    On [−B, B] the spline has K bins. Outside it is the identity. The parameters θ_d are 3K − 1 numbers: K widths and K
+    heights of the bins, each through a softmax, and the K − 1 derivatives at the inner knots, through a softplus. θ = 0
+    gives equal bins and derivatives of 1, which is the identity.
 
     Args:
         conditioner: ``(batch, U)`` → ``(batch, (3K − 1) · T)``; see ``PackedCoupling``.
-        mask: 1 = unchanged.
+        mask: b; 1 = unchanged, 0 = transformed.
         bins: K.
         tail_bound: B, in units of the layer's input.
-        minimum: smallest width and height of a bin, as a share of 2B, and smallest derivative. It limits how sharp an
-            edge and how empty a gap in the density can be.
+        minimum: the smallest width and height of a bin, as a share of 2B, and the smallest derivative. It limits how
+            sharp an edge and how empty a gap in the density can be.
         reads: see ``PackedCoupling``.
 
     Raises:
-        ValueError: as ``PackedCoupling``, unless ``bins`` is an integer of at least 2 and the others are positive, and
-                unless the bins' least widths fit side by side.
+        ValueError: as ``PackedCoupling``; unless ``bins`` is an integer of at least 2 and the other numbers are
+            positive; unless ``bins · minimum`` is below 1.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class MaskedSplineCouplingLayer(PackedCoupling):
     def _spline(self, z: Tensor, parameters: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """g(z) or g⁻¹(z), ``(batch, T)``, and Σ_d log of its slope, ``(batch,)``.
 
-        What belongs to a point's bin is picked out by sums over a mask: no index, no search and no shape depends on the
-        data. The sums below have positive terms only, so that rounding can neither cancel nor turn a sign.
+        The widths, heights and derivatives of the bin in which a point lies are picked out by masked sums over all
+        bins. So no index, no search and no shape depends on the data, and the code compiles and exports. The formulas
+        are written as sums of positive terms only, so that rounding cannot cancel digits or change a sign.
         """
         theta = parameters.view(z.shape[0], self.parameters_per_coordinate, z.shape[1])
         bins, bound, minimum = self.bins, self.tail_bound, self.minimum
@@ -77,7 +79,7 @@ class MaskedSplineCouplingLayer(PackedCoupling):
         unit = math.log(math.expm1(1 - minimum))
         inside = theta[:, 2 * bins :]
         ends = [torch.where(here[:, k], inside, 0).sum(1) for k in (slice(1, None), slice(-1))]
-        left, right = (softplus(torch.stack(ends) + unit) + minimum).clamp(max=STEEPEST)
+        left, right = (softplus(torch.stack(ends) + unit) + minimum).clamp(max=MAX_SLOPE)
         mean = size[:, 1] / size[:, 0]
         share = ((inner - corner[:, given]) / size[:, given]).clamp(0, 1)
         x, one_minus_x = _solve(share, mean, left, right) if inverse else (share, 1 - share)
@@ -87,15 +89,20 @@ class MaskedSplineCouplingLayer(PackedCoupling):
         log_slope = (right * square + 2 * mean * cross + left * other).log() + 2 * (mean / below).log()
         y = x if inverse else (mean * square + left * cross) / below
         outputs = corner[:, found] + size[:, found] * y
-        outside = z.abs() >= bound  # not of a NaN, which goes through the spline as it is
+        outside = z.abs() >= bound  # a NaN is not outside, and goes through the spline as it is
         return torch.where(outside, z, outputs), torch.where(outside, 0, -log_slope if inverse else log_slope).sum(1)
 
 
 def _solve(y: Tensor, mean: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """x and 1 − x of equation 4, for a share y ∈ [0, 1] of the bin's height: the root of equation 6.
 
-    With p = left · (1 − y) − right · y, the discriminant is p² + 4 mean² y (1 − y): never negative. Of the two ways to
-    write the root, the one without a difference is taken.
+    With p = left · (1 − y) − right · y, the discriminant is p² + 4 mean² y (1 − y), which is never negative. The root
+    can be written in two ways; the one that takes no difference of numbers of like size is used.
+
+    Args:
+        y: the share, ``(batch, T)``.
+        mean: the bin's height over its width, s in the paper.
+        left, right: the derivatives at the bin's ends.
     """
     p = left * (1 - y) - right * y
     rise, rest = 2 * mean * y, 2 * mean * (1 - y)

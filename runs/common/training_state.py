@@ -23,7 +23,7 @@ from runs.common.devices import random_state, set_random_state
 from runs.common.recipe import Recipe
 
 STATE = "training.pt"
-FORMAT = 1  # of that file
+FORMAT = 2  # of that file
 AVERAGE_EVERY = 10  # steps; the moving average of the weights is moved once in so many, with the decay to that power
 
 

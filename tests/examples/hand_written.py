@@ -5,8 +5,9 @@ from nflows.transforms import Transform
 from torch import Tensor, nn
 
 from adapters.layers.autoregressive import AutoregressiveMLP, MaskedAutoregressiveLayer
-from adapters.layers.coupling import MaskedCouplingLayer, PackedComposite, PackedCouplingLayer
+from adapters.layers.coupling import MaskedCouplingLayer
 from adapters.layers.histogram import MaskedHistogramCouplingLayer
+from adapters.layers.packed import PackedAffineCouplingLayer, PackedComposite
 from adapters.layers.spline import MaskedSplineCouplingLayer, spline_parameters
 from adapters.masks import checkerboard_mask, random_mask
 from adapters.networks import MLP, ConvNet
@@ -39,11 +40,11 @@ EXAMPLES = {
         (3,),
         context_features=2,
     ),
-    "packed": Example(lambda: PackedCouplingLayer(MLP(3, 4), checkerboard_mask(5)), (5,)),
-    "packed-unbounded": Example(lambda: PackedCouplingLayer(MLP(3, 6), random_mask(6), scale_bound=None), (6,)),
-    "packed-image": Example(lambda: PackedCouplingLayer(MLP(6, 12), checkerboard_mask(1, 3, 4)), (1, 3, 4)),
+    "packed": Example(lambda: PackedAffineCouplingLayer(MLP(3, 4), checkerboard_mask(5)), (5,)),
+    "packed-unbounded": Example(lambda: PackedAffineCouplingLayer(MLP(3, 6), random_mask(6), scale_bound=None), (6,)),
+    "packed-image": Example(lambda: PackedAffineCouplingLayer(MLP(6, 12), checkerboard_mask(1, 3, 4)), (1, 3, 4)),
     "packed-conv": Example(
-        lambda: PackedCouplingLayer(
+        lambda: PackedAffineCouplingLayer(
             ConvNet(checkerboard_mask(4, 4), 1 - checkerboard_mask(4, 4), 2, (4,), 3, "tanh"), checkerboard_mask(4, 4)
         ),
         (4, 4),
@@ -51,14 +52,16 @@ EXAMPLES = {
     ),
     "packed-composite": Example(
         lambda: PackedComposite(
-            PackedCouplingLayer(MLP(int(mask.sum()), 2 * int((1 - mask).sum()), context_features=2), mask)
+            PackedAffineCouplingLayer(MLP(int(mask.sum()), 2 * int((1 - mask).sum()), context_features=2), mask)
             for mask in (checkerboard_mask(1, 1, 5), 1 - checkerboard_mask(1, 1, 5), checkerboard_mask(1, 1, 5))
         ),
         (1, 1, 5),
         context_features=2,
     ),
     "packed-context": Example(
-        lambda: PackedCouplingLayer(MLP(1, 4, context_features=2), torch.tensor([0, 1, 0])), (3,), context_features=2
+        lambda: PackedAffineCouplingLayer(MLP(1, 4, context_features=2), torch.tensor([0, 1, 0])),
+        (3,),
+        context_features=2,
     ),
     "spline": Example(lambda: MaskedSplineCouplingLayer(MLP(3, 2 * spline_parameters(8)), checkerboard_mask(5)), (5,)),
     "spline-context": Example(
