@@ -1,0 +1,360 @@
+"""The few quantities that all laws and all mistakes are judged by: what came out, what was claimed, and what is true.
+
+A ``Pass`` is one direction of a layer at a few rows: outputs y, the log-determinant that came with them, autograd's
+Jacobian J and its log|det J|, and what each network inside was given and gave. ``Evidence`` holds the passes. Below them
+are the measures of one number that the laws share with others: ``distance``, ``roughness`` and ``mass_error``.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adapters.check.subject import FORWARD, INVERSE, Hangs, Subject, Wrong
+
+EXACT = 1e-6  # relative error up to which two values that float64 gives are the same
+TRIP = 1e-4  # of a round trip, likewise: some libraries search for their inverses
+MOVED, HALVINGS = 0.3, 5  # standard deviation of what moves the parameters, and how often it may be halved
+LARGEST, WORST = 1e4, 1e6  # |f(x)| and condition number of J up to which float64 tells right from wrong
+SETTLING = 30  # passes in training mode after which running statistics are near the data's
+WIDE = 64  # of so many coordinates, fewer rows are tried
+STEP = 1e-6  # h of ``roughness``
+CELLS = 20  # along an axis, of the rectangles of ``mass_error``
+
+
+class Seen(NamedTuple):
+    """What one network inside the layer was given and gave, and its name."""
+
+    name: str
+    given: Tensor
+    gave: Tensor
+
+
+@dataclass
+class Pass:
+    """One direction at rows x.
+
+    Attributes:
+        direction: forward or inverse.
+        x, context, y, log_det: what it was given and gave, ``(rows, *event_shape)`` and ``(rows,)``.
+        seen: what each network inside was given and gave.
+        function: maps rows and their contexts to ``(y, log_det)``.
+    """
+
+    direction: str
+    x: Tensor
+    context: Tensor | None
+    y: Tensor
+    log_det: Tensor
+    seen: list[Seen]
+    function: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] = field(repr=False)
+
+    @cached_property
+    def jacobian(self) -> Tensor:
+        """J of each row by autograd, ``(rows, D, D)``. Each row of y must depend on its own row of x alone."""
+        found = torch.autograd.functional.jacobian(lambda x: self.function(x, self.context)[0].sum(0), self.x)
+        size = self.x[0].numel()
+        return found.movedim(self.y.dim() - 1, 0).reshape(len(self.x), size, size)
+
+    @cached_property
+    def slopes(self) -> Tensor:
+        """J by central differences, which see what a ``detach`` hides from autograd."""
+        columns, step = [], 1e-4  # where float64's rounding and the third derivative both come to about 1e-9
+        with torch.no_grad():
+            for unit in torch.eye(self.x[0].numel(), dtype=self.x.dtype).view(-1, *self.x.shape[1:]):
+                above, below = (self.function(self.x + h * unit, self.context)[0] for h in (step, -step))
+                columns.append((above - below).flatten(1) / (2 * step))
+        return torch.stack(columns, 2)
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """log|det J| of each row, by autograd."""
+        return torch.linalg.slogdet(self.jacobian).logabsdet
+
+    @property
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """x and y, ``(rows, D)``."""
+        return self.x.flatten(1), self.y.flatten(1)
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """Of each coordinate, whether it came out as it went in, in all rows."""
+        x, y = self.flat
+        return (x - y).abs().le(EXACT).all(0)
+
+    @cached_property
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        """a and t, ``(rows, D)``, if y = a ⊙ x + t with a and t the same for all values of the changed coordinates."""
+        among = self.jacobian[:, ~self.kept][:, :, ~self.kept]
+        a = self.jacobian.diagonal(dim1=1, dim2=2)
+        if not same(among, torch.diag_embed(among.diagonal(dim1=1, dim2=2))):
+            return None
+        x, y = self.flat
+        return a, y - a * x
+
+    @cached_property
+    def gave(self) -> list[tuple[str, Tensor]]:
+        """All that may be s or t, by name: whatever a network gave in the event's shape, or in halves of its own."""
+        size = self.x[0].numel()
+        found = []
+        for name, _, value in self.seen:
+            flat = value.flatten(1)
+            if flat.shape[1] == size:
+                found.append((name, flat))
+            elif flat.shape[1] == 2 * size:
+                found += [(f"half of {name}", part) for part in value.chunk(2, 1)]
+                found += [(f"half of {name}", part) for part in value.chunk(2, -1)] if value.dim() > 2 else []
+        found = [(name, value.flatten(1)) for name, value in found]
+        return found + [(f"tanh of {name}", value.tanh()) for name, value in found]
+
+    def networks(self, formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[str, Tensor, str, Tensor] | None:
+        """Name and value of s and of t with y = formula(x, s, t) on the changed coordinates, if there are such two."""
+        x, y = (flat[:, ~self.kept] for flat in self.flat)
+        for s_name, s in self.gave:
+            for t_name, t in self.gave:
+                if s is not t and same(formula(x, s[:, ~self.kept], t[:, ~self.kept]), y):
+                    return s_name, s, t_name, t
+        return None
+
+
+def equation_15(z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    return z * s.exp() + t
+
+
+def equation_16(z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    return (z - t) * (-s).exp()
+
+
+class Evidence:
+    """A copy of the subject in float64, its parameters moved away from their start, and what it makes of a few rows.
+
+    Many a layer begins as the identity, where much that is wrong does not show. Where the move makes it so steep that
+    float64 itself would be at fault, it is halved. Running statistics, as of batch normalisation, first settle.
+
+    Args:
+        make: gives a new copy of the subject, in float64.
+        event_shape, context_features: as for ``check``.
+
+    Attributes:
+        subject: the copy, in evaluation mode.
+        x: rows for ``forward``; z: rows for ``inverse``; context: a row for each, or None.
+        unit: whether the rows lie in (0, 1), since others are not taken.
+
+    Raises:
+        Wrong: if it can't be called.
+    """
+
+    def __init__(self, make: Callable[[], Subject], event_shape: tuple[int, ...], context_features: int | None):
+        self.make, self.event_shape, self.size, self.unit = make, event_shape, math.prod(event_shape), False
+        self.rows = 7 if self.size <= WIDE else 2
+        while self.rows in (*event_shape, self.size):  # so that no dimension is taken for another
+            self.rows += 1
+        self.context = None if context_features is None else points(self.rows, (context_features,), 3)
+        self.x, self.z = points(self.rows, event_shape, 1), points(self.rows, event_shape, 2)
+        try:
+            self._move()
+        except Hangs:
+            raise
+        except Wrong:
+            self.x, self.unit = torch.sigmoid(self.x), True  # such as a logit's data
+            try:
+                self._move()
+            except Wrong:
+                self.x, self.unit = points(self.rows, event_shape, 1), False
+                self._move()
+
+    def _move(self) -> None:
+        for halving in range(HALVINGS + 1):
+            self.scale = MOVED / 2**halving
+            try:
+                self.subject = self.moved()
+                if self._tame():
+                    return
+            except Hangs:
+                raise
+            except Wrong:  # many a library's layer raises where it is too steep
+                if halving == HALVINGS:
+                    raise
+
+    def moved(self) -> Subject:
+        """A new copy at the same random parameters, settled, in evaluation mode."""
+        subject = self.make()
+        move(subject.module, self.scale)
+        settle(subject, self.x, self.context)
+        subject.module.eval()
+        return subject
+
+    def _tame(self) -> bool:
+        with torch.no_grad():
+            y, _ = self.subject.run(FORWARD, self.x, self.context)
+        return not y.isfinite().all() or bool((y.abs() <= LARGEST).all())
+
+    def passed(self, direction: str, x: Tensor) -> Pass:
+        """What that direction makes of x.
+
+        Raises:
+            Wrong: as ``Subject.run``.
+        """
+
+        def function(rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+            return self.subject.run(direction, rows, context)
+
+        with torch.no_grad(), watching(self.subject.module) as seen:
+            y, log_det = function(x.clone(), self.context)
+        return Pass(direction, x, self.context, y, log_det, seen, function)
+
+    @cached_property
+    def forward(self) -> Pass:
+        return self.passed(FORWARD, self.x)
+
+    @cached_property
+    def back(self) -> Pass:
+        """inverse at forward's outputs."""
+        return self.passed(INVERSE, self.forward.y)
+
+    @cached_property
+    def inverse(self) -> Pass:
+        """inverse at rows of its own or, where it does not take them, at forward's outputs."""
+        try:
+            found = self.passed(INVERSE, self.z)
+        except Wrong:
+            return self.back
+        return found if found.y.isfinite().all() else self.back
+
+    @cached_property
+    def forth(self) -> Pass:
+        """forward at inverse's outputs."""
+        return self.passed(FORWARD, self.inverse.y)
+
+    def at(self, direction: str) -> Pass:
+        return self.forward if direction == FORWARD else self.inverse
+
+    @cached_property
+    def mask(self) -> tuple[str, Tensor] | None:
+        """Name and flat values, true and false, of the layer's own mask, in which 1 means unchanged."""
+        for name, value in own_tensors(self.subject.transform):
+            named = name.lower().strip("_") == "b" or "mask" in name.lower()
+            if (
+                named
+                and value.numel() == self.size
+                and ((value == 0) | (value == 1)).all()
+                and value.unique().numel() == 2
+            ):
+                return name, value.detach().flatten().bool()
+        return None
+
+
+def points(rows: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Standard normal numbers, made short to read: hundredths, none of which is a likely edge of a bin."""
+    normal = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ((normal * 20).round() * 5 + 1) / 100
+
+
+def move(module: nn.Module, scale: float) -> None:
+    """Add N(0, scale²) to every parameter that is trained."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters()):
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+@torch.no_grad()
+def settle(subject: Subject, x: Tensor, context: Tensor | None) -> None:
+    """Pass the data through in training mode for as long as that changes a buffer."""
+    subject.module.train()
+    for _ in range(SETTLING):
+        before = [buffer.clone() for buffer in subject.module.buffers()]
+        subject.run(subject.scores, x.clone(), context)
+        if all(map(torch.equal, before, subject.module.buffers())):
+            return
+
+
+@contextmanager
+def watching(module: nn.Module) -> Iterator[list[Seen]]:
+    """What each module inside is given and gives, where both are one tensor."""
+    seen: list[Seen] = []
+
+    def watch(name: str) -> Callable:
+        def note(_, given: tuple, gave) -> None:
+            if given and isinstance(given[0], Tensor) and isinstance(gave, Tensor):
+                seen.append(Seen(name, given[0].clone(), gave.clone()))
+
+        return note
+
+    handles = [part.register_forward_hook(watch(name)) for name, part in module.named_modules() if name]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def own_tensors(thing) -> list[tuple[str, Tensor]]:
+    """The tensors that an object itself holds, not its submodules: parameters, buffers and plain attributes."""
+    kept = {**getattr(thing, "_parameters", {}), **getattr(thing, "_buffers", {}), **getattr(thing, "__dict__", {})}
+    return [(name, value) for name, value in kept.items() if isinstance(value, Tensor)]
+
+
+def same(found: Tensor, wanted: Tensor, tolerance: float = EXACT) -> bool:
+    """Whether all values agree, relative to their sizes; nothing agrees with NaN, nor with another shape."""
+    return found.shape == wanted.shape and bool(((found - wanted).abs() <= tolerance * (1 + wanted.abs())).all())
+
+
+def distance(found: Tensor, wanted: Tensor) -> Tensor:
+    """Of each row, the largest |found − wanted| / (1 + |wanted|); NaN where anything is NaN."""
+    return ((found - wanted).abs() / (1 + wanted.abs())).flatten(1).amax(1)
+
+
+@torch.no_grad()
+def roughness(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> float:
+    """How rough outputs and log-determinant are over steps of h: the median over the rows, for kinks' sake.
+
+    Of a smooth function, |f(x + h) − 2 f(x) + f(x − h)| is about h² and |f(x + h) − f(x − h)| about h. Where float32 is
+    within, either has its rounding, 1e-7.
+    """
+    step = STEP * torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
+    (below, low), (here, middle), (above, high) = (function(x + k * step) for k in (-1, 0, 1))
+    below, here, above = below.flatten(1), here.flatten(1), above.flatten(1)
+    rough = (above - 2 * here + below).norm(dim=1) / ((above - below).norm(dim=1) + STEP)
+    rough_log_det = (high - 2 * middle + low).abs() / ((high - low).abs() + STEP)
+    return max(rough.median().item(), rough_log_det.median().item())
+
+
+@torch.no_grad()
+def mass_error(
+    log_prob: Callable[[Tensor], Tensor], drawn: Tensor, low: Tensor, high: Tensor, grid: int
+) -> tuple[float, float]:
+    """∫p over a box of two dimensions, and the largest |∫p − share of the draws| over rectangles that begin at its corner.
+
+    Mass outside the box does no harm, and lost mass is seen. ∫p is by the midpoint rule on grid² cells, smaller towards
+    the borders, where a density may rise steeply.
+
+    Args:
+        log_prob: of ``(n, 2)``.
+        drawn: samples, ``(n, 2)``.
+        low, high: corners of the box, ``(2,)``.
+        grid: a multiple of ``CELLS``.
+    """
+    middles = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    weights = 6 * middles * (1 - middles) / grid
+    where = low + (high - low) * _crowded(torch.cartesian_prod(middles, middles))
+    values = torch.cat([log_prob(chunk).exp() for chunk in where.split(50_000)]).reshape(grid, grid)
+    values = values * weights * weights[:, None] * (high - low).prod()
+    parts = grid // CELLS
+    mass = values.reshape(CELLS, parts, CELLS, parts).sum((1, 3))
+    edges = _crowded(torch.arange(CELLS + 1, dtype=torch.float64) / CELLS)
+    place = torch.bucketize(((drawn - low) / (high - low)).contiguous(), edges, right=True) - 1
+    place = place[((place >= 0) & (place < CELLS)).all(1)]
+    share = torch.bincount(place @ torch.tensor([CELLS, 1]), minlength=CELLS**2).reshape(CELLS, CELLS) / len(drawn)
+    errors = (mass - share).cumsum(0).cumsum(1).abs()
+    return mass.sum().item(), errors.max().item() if not errors.isnan().any() else math.nan
+
+
+def _crowded(u: Tensor) -> Tensor:
+    """From [0, 1] onto itself, crowded at both ends."""
+    return u**2 * (3 - 2 * u)
