@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adapters.check.subject import FORWARD, INVERSE, Hangs, Subject, Wrong
+from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, Wrong
 
 EXACT = 1e-6  # relative error up to which two values that float64 gives are the same
 TRIP = 1e-4  # of a round trip, likewise: some libraries search for their inverses
@@ -57,7 +57,7 @@ class Pass:
     @cached_property
     def jacobian(self) -> Tensor:
         """J of each row by autograd, ``(rows, D, D)``. Each row of y must depend on its own row of x alone."""
-        found = torch.autograd.functional.jacobian(lambda x: self.function(x, self.context)[0].sum(0), self.x)
+        found = torch.autograd.functional.jacobian(lambda x: self.function(x.clone(), self.context)[0].sum(0), self.x)
         size = self.x[0].numel()
         return found.movedim(self.y.dim() - 1, 0).reshape(len(self.x), size, size)
 
@@ -139,17 +139,26 @@ class Evidence:
     Args:
         make: gives a new copy of the subject, in float64.
         event_shape, context_features: as for ``check``.
+        may_lack_inverse: whether it is no mistake to have none, as for a flow that can only score.
 
     Attributes:
         subject: the copy, in evaluation mode.
         x: rows for ``forward``; z: rows for ``inverse``; context: a row for each, or None.
+        forward: what it makes of x.
+        one_way: whether it has no inverse, rightly.
         unit: whether the rows lie in (0, 1), since others are not taken.
 
     Raises:
         Wrong: if it can't be called.
     """
 
-    def __init__(self, make: Callable[[], Subject], event_shape: tuple[int, ...], context_features: int | None):
+    def __init__(
+        self,
+        make: Callable[[], Subject],
+        event_shape: tuple[int, ...],
+        context_features: int | None,
+        may_lack_inverse: bool = False,
+    ):
         self.make, self.event_shape, self.size, self.unit = make, event_shape, math.prod(event_shape), False
         self.rows = 7 if self.size <= WIDE else 2
         while self.rows in (*event_shape, self.size):  # so that no dimension is taken for another
@@ -167,6 +176,13 @@ class Evidence:
             except Wrong:
                 self.x, self.unit = points(self.rows, event_shape, 1), False
                 self._move()
+        self.one_way = False
+        try:
+            self.back  # noqa: B018 (measured here, so that it may fail here)
+        except NoInverse:
+            self.one_way = may_lack_inverse
+            if not may_lack_inverse:
+                raise
 
     def _move(self) -> None:
         for halving in range(HALVINGS + 1):
@@ -190,9 +206,17 @@ class Evidence:
         return subject
 
     def _tame(self) -> bool:
-        with torch.no_grad():
-            y, _ = self.subject.run(FORWARD, self.x, self.context)
-        return not y.isfinite().all() or bool((y.abs() <= LARGEST).all())
+        """Whether float64 can tell a right map from a wrong one here; what is not finite is for the laws to judge."""
+        self.forward = self.passed(FORWARD, self.x)
+        y = self.forward.y
+        if y.shape != self.x.shape or not y.isfinite().all():
+            return True
+        try:
+            stretched = torch.linalg.svdvals(self.forward.jacobian)
+        except RuntimeError:  # what autograd can't go through, the laws say
+            return True
+        worst = (stretched[:, 0] / stretched[:, -1])[stretched[:, -1] > 0]  # a singular one is not steep, but wrong
+        return bool((y.abs() <= LARGEST).all() and (stretched <= LARGEST).all() and (worst <= WORST).all())
 
     def passed(self, direction: str, x: Tensor) -> Pass:
         """What that direction makes of x.
@@ -209,8 +233,9 @@ class Evidence:
         return Pass(direction, x, self.context, y, log_det, seen, function)
 
     @cached_property
-    def forward(self) -> Pass:
-        return self.passed(FORWARD, self.x)
+    def passes(self) -> tuple[Pass, ...]:
+        """Both directions at the same points: forward, and inverse at its outputs if there is an inverse."""
+        return (self.forward,) if self.one_way else (self.forward, self.back)
 
     @cached_property
     def back(self) -> Pass:

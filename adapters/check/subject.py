@@ -36,6 +36,10 @@ class Hangs(Wrong):
     """A call that did not come back in time: it is not tried again."""
 
 
+class NoInverse(Wrong):
+    """There is none."""
+
+
 class TookTooLong(BaseException):
     """Not an ``Exception``: the user's own ``except Exception`` must not swallow it."""
 
@@ -114,9 +118,9 @@ class Subject:
                 f"{name} has not come back within {self.seconds:g} s: is there a loop that does not end?{_line()}"
             ) from None
         except (InverseNotAvailable, NotImplementedError):
-            if name != INVERSE:
-                raise Wrong(f"{name} is not available") from None
-            raise Wrong(f"it has no inverse: {WRITE_INVERSE}") from None
+            if name not in (INVERSE, "sample"):
+                raise Wrong(f"{name} is not written yet") from None
+            raise NoInverse(f"it has no inverse: {WRITE_INVERSE}") from None
         except Exception as error:
             raise Wrong(f"{name} raises {said(error)}") from error
 
@@ -131,7 +135,7 @@ class Subject:
         if not callable(self.transform):
             raise Wrong(f"{kind(self.thing)} can't be called: write def forward(self, z), which returns z', log_det")
         if not callable(getattr(self.transform, INVERSE, None)):
-            raise Wrong(f"it has no inverse: {WRITE_INVERSE}")
+            raise NoInverse(f"it has no inverse: {WRITE_INVERSE}")
         always = isinstance(self.transform, Transform)
         for direction in (FORWARD, INVERSE):
             function = getattr(self.transform, direction, self.transform)
