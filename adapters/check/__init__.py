@@ -1,4 +1,4 @@
-"""Is my layer right? The laws of every flow, held against anybody's layer, and the usual mistakes behind their failures.
+"""Is my layer right? The laws of every flow, held against anybody's layer, and the mistakes that explain a failure.
 
 ``check`` is the whole of it in Python, ``python -m adapters.check my_layer:MyLayer`` on a command line.
 
@@ -10,6 +10,7 @@
 """
 
 import copy
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ from nflows.flows import Flow
 from adapters.check.laws import LAWS, REMARK, RIGHT, UNASKED, WRONG, Finding, Law
 from adapters.check.measure import Evidence
 from adapters.check.mistakes import Diagnosis, diagnose
-from adapters.check.subject import Subject, Wrong, known, said
+from adapters.check.subject import INVERSE, Subject, Wrong, known, said
 from adapters.checks import sizes
 
-SECONDS = 8.0
+SECONDS = 8.0  # that one call may take
+WIDTH = 110  # of the report's lines
 
 
 class WrongLayer(AssertionError):
@@ -120,11 +122,21 @@ def _report(thing: Any, event_shape: tuple[int, ...], context_features: int | No
         findings[law.name] = finding
         if finding.verdict != WRONG or any(law.name in diagnosis.explains for diagnosis in diagnoses):
             continue
+        diagnosis = diagnose(evidence, law.name)
         if finding.mistake:
-            diagnoses.append(Diagnosis(finding.mistake, finding.remedy, (law.name,)))
-        elif diagnosis := diagnose(evidence, law.name):
-            diagnoses.append(diagnosis)
+            diagnosis = Diagnosis(finding.mistake, finding.remedy, (law.name, *finding.explains))
+        if diagnosis:
+            diagnoses = _joined(diagnoses, diagnosis)
     return Report(name, findings, diagnoses)
+
+
+def _joined(diagnoses: list[Diagnosis], new: Diagnosis) -> list[Diagnosis]:
+    """With one more; the same mistake in the other direction needs no second explanation."""
+    before = next((one for one in diagnoses if one.mistake == new.mistake), None)
+    if before is None:
+        return [*diagnoses, new]
+    both = before._replace(explains=before.explains + new.explains, words=f"{before.words}\nThe same in {INVERSE}")
+    return [both if one is before else one for one in diagnoses]
 
 
 def _measured(law: Law, evidence: Evidence, findings: dict[str, Finding]) -> Finding:
@@ -134,7 +146,7 @@ def _measured(law: Law, evidence: Evidence, findings: dict[str, Finding]) -> Fin
         return law.measure(evidence)
     except Wrong as error:
         return Finding(WRONG, str(error))
-    except Exception as error:  # whatever autograd says of the user's own functions
+    except RuntimeError as error:  # what autograd says of the user's own functions
         return Finding(WRONG, said(error))
 
 
@@ -167,18 +179,22 @@ def _lines(report: Report) -> list[str]:
             lines.append(f"{verdict} {titles[law]}" + f" ({words})" * bool(words))
         elif verdict in (WRONG, REMARK):
             lines.append(f"{verdict} {titles[law]}: {words}")
-    blocked = [titles[law] for law, finding in report.findings.items() if finding == (UNASKED, BLOCKED, "", "")]
-    if blocked:
-        lines += [f"{UNASKED} not asked before these hold: {'; '.join(blocked)}"]
+    if blocked := sum(finding.words == BLOCKED for finding in report.findings.values()):
+        lines.append(f"{UNASKED} {blocked} more can't be asked before these hold")
     held = sum(finding.verdict in (RIGHT, REMARK) for finding in report.findings.values())
     if report:
         return [*lines, "", f"Right: {held} laws hold."]
     lines += ["", f"Wrong: {len(report.broken)} of {held + len(report.broken)} laws are broken."]
     explained = {law for diagnosis in report.diagnoses for law in diagnosis.explains}
     for number, diagnosis in enumerate(report.diagnoses, 1):
-        lines.append(f"{number}. {diagnosis.mistake[0].upper()}{diagnosis.mistake[1:]}.")
-        lines += [f"   {diagnosis.words[0].upper()}{diagnosis.words[1:]}."] if diagnosis.words else []
-    if unexplained := [titles[law] for law in report.broken if law not in explained]:
-        if list(report.findings) != [LAWS[0].name]:
-            lines.append(f"No usual mistake explains this one: {'; '.join(unexplained)}.")
+        lines += ["", f"{number}. {_sentence(diagnosis.mistake)}"]
+        for part in filter(None, diagnosis.words.split("\n")):
+            lines += textwrap.wrap(_sentence(part), WIDTH, initial_indent="   ", subsequent_indent="   ")
+    unexplained = [titles[law] for law in report.broken if law not in explained]
+    if unexplained and len(report.findings) > 1:  # what could not be called at all has said so in its one line
+        lines += ["", f"None of the usual mistakes explains these numbers: {'; '.join(unexplained)}."]
     return lines
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from adapters.check.measure import Evidence, Pass, equation_15, equation_16, roughness, same
-from adapters.check.subject import FORWARD, INVERSE
+from adapters.check.subject import FORWARD, INVERSE, place
 
 EQUATIONS = {
-    15: "equation 15, z' = b ⊙ z + (1 − b) ⊙ (z ⊙ exp(s(b ⊙ z)) + t(b ⊙ z))",
-    16: "equation 16, z = b ⊙ z' + (1 − b) ⊙ ((z' − t(b ⊙ z')) ⊙ exp(−s(b ⊙ z')))",
-    17: "equation 17, log|det J_T(z)| = Σ_d (1 − b_d) s_d(b ⊙ z)",
+    15: "Equation 15 of the exercise: z' = b ⊙ z + (1 − b) ⊙ (z ⊙ exp(s(b ⊙ z)) + t(b ⊙ z))",
+    16: "Equation 16 of the exercise: z = b ⊙ z' + (1 − b) ⊙ ((z' − t(b ⊙ z')) ⊙ exp(−s(b ⊙ z')))",
+    17: "Equation 17 of the exercise: log|det J_T(z)| = Σ_d (1 − b_d) s_d(b ⊙ z)",
 }
 ALL = ("mask", "round_trip", "forward_log_det", "inverse_log_det", "equations", "samples", "mass")
 
@@ -67,9 +67,13 @@ def diagnose(e: Evidence, law: str) -> Diagnosis | None:
     return None
 
 
+def _at(e: Evidence, direction: str) -> str:
+    return place(e.subject.transform, direction)
+
+
 def _coupling(e: Evidence, number: int) -> str:
-    """The equation, for a layer with a mask, of which it may be one."""
-    return f" ({EQUATIONS[number]})" if e.mask is not None else ""
+    """The equation, on a line of its own, for a layer with a mask, of which it may be one."""
+    return f"\n{EQUATIONS[number]}" if e.mask is not None else ""
 
 
 # Which coordinates are transformed
@@ -81,7 +85,7 @@ def mask_drawn_anew(e: Evidence, law: str) -> str | None:
         kept = {tuple(e.passed(p.direction, p.x).kept.tolist()) for _ in range(8)}
         if len(kept) > 1 and any(map(any, kept)):
             return (
-                f"{p.direction} leaves other coordinates unchanged in each call: draw the mask once, in __init__, and keep "
+                f"{_at(e, p.direction)} leaves other coordinates unchanged in each call: draw the mask once, in __init__, and keep "
                 "it by self.register_buffer('mask', mask) (exercise 2.5: “not randomized at every call”)"
             )
     return None
@@ -120,7 +124,7 @@ def swapped(e: Evidence, law: str) -> str | None:
     which = FORWARD if e.mask is not None and torch.equal(inverse, e.mask[1]) else INVERSE
     return (
         f"forward leaves coordinates {_indices(forward)} unchanged, inverse {_indices(inverse)}: both must leave the same "
-        f"ones, those where b = 1; mend {which}{_coupling(e, 15 if which == FORWARD else 16)}"
+        f"ones, those where b = 1; mend {_at(e, which)}{_coupling(e, 15 if which == FORWARD else 16)}"
     )
 
 
@@ -148,7 +152,7 @@ def factor_missing_in_outputs(e: Evidence, law: str) -> str | None:
                 for what, wanted in (("b ⊙ z + ", x + whole), ("", whole)):
                     if s is not t and same(y[:, b], wanted[:, b]) and same(y[:, ~b], whole[:, ~b]):
                         return (
-                            f"{p.direction} returns {what}the transformed z everywhere, with s from {s_name} and t from "
+                            f"{_at(e, p.direction)} returns {what}the transformed z everywhere, with s from {s_name} and t from "
                             f"{t_name}: multiply that by (1 − b), and add b ⊙ z{_coupling(e, equation)}"
                         )
     return None
@@ -160,7 +164,7 @@ def nothing_kept(e: Evidence, law: str) -> str | None:
     for p, equation in ((e.forward, 15), (e.inverse, 16)):
         if not p.kept.any():
             return (
-                f"{p.direction} changes every coordinate, whatever {e.mask[0]} says: z must come through where b = 1"
+                f"{_at(e, p.direction)} changes every coordinate, whatever {e.mask[0]} says: z must come through where b = 1"
                 f"{_coupling(e, equation)}"
             )
     return None
@@ -180,7 +184,7 @@ def unmasked(e: Evidence, law: str) -> str | None:
             given = given.flatten(1)
             if given.shape == x.shape and same(given, x) and x[:, ~kept].abs().max() > 0:
                 return (
-                    f"{p.direction} gives all of z to {name.split('.')[0]}, so that the transformed coordinates depend on "
+                    f"{_at(e, p.direction)} gives all of z to {name.split('.')[0]}, so that the transformed coordinates depend on "
                     f"one another: give it b ⊙ z{_coupling(e, equation)}"
                 )
     p, kept = e.forward, e.forward.kept
@@ -246,12 +250,12 @@ def batch_mean_seen_by_rows(e: Evidence, law: str) -> str | None:
     for p in (e.forward, e.back):
         for divisor in (1, e.size, int((~p.kept).sum())):
             if same(p.log_det, (p.exact.mean() / max(divisor, 1)).expand_as(p.log_det)):
-                return f"{p.direction} returns the mean of all rows for each of them: {_sum_it(e)}"
+                return f"{_at(e, p.direction)} returns the mean of all rows for each of them: {_sum_it(e)}"
     return None
 
 
 def _summed(e: Evidence, p: Pass) -> str:
-    return f"{p.direction} returns the sum of all rows' log-determinants for each of them: {_sum_it(e)}"
+    return f"{_at(e, p.direction)} returns the sum of all rows' log-determinants for each of them: {_sum_it(e)}"
 
 
 def _sum_it(e: Evidence) -> str:
@@ -287,7 +291,7 @@ def _inverse_is(name: str) -> Callable:
         changed = ~e.forward.kept
         a, t = (part[:, changed] for part in e.forward.affine)
         y, found = (flat[:, changed] for flat in e.back.flat)
-        return f"{remedy}{_coupling(e, 16)}" if same(found, formula(y, a, t)) else None
+        return f"in {_at(e, INVERSE)} {remedy}{_coupling(e, 16)}" if same(found, formula(y, a, t)) else None
 
     return explain
 
@@ -317,24 +321,12 @@ def _log_det(name: str, explains: tuple[str, ...] = ()) -> Callable:
         def of_law(e: Evidence, law: str) -> str | None:
             p = e.at(law.removesuffix("_log_det"))
             words = explain(e, p)
-            return f"in {p.direction}: {words}" if words else None
+            return f"in {_at(e, p.direction)}: {words}" if words else None
 
         mistake(name, "forward_log_det", "inverse_log_det", explains=("samples", "mass", *explains))(of_law)
         return explain
 
     return register
-
-
-@_log_det("detached, or under no_grad", ("gradients",))
-def detached(e: Evidence, p: Pass) -> str | None:
-    if p.x[0].numel() > 64 or same(p.jacobian, p.slopes, 1e-4):
-        return None
-    true = torch.linalg.slogdet(p.slopes).logabsdet
-    right = "its log_det is right" if same(p.log_det, true, 1e-4) else "its log_det is wrong as well"
-    return (
-        "autograd's Jacobian is not the one that small steps of z show: something cuts the graph, detach(), no_grad(), "
-        f".data or numpy, and gradients will be wrong; {right}"
-    )
 
 
 @_log_det("wrong sign of the log-determinant")
@@ -450,6 +442,18 @@ def multiple(e: Evidence, p: Pass) -> str | None:
     return None
 
 
+@_log_det("detached, or under no_grad", ("gradients",))
+def detached(e: Evidence, p: Pass) -> str | None:
+    if p.x[0].numel() > 64 or same(p.jacobian, p.slopes, 1e-3):
+        return None
+    true = torch.linalg.slogdet(p.slopes).logabsdet
+    right = "its log_det is right" if same(p.log_det, true, 1e-3) else "its log_det is wrong as well"
+    return (
+        "autograd's Jacobian is not the one that small steps of z show: something cuts the graph, detach(), no_grad(), "
+        f".data or numpy, and gradients will be wrong; {right}"
+    )
+
+
 @_log_det("float32 inside")
 def float32(e: Evidence, p: Pass) -> str | None:
     rough = roughness(lambda x: p.function(x, p.context), p.x)
@@ -464,8 +468,8 @@ def float32(e: Evidence, p: Pass) -> str | None:
 @mistake("the direction is data → noise where noise → data is expected", "equations")
 def direction(e: Evidence, law: str) -> str | None:
     return (
-        f"swap forward and inverse: forward(z) must be {EQUATIONS[15]}, so that sampling calls forward, and inverse must be "
-        f"{EQUATIONS[16]}"
+        "swap forward and inverse: the exercise samples by forward, and scores data by inverse"
+        f"{_coupling(e, 15)}{_coupling(e, 16)}"
     )
 
 

@@ -115,7 +115,7 @@ class Subject:
                 return function(*given)
         except TookTooLong:
             raise Hangs(
-                f"{name} has not come back within {self.seconds:g} s: is there a loop that does not end?{_line()}"
+                f"{name} has not come back within {self.seconds:g} s: is there a loop that does not end?{line_of()}"
             ) from None
         except (InverseNotAvailable, NotImplementedError):
             if name not in (INVERSE, "sample"):
@@ -200,7 +200,7 @@ def kind(thing: Any) -> str:
 def said(error: BaseException) -> str:
     """An error on one line, with the line of the user's own code that it comes from."""
     message = " ".join(str(error).split())
-    return f"{type(error).__name__}{': ' * bool(message)}{message}{_line(error)}"
+    return f"{type(error).__name__}{': ' * bool(message)}{message}{line_of(error)}"
 
 
 def place(thing: Any, method: str) -> str:
@@ -224,7 +224,7 @@ def is_theirs(file: str | None) -> bool:
     return bool(file) and not file.startswith("<") and not any(p in Path(file).resolve().parents for p in packages)
 
 
-def _line(error: BaseException | None = None) -> str:
+def line_of(error: BaseException | None = None) -> str:
     """Where it was raised; now, if there is no error at hand but the one that is being handled."""
     error = sys.exc_info()[1] if error is None else error
     frames = (
