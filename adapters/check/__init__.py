@@ -6,6 +6,7 @@
 - ``measure``: the few quantities that everything is judged by;
 - ``laws``: each measures one thing that a right layer has, and finds the smallest counterexample;
 - ``mistakes``: each is a function of those quantities that says whether it explains them;
+- ``words``: numbers and rows as the report writes them;
 - ``loading``: from ``my_layer:MyLayer`` to a layer.
 """
 
@@ -23,6 +24,7 @@ from adapters.check.mistakes import Diagnosis, diagnose
 from adapters.check.subject import INVERSE, Subject, Wrong, known, said
 from adapters.checks import sizes
 
+BLOCKED = "what it needs does not hold"
 SECONDS = 8.0  # that one call may take
 WIDTH = 110  # of the report's lines
 
@@ -150,15 +152,12 @@ def _measured(law: Law, evidence: Evidence, findings: dict[str, Finding]) -> Fin
         return Finding(WRONG, said(error))
 
 
-BLOCKED = "what it needs does not hold"
-
-
 def _fresh(judged: Any, seconds: float) -> Subject:
     try:
         twin = copy.deepcopy(judged)
     except Exception as error:
         raise Wrong(
-            f"it can't be copied, which ends in {said(error)}: make its tensors in __init__, from numbers"
+            f"it can't be copied: what depends on parameters is to be computed in forward, not kept ({said(error)})"
         ) from error
     if isinstance(twin, torch.nn.Module):
         twin.double()
@@ -184,7 +183,8 @@ def _lines(report: Report) -> list[str]:
     held = sum(finding.verdict in (RIGHT, REMARK) for finding in report.findings.values())
     if report:
         return [*lines, "", f"Right: {held} laws hold."]
-    lines += ["", f"Wrong: {len(report.broken)} of {held + len(report.broken)} laws are broken."]
+    broken = len(report.broken)
+    lines += ["", f"Wrong: {broken} of {held + broken} laws {'is' if broken == 1 else 'are'} broken."]
     explained = {law for diagnosis in report.diagnoses for law in diagnosis.explains}
     for number, diagnosis in enumerate(report.diagnoses, 1):
         lines += ["", f"{number}. {_sentence(diagnosis.mistake)}"]

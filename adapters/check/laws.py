@@ -5,11 +5,13 @@ A law is a function of ``Evidence`` that returns a ``Finding``. To add one: writ
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
+from nflows.flows import Flow
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ from adapters.check.measure import (
     roughness,
 )
 from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, Wrong, is_theirs, kind, line_of
+from adapters.check.words import largest, number, numbers, short, smallest, some, z_is
 
 RIGHT, WRONG, REMARK, UNASKED = "✓", "✗", "!", "·"
 ROUGH = 1e-2  # of ``roughness``: about 1e-6 in float64, 0.1 where float32 is within
@@ -35,6 +38,7 @@ FLOAT32, STEEP = 1e-2, 1e-2  # relative difference of a float32 copy, and how it
 MASS, DRAWN = 0.02, 20_000  # of ``mass_error``, whose own error is about 1/√n
 GENTLE = 0.1  # how far parameters are moved for ∫p, which a grid must resolve
 TRIED, SLOW = 2000, 0.2  # so many draws are timed first, in seconds: ∫p takes fifty times as long
+TO_DTYPE = "make new tensors like z: torch.zeros_like(z), z.new_zeros(len(z)), mask.to(z.dtype); leave out .float()"
 NORMS = ("batchnorm", "dropout", "actnorm")  # parts that are meant to differ between training and evaluation
 
 
@@ -56,7 +60,8 @@ class Finding(NamedTuple):
 
 
 class Law(NamedTuple):
-    """
+    """Something that a right layer has.
+
     Attributes:
         name, title: for the program, and for people.
         measure: the law itself.
@@ -78,7 +83,7 @@ def outputs(e: Evidence) -> Finding:
             return Finding(WRONG, f"{direction} returns {kind(p.y)} for {kind(p.x)}")
         if p.y.dtype != p.x.dtype:
             return Finding(
-                WRONG, f"{direction} returns {_short(p.y.dtype)} for {_short(p.x.dtype)}", "float32 inside", TO_DTYPE
+                WRONG, f"{direction} returns {short(p.y.dtype)} for {short(p.x.dtype)}", "float32 inside", TO_DTYPE
             )
         if not p.y.isfinite().all():
             row = int((~p.y.flatten(1).isfinite()).any(1).nonzero()[0])
@@ -95,7 +100,7 @@ def log_det_shape(e: Evidence) -> Finding:
         if found.shape == (rows,):
             if found.dtype == p.x.dtype:
                 continue
-            words = f"{p.direction} returns a log_det of {_short(found.dtype)} for {_short(p.x.dtype)}"
+            words = f"{p.direction} returns a log_det of {short(found.dtype)} for {short(p.x.dtype)}"
             return Finding(WRONG, words, "float32 inside", TO_DTYPE)
         remedy = "write s.flatten(1).sum(1), with (1 − b) ⊙ s for s: all dimensions but the first are summed"
         if found.shape == (rows, 1):
@@ -156,7 +161,8 @@ def twice(e: Evidence) -> Finding:
         return Finding(RIGHT)  # one that is not ready before its first training step
     if before.shape == after.shape and not torch.allclose(before, after, rtol=EXACT, atol=EXACT, equal_nan=True):
         row = int(distance(after, before).argmax())
-        words = f"new, in evaluation mode: inverse gives {numbers(before[row])}, and {numbers(after[row])} once forward was called"
+        words = f"new, in evaluation mode, inverse gives {numbers(before[row])}, and once forward was called "
+        words += numbers(after[row])
         remedy = (
             "the first call of forward sets parameters from its data, and inverse did not wait for it: initialise in "
         )
@@ -180,7 +186,8 @@ def rows_apart(e: Evidence) -> Finding:
                 ("log_det", log_det.reshape(-1), p.log_det[row : row + 1]),
             ):
                 if alone.shape == among.shape and not torch.allclose(alone, among, rtol=TRIP, atol=TRIP):
-                    words = f"at {z_is(p, row)} {p.direction} gives {what} {numbers(among)} among {len(p.x)} rows, {numbers(alone)} alone"
+                    words = f"at {z_is(p, row)} {p.direction} gives {what} {numbers(among)} among {len(p.x)} rows, "
+                    words += f"{numbers(alone)} alone"
                     return Finding(WRONG, words)
     return Finding(RIGHT)
 
@@ -340,7 +347,8 @@ def training(e: Evidence) -> Finding:
                 if meant:
                     return Finding(REMARK, f"training mode differs from evaluation, by {meant[0]}: use eval() to score")
                 row = int(distance(y, p.y).argmax())
-                words = f"at {z_is(p, row)} {p.direction} gives {numbers(y[row])} in training, {numbers(p.y[row])} in evaluation"
+                words = f"at {z_is(p, row)} {p.direction} gives {numbers(y[row])} in training, "
+                words += f"{numbers(p.y[row])} in evaluation"
                 return Finding(WRONG, words)
     finally:
         torch.random.set_rng_state(random)
@@ -364,7 +372,7 @@ def copies(e: Evidence) -> Finding:
     for what, twin in (("load_state_dict", other), ("deepcopy", _copy(e.subject))):
         twin.module.eval()
         with torch.no_grad():
-            twin.run(FORWARD, e.z, e.context)  # other data than before, by which it might initialise itself
+            twin.run(FORWARD, 0.9 * e.x, e.context)  # other data than before, by which it might initialise itself
             y, log_det = twin.run(FORWARD, e.x.clone(), e.context)
         if not (torch.allclose(y, e.forward.y) and torch.allclose(log_det, e.forward.log_det)):
             row = int(distance(y, e.forward.y).argmax())
@@ -385,8 +393,7 @@ def precision(e: Evidence) -> Finding:
         if rough > ROUGH:
             words = f"in float64 {p.direction} is rough by {rough:.0e} over steps of 1e-6, as float32 is"
             return Finding(WRONG, words, "float32 inside", TO_DTYPE)
-    single = _copy(e.subject)
-    single.module.float()
+    single = _in_float32(e.subject)
     context = None if e.context is None else e.context.float()
     for p in e.passes:
         with torch.no_grad():
@@ -396,9 +403,9 @@ def precision(e: Evidence) -> Finding:
                 return Finding(REMARK, f"in float32 {error}")
             except Wrong as error:
                 return Finding(WRONG, f"in float32 {error}")
-        if torch.float32 not in (y.dtype,) or log_det.dtype != torch.float32:
+        if not y.dtype == log_det.dtype == torch.float32:
             found = y.dtype if y.dtype != torch.float32 else log_det.dtype
-            return Finding(WRONG, f"{p.direction} returns {_short(found)} for float32", "float64 inside", TO_DTYPE)
+            return Finding(WRONG, f"{p.direction} returns {short(found)} for float32", "float64 inside", TO_DTYPE)
         errors = torch.maximum(distance(y, p.y), distance(log_det[:, None], p.log_det[:, None]))
         steep = torch.linalg.matrix_norm(p.jacobian, 2)
         if not (errors <= (FLOAT32 * STEEP * steep).clamp(min=FLOAT32)).all():
@@ -422,8 +429,7 @@ def device(e: Evidence) -> Finding:
         try:
             abroad.run(p.direction, p.x.to("meta"), context)
         except Wrong as error:
-            said = str(error)
-            if "device" in said and "cpu" in said and "meta tensor" not in said:
+            if all(word in str(error) for word in ("device", "cpu")) and "meta tensor" not in str(error):
                 words = (
                     f"on another device {p.direction} meets a tensor that stayed on the CPU{line_of(error.__cause__)}"
                 )
@@ -459,7 +465,7 @@ def samples(e: Evidence) -> Finding:
     with torch.no_grad(), torch.random.fork_rng([]):
         torch.manual_seed(0)
         try:
-            x = subject.sample(e.rows, e.context)
+            x = _drawing(subject).sample(e.rows, e.context)
         except NoInverse:
             return Finding(UNASKED, "it can't sample")
         x = x.to(e.x.dtype)
@@ -507,6 +513,7 @@ def mass(e: Evidence) -> Finding:
     if e.event_shape != (2,) or e.unit or e.forward.y.shape != e.x.shape:
         return Finding(UNASKED, "∫p is asked for two coordinates only")
     subject = e.moved(GENTLE)
+    drawing = _drawing(subject)
     scores, draws = (FORWARD, INVERSE) if subject.scores == FORWARD else (INVERSE, FORWARD)
     row = None if e.context is None else e.context[:1]
 
@@ -524,8 +531,8 @@ def mass(e: Evidence) -> Finding:
             noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(0), dtype=e.x.dtype)
             return subject.run(draws, noise, contexts(n))[0]
         if row is None:
-            return subject.sample(n).to(e.x.dtype)
-        return subject.call("sample", subject.thing.sample, n, row)[0].to(e.x.dtype)
+            return drawing.sample(n).to(e.x.dtype)
+        return drawing.call("sample", drawing.thing.sample, n, row)[0].to(e.x.dtype)
 
     with torch.no_grad(), torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -555,7 +562,7 @@ def _theirs(subject: Subject) -> list[tuple[str, nn.Module]]:
     """Those modules inside whose class is written in the user's own file."""
     found = []
     for name, part in subject.module.named_modules():
-        module = __import__("sys").modules.get(type(part).__module__)
+        module = sys.modules.get(type(part).__module__)
         if is_theirs(getattr(module, "__file__", None)):
             found.append((name, part))
     return found
@@ -565,45 +572,19 @@ def _copy(subject: Subject) -> Subject:
     return Subject(copy.deepcopy(subject.thing), subject.seconds)
 
 
-TO_DTYPE = "make new tensors like z: torch.zeros_like(z), z.new_zeros(len(z)), mask.to(z.dtype); leave out .float()"
+def _in_float32(subject: Subject) -> Subject:
+    twin = _copy(subject)
+    twin.module.float()
+    return twin
 
 
-def smallest(x: Tensor, errors: Tensor, tolerance: float) -> int:
-    """The row with the smallest numbers among those that are wrong."""
-    sizes = x.flatten(1).abs().sum(1)
-    return int(torch.where(errors <= tolerance, math.inf, sizes).argmin())
-
-
-def z_is(p: Pass, row: int) -> str:
-    return f"{'z' if p.direction == FORWARD else chr(122) + chr(39)} = {numbers(p.x[row])}"
-
-
-def numbers(values: Tensor) -> str:
-    """(0.31, −1.2), or the first four of many."""
-    flat = values.detach().flatten().tolist()
-    return (
-        f"({', '.join(map(number, flat[:4]))}{', …' if len(flat) > 4 else ''})" if len(flat) != 1 else number(flat[0])
-    )
-
-
-def number(value: Tensor | float) -> str:
-    return f"{float(value):.4g}".replace("-", "−")
-
-
-def some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def largest(errors: Tensor) -> str:
-    return f"{float(errors.max()):.0e}"
+def _drawing(subject: Subject) -> Subject:
+    """What is to sample: many a base draws float32, whatever it was made of, which our own and nflows' flows take."""
+    return subject if isinstance(subject.thing, Flow) else _in_float32(subject)
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:
     return bool(torch.allclose(found, wanted, rtol=EXACT, atol=EXACT))
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 LOG_DETS = ("outputs", "log_det_shape", "inputs", "twice", "rows")

@@ -97,7 +97,7 @@ def make(
     return found(**given)
 
 
-ALWAYS = ("features", "num_features", "dim", "D", "event_shape", "context_features")
+ALWAYS = ("features", "event_shape", "context_features")  # even where they have a default
 
 
 def _offered(event_shape: tuple[int, ...], context_features: int | None) -> dict[str, Callable[[], Any]]:

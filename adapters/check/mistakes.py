@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adapters.check.measure import Evidence, Pass, equation_15, equation_16, roughness, same
-from adapters.check.subject import FORWARD, INVERSE, place
+from adapters.check.subject import FORWARD, INVERSE, Wrong, place
 
 EQUATIONS = {
     15: "Equation 15 of the exercise: z' = b ⊙ z + (1 − b) ⊙ (z ⊙ exp(s(b ⊙ z)) + t(b ⊙ z))",
@@ -62,7 +62,13 @@ def mistake(name: str, *laws: str, explains: tuple[str, ...] = ()) -> Callable:
 def diagnose(e: Evidence, law: str) -> Diagnosis | None:
     """The first mistake that explains why this law failed; None if none does."""
     for name, laws, explains, explain in MISTAKES:
-        if law in laws and (words := explain(e, law)):
+        if law not in laws:
+            continue
+        try:
+            words = explain(e, law)
+        except (Wrong, RuntimeError):  # a call that this one needs fails
+            continue
+        if words:
             return Diagnosis(name, words, (law, *explains))
     return None
 
@@ -85,8 +91,8 @@ def mask_drawn_anew(e: Evidence, law: str) -> str | None:
         kept = {tuple(e.passed(p.direction, p.x).kept.tolist()) for _ in range(8)}
         if len(kept) > 1 and any(map(any, kept)):
             return (
-                f"{_at(e, p.direction)} leaves other coordinates unchanged in each call: draw the mask once, in __init__, and keep "
-                "it by self.register_buffer('mask', mask) (exercise 2.5: “not randomized at every call”)"
+                f"{_at(e, p.direction)} leaves other coordinates unchanged in each call: draw the mask once, in "
+                "__init__, and keep it by self.register_buffer('mask', mask) (exercise 2.5: “not randomized at every call”)"
             )
     return None
 
@@ -112,7 +118,7 @@ def changes_itself(e: Evidence, law: str) -> str | None:
     e.passed(FORWARD, e.x)
     changed = [name for name, value in e.subject.module.state_dict().items() if not torch.equal(value, before[name])]
     if changed:
-        return f"a call in evaluation mode changes {', '.join(changed[:3])}: change it in training mode only, if self.training"
+        return f"a call in evaluation mode changes {', '.join(changed[:3])}: do that only if self.training"
     return None
 
 
@@ -123,8 +129,8 @@ def swapped(e: Evidence, law: str) -> str | None:
         return None
     which = FORWARD if e.mask is not None and torch.equal(inverse, e.mask[1]) else INVERSE
     return (
-        f"forward leaves coordinates {_indices(forward)} unchanged, inverse {_indices(inverse)}: both must leave the same "
-        f"ones, those where b = 1; mend {_at(e, which)}{_coupling(e, 15 if which == FORWARD else 16)}"
+        f"forward leaves coordinates {_indices(forward)} unchanged, inverse {_indices(inverse)}: both must leave the "
+        f"same ones, those where b = 1; mend {_at(e, which)}{_coupling(e, 15 if which == FORWARD else 16)}"
     )
 
 
@@ -133,8 +139,8 @@ def inverted(e: Evidence, law: str) -> str | None:
     if e.mask is None or not torch.equal(e.forward.kept, ~e.mask[1]):
         return None
     return (
-        f"exactly the coordinates with {e.mask[0]} = 0, {_indices(e.forward.kept)}, come through unchanged. Here 1 means "
-        f"unchanged and 0 transformed: use b where 1 − b stands, and 1 − b for b{_coupling(e, 15)}"
+        f"exactly the coordinates with {e.mask[0]} = 0, {_indices(e.forward.kept)}, come through unchanged. Here 1 "
+        f"means unchanged and 0 transformed: use b where 1 − b stands, and 1 − b for b{_coupling(e, 15)}"
     )
 
 
@@ -152,8 +158,8 @@ def factor_missing_in_outputs(e: Evidence, law: str) -> str | None:
                 for what, wanted in (("b ⊙ z + ", x + whole), ("", whole)):
                     if s is not t and same(y[:, b], wanted[:, b]) and same(y[:, ~b], whole[:, ~b]):
                         return (
-                            f"{_at(e, p.direction)} returns {what}the transformed z everywhere, with s from {s_name} and t from "
-                            f"{t_name}: multiply that by (1 − b), and add b ⊙ z{_coupling(e, equation)}"
+                            f"{_at(e, p.direction)} returns {what}the transformed z everywhere, with s from {s_name} "
+                            f"and t from {t_name}: multiply that by (1 − b), and add b ⊙ z{_coupling(e, equation)}"
                         )
     return None
 
@@ -164,8 +170,8 @@ def nothing_kept(e: Evidence, law: str) -> str | None:
     for p, equation in ((e.forward, 15), (e.inverse, 16)):
         if not p.kept.any():
             return (
-                f"{_at(e, p.direction)} changes every coordinate, whatever {e.mask[0]} says: z must come through where b = 1"
-                f"{_coupling(e, equation)}"
+                f"{_at(e, p.direction)} changes every coordinate, whatever {e.mask[0]} says: z must come through where "
+                f"b = 1{_coupling(e, equation)}"
             )
     return None
 
@@ -184,8 +190,8 @@ def unmasked(e: Evidence, law: str) -> str | None:
             given = given.flatten(1)
             if given.shape == x.shape and same(given, x) and x[:, ~kept].abs().max() > 0:
                 return (
-                    f"{_at(e, p.direction)} gives all of z to {name.split('.')[0]}, so that the transformed coordinates depend on "
-                    f"one another: give it b ⊙ z{_coupling(e, equation)}"
+                    f"{_at(e, p.direction)} gives all of z to {name.split('.')[0]}, so that the transformed "
+                    f"coordinates depend on one another: give it b ⊙ z{_coupling(e, equation)}"
                 )
     p, kept = e.forward, e.forward.kept
     among = p.jacobian[:, ~kept][:, :, ~kept]
@@ -197,7 +203,7 @@ def unmasked(e: Evidence, law: str) -> str | None:
     for name, given in seen:
         if same(given[:, ~kept], p.flat[0][:, ~kept]):
             return (
-                f"{name.split('.')[0]} is given the coordinates that are transformed, and not those that are unchanged: "
+                f"{name.split('.')[0]} is given the coordinates that are transformed, and not those that stay: "
                 f"give it b ⊙ z{_coupling(e, 15)}"
             )
     return f"a transformed coordinate depends on the other transformed ones: give the networks b ⊙ z{_coupling(e, 15)}"
@@ -212,8 +218,8 @@ def batch_norm(e: Evidence, law: str) -> str | None:
     if not named:
         return None
     return (
-        f"{named[0]} takes mean and variance from the rows of the batch, in evaluation mode too, so that p(x) depends on "
-        "the other rows: let it keep running statistics, and call eval() before log_prob and sample"
+        f"{named[0]} takes mean and variance from the rows of the batch, in evaluation mode too, so that p(x) depends "
+        "on the other rows: let it keep running statistics, and call eval() before log_prob and sample"
     )
 
 
@@ -335,8 +341,8 @@ def wrong_sign(e: Evidence, p: Pass) -> str | None:
         return None
     sign = "−" if p.direction == INVERSE else "+"
     return (
-        f"each row's log_det is minus autograd's. The one that {p.direction} returns is its own: {sign} Σ (1 − b) ⊙ s where "
-        f"forward multiplies by exp(s){_coupling(e, 17)}"
+        f"each row's log_det is minus autograd's. The one that {p.direction} returns is its own: {sign} Σ (1 − b) ⊙ s "
+        f"where forward multiplies by exp(s){_coupling(e, 17)}"
         if e.mask is not None
         else f"each row's log_det is minus autograd's: {p.direction} returns the log-determinant of its own Jacobian"
     )

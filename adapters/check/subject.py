@@ -1,4 +1,4 @@
-"""Whatever people write as a layer or a flow, called in one way: ``forward`` and ``inverse`` of rows and their contexts.
+"""Whatever people write as a layer or a flow, called in one way: ``forward`` and ``inverse`` of rows and contexts.
 
 What is taken is an nflows ``Transform`` or ``Flow``; those of any library that has a bridge; a plain module or object
 whose call and whose ``inverse`` return ``(outputs, log_det)``, as the exercise's layer does; and the course's ``Flow``,
@@ -59,7 +59,7 @@ class Subject:
         self.module = thing if isinstance(thing, nn.Module) else nn.Module()
         self.is_flow = callable(getattr(thing, "log_prob", None)) and callable(getattr(thing, "sample", None))
         self.scores = FORWARD if isinstance(thing, Flow | Transform) or not self.is_flow else INVERSE
-        self.transform = whole_transform(thing) if isinstance(thing, Flow) else thing
+        self.transform: Any = whole_transform(thing) if isinstance(thing, Flow) else thing
 
     def function(self, direction: str) -> Callable:
         """The method of that name; of a module its call, so that hooks are called."""
@@ -103,10 +103,10 @@ class Subject:
         """log-density of the noise; ``None`` if the flow does not show its base."""
         if isinstance(self.thing, Flow):
             return base_of(self.thing).log_prob(noise, context=embedding_of(self.thing)(context))
-        base = getattr(self.thing, "base", None)
+        base: Any = getattr(self.thing, "base", None)
         if base is not None and not hasattr(base, "log_prob") and callable(base):
             base = base()  # the course's: a module whose call gives torch's distribution
-        return base.log_prob(noise) if hasattr(base, "log_prob") else None
+        return None if base is None or not hasattr(base, "log_prob") else base.log_prob(noise)
 
     def call(self, name: str, function: Callable, *given: Any) -> Any:
         """``function`` of what is given, within the time limit; a ``Wrong`` sentence for what goes wrong in it."""
