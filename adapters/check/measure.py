@@ -20,7 +20,7 @@ from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, 
 EXACT = 1e-6  # relative error up to which two values that float64 gives are the same
 TRIP = 1e-4  # of a round trip, likewise: some libraries search for their inverses
 MOVED, HALVINGS = 0.3, 5  # standard deviation of what moves the parameters, and how often it may be halved
-LARGEST, WORST = 1e4, 1e6  # |f(x)| and condition number of J up to which float64 tells right from wrong
+LARGEST, WORST = 1e3, 1e5  # |f(x)|, |J| and condition number of J up to which float64 tells right from wrong
 SETTLING = 30  # passes in training mode after which running statistics are near the data's
 WIDE = 64  # of so many coordinates, fewer rows are tried
 STEP = 1e-6  # h of ``roughness``
@@ -208,17 +208,16 @@ class Evidence:
         return subject
 
     def _tame(self) -> bool:
-        """Whether float64 can tell a right map from a wrong one here; what is not finite is for the laws to judge."""
+        """Whether float64 can tell a right map from a wrong one here, in both directions."""
         self.forward = self.passed(FORWARD, self.x)
-        y = self.forward.y
-        if y.shape != self.x.shape or not y.isfinite().all():
-            return True
+        if not _is_tame(self.forward):
+            return False
         try:
-            stretched = torch.linalg.svdvals(self.forward.jacobian)
-        except RuntimeError:  # what autograd can't go through, the laws say
+            return _is_tame(self.passed(INVERSE, self.z))
+        except Hangs:
+            raise
+        except Wrong:  # there is none, or it takes other points
             return True
-        worst = (stretched[:, 0] / stretched[:, -1])[stretched[:, -1] > 0]  # a singular one is not steep, but wrong
-        return bool((y.abs() <= LARGEST).all() and (stretched <= LARGEST).all() and (worst <= WORST).all())
 
     def passed(self, direction: str, x: Tensor) -> Pass:
         """What that direction makes of x.
@@ -276,6 +275,19 @@ class Evidence:
             ):
                 return name, value.detach().flatten().bool()
         return None
+
+
+def _is_tame(p: Pass) -> bool:
+    if not (p.y.isfinite().all() and (p.y.abs() <= LARGEST).all()):
+        return False
+    if p.y.numel() != p.x.numel():
+        return True
+    try:
+        stretched = torch.linalg.svdvals(p.jacobian)
+    except RuntimeError:  # what autograd can't go through, the laws say
+        return True
+    low, high = stretched[:, -1], stretched[:, 0]
+    return bool((high <= LARGEST).all() and (high <= WORST * low)[low > 0].all())  # singular is not steep, but wrong
 
 
 def points(rows: int, shape: tuple[int, ...], seed: int) -> Tensor:

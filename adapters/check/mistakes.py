@@ -92,7 +92,7 @@ def mask_drawn_anew(e: Evidence, law: str) -> str | None:
         if len(kept) > 1 and any(map(any, kept)):
             return (
                 f"{_at(e, p.direction)} leaves other coordinates unchanged in each call: draw the mask once, in "
-                "__init__, and keep it by self.register_buffer('mask', mask) (exercise 2.5: “not randomized at every call”)"
+                "__init__, and keep it by self.register_buffer('mask', mask); exercise 2.5 says so, too"
             )
     return None
 
