@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from nflows.transforms import Transform
+from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor, nn
 
 import adapters
-from adapters import build_flow, check, checkerboard_mask, flow_names
+from adapters import MaskedCouplingLayer, build_flow, check, checkerboard_mask, flow_names
 from adapters.check import WrongLayer
 from adapters.check.__main__ import main
 from adapters.check.laws import LAWS
@@ -541,6 +541,16 @@ NAMED = {  # what is wrong: the layer, its events' shape, the mistake
     "flow, sign": (lambda: WrongSign([Hand((2,))]), (2,), SIGN),
     "flow, no log-determinant": (lambda: NoLogDet([Hand((2,))]), (2,), "log-determinant is left out"),
     "flow, summed": (lambda: SummedInLogProb([Hand((2,))]), (2,), BATCH),
+    "flow, its second layer": (
+        lambda: Course([Hand((2,)), Hand((2,), *PLANTED["+s"][:2]), Hand((2,))]),
+        (2,),
+        "inverse uses +s",
+    ),
+    "nflows' flow, its second layer": (
+        lambda: CompositeTransform([MaskedCouplingLayer(MLP(4, 4), MLP(4, 4), checkerboard_mask(4)), SplineSign()]),
+        (4,),
+        SIGN,
+    ),
     "flow, a wrong layer": (lambda: Course([Hand((2,), *PLANTED["sign"][:2])]), (2,), SIGN),
 }
 
@@ -771,7 +781,7 @@ class Sized(Layer):
         super().__init__(net(), net(), torch.arange(features) % 2)
 
 def make(features, context_features=None):
-    from adapters import build_flow
+    from adapters import MaskedCouplingLayer, build_flow
     return build_flow("masked-affine", features, context_features, layers=1, hidden_features=(8,))
 """
 

@@ -129,7 +129,29 @@ def _report(thing: Any, event_shape: tuple[int, ...], context_features: int | No
             diagnosis = Diagnosis(finding.mistake, finding.remedy, (law.name, *finding.explains))
         if diagnosis:
             diagnoses = _joined(diagnoses, diagnosis)
-    return Report(name, findings, diagnoses)
+    report = Report(name, findings, diagnoses)
+    return report if report or diagnoses else report._replace(diagnoses=_of_a_part(report, evidence, seconds))
+
+
+def _of_a_part(report: Report, evidence: Evidence, seconds: float) -> list[Diagnosis]:
+    """Of a flow that breaks a law for no reason of its own: what is wrong with the first of its layers that is wrong."""
+    width = None if evidence.context is None else evidence.context.shape[1]
+    layers = [(name, part) for name, part in evidence.make().module.named_modules() if name and hasattr(part, INVERSE)]
+    for name, part in layers:
+        if any(other.startswith(f"{name}.") for other, _ in layers):  # its own parts come next
+            continue
+        for alone in (_report(part, evidence.event_shape, given, seconds) for given in dict.fromkeys((width, None))):
+            if len(alone.findings) > 1:  # it takes these events and this context
+                break
+        else:
+            continue
+        if not alone:
+            where = f"in its part {name}, a {type(part).__name__}"
+            explains = tuple(report.broken)
+            unexplained = Diagnosis(f"the fault is {where}", "check this layer alone", explains)
+            found = [one._replace(words=f"{where}\n{one.words}", explains=explains) for one in alone.diagnoses]
+            return found or [unexplained]
+    return []
 
 
 def _joined(diagnoses: list[Diagnosis], new: Diagnosis) -> list[Diagnosis]:

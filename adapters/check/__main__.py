@@ -22,8 +22,11 @@ def main(
     """Is my layer right? Hold it against the laws of every flow, and name the mistake behind what fails.
 
     python -m adapters.check my_layer:MyLayer
+
     python -m adapters.check my_layer.py:MyLayer --shape 1 4 4
+
     python -m adapters.check adapters:MaskedCouplingLayer --features 5 --context-features 3
+
     python -m adapters.check my_layer:make_flow --arguments hidden 64 bins 8
 
     A class or a function is called with those of features, event_shape, context_features, mask, scale_net and
@@ -51,4 +54,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    sys.exit(tyro.cli(main, prog="python -m adapters.check"))

@@ -88,6 +88,12 @@ def outputs(e: Evidence) -> Finding:
         if not p.y.isfinite().all():
             row = int((~p.y.flatten(1).isfinite()).any(1).nonzero()[0])
             return Finding(WRONG, f"at {z_is(p, row)} {direction} gives {numbers(p.y[row])}")
+    trained = any(parameter.requires_grad for parameter in e.subject.module.parameters())
+    if trained and not e.subject.is_flow and e.forward.y.shape == e.x.shape and e.forward.kept.all():
+        remedy = "write equation 15 in forward, equation 16 in inverse, and equation 17 for both log-determinants"
+        return Finding(
+            WRONG, "forward(z) is z itself, whatever the parameters are", "the layer is the identity", remedy
+        )
     if e.forward.y.shape != e.x.shape:
         return Finding(REMARK, f"forward turns {tuple(e.x.shape[1:])} into {tuple(e.forward.y.shape[1:])}")
     return Finding(RIGHT, "inputs in (0, 1), since others are not taken" if e.unit else "")
@@ -285,9 +291,6 @@ def gradients(e: Evidence) -> Finding:
             )
             return Finding(WRONG, words, "detached, or under no_grad", remedy)
     unused = [name for name, _ in named if name not in used]
-    if unused and e.forward.y.shape == e.x.shape and e.forward.kept.all() and not e.subject.is_flow:
-        remedy = "forward returns its input as it is: write equation 15 in forward and equation 16 in inverse"
-        return Finding(WRONG, "no parameter matters: z' = z for every z", "the layer is the identity", remedy)
     if unused:
         return Finding(REMARK, f"nothing depends on {some(unused)}")
     return Finding(RIGHT)
@@ -453,7 +456,8 @@ def extremes(e: Evidence) -> Finding:
                 remarks.append(f"at z = {what} {error}")
                 break
             if not (y.isfinite().all() and log_det.isfinite().all()):
-                remarks.append(f"at z = {what} {p.direction} is no longer finite")
+                tanh = ": end the network of s in tanh, as exercise 2.5 says" * bool(_theirs(e.subject))
+                remarks.append(f"at z = {what} {p.direction} is no longer finite{tanh}")
                 break
     return Finding(REMARK, remarks[0]) if remarks else Finding(RIGHT)
 
