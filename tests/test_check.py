@@ -236,8 +236,8 @@ PLANTED = {  # what is wrong: forward, inverse, the mistake's name, and the equa
     ),
     "in place": (in_place, inverse, "changes its input in place", None),
     "statistics of the batch": (
-        lambda z, b, s, t: forward(z, b, s, lambda x: t(x) - x.mean(0).sum()),
-        lambda z, b, s, t: inverse(z, b, s, lambda x: t(x) - x.mean(0).sum()),
+        lambda z, b, s, t: forward(z, b, s, lambda x: t(x) - x.std(0).sum()),
+        lambda z, b, s, t: inverse(z, b, s, lambda x: t(x) - x.std(0).sum()),
         "statistics of the batch couple the rows",
         None,
     ),
@@ -610,6 +610,13 @@ def test_a_missing_context_is_one_line():
     assert "forward takes no context, but a context was asked for: write def forward(self, z, context=None)" in str(
         report
     )
+
+
+def test_a_wrong_layer_inside_a_flow_is_pointed_at():
+    wrong = Course([Hand((2,)), Hand((2,), *PLANTED["sign"][:2])])
+    assert "In its part layers.1, a Hand." in str(check(wrong, (2,)))
+    unexplained = str(check(Course([Hand((2,), off_by_a_tenth)]), (2,)))
+    assert "The fault is in its part layers.0, a Hand." in unexplained
 
 
 def test_samples_that_follow_another_density_are_found():

@@ -12,8 +12,10 @@
 
 import copy
 import textwrap
+import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from nflows.flows import Flow
@@ -33,7 +35,8 @@ class WrongLayer(AssertionError):
     """A layer that breaks a law; its message is the report."""
 
 
-class Report(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Report:
     """What ``check`` found: true if no law is broken, printed as lines for people.
 
     Attributes:
@@ -103,7 +106,8 @@ def check(
     if isinstance(thing, type):
         raise TypeError(f"check judges an object, not the class {thing.__name__}: make one, {thing.__name__}(…)")
     shape = tuple(sizes(event_shape, "event_shape"))
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng([]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the user's code makes torch warn of, the report speaks
         torch.manual_seed(0)
         return _report(thing, shape, context_features, seconds)
 
@@ -130,20 +134,21 @@ def _report(thing: Any, event_shape: tuple[int, ...], context_features: int | No
         if diagnosis:
             diagnoses = _joined(diagnoses, diagnosis)
     report = Report(name, findings, diagnoses)
-    return report if report or diagnoses else report._replace(diagnoses=_of_a_part(report, evidence, seconds))
+    return report if report else replace(report, diagnoses=_of_a_part(report, evidence, seconds) or diagnoses)
 
 
 def _of_a_part(report: Report, evidence: Evidence, seconds: float) -> list[Diagnosis]:
-    """Of a flow that breaks a law for no reason of its own: what is wrong with the first of its layers that is wrong."""
+    """Of a flow of layers: what is wrong with the first of them that is wrong alone. It explains all, as far as known."""
+    modules = evidence.make().module.named_modules()
+    layers = [(name, part) for name, part in modules if name and hasattr(part, INVERSE)]
     width = None if evidence.context is None else evidence.context.shape[1]
-    layers = [(name, part) for name, part in evidence.make().module.named_modules() if name and hasattr(part, INVERSE)]
     for name, part in layers:
         if any(other.startswith(f"{name}.") for other, _ in layers):  # its own parts come next
             continue
-        for alone in (_report(part, evidence.event_shape, given, seconds) for given in dict.fromkeys((width, None))):
-            if len(alone.findings) > 1:  # it takes these events and this context
-                break
-        else:
+        alone = _report(part, evidence.event_shape, width, seconds)
+        if len(alone.findings) == 1 and width is not None:  # perhaps one that takes no context
+            alone = _report(part, evidence.event_shape, None, seconds)
+        if len(alone.findings) == 1:  # it takes other events
             continue
         if not alone:
             where = f"in its part {name}, a {type(part).__name__}"

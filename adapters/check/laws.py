@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adapters.check.measure import (
     CELLS,
     EXACT,
+    ROUGH,
     TRIP,
     Evidence,
     Pass,
@@ -33,7 +34,6 @@ from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, 
 from adapters.check.words import largest, number, numbers, short, smallest, some, z_is
 
 RIGHT, WRONG, REMARK, UNASKED = "✓", "✗", "!", "·"
-ROUGH = 1e-2  # of ``roughness``: about 1e-6 in float64, 0.1 where float32 is within
 FLOAT32, STEEP = 1e-2, 1e-2  # relative difference of a float32 copy, and how it may grow with the norm of J
 MASS, DRAWN = 0.02, 20_000  # of ``mass_error``, whose own error is about 1/√n
 GENTLE = 0.1  # how far parameters are moved for ∫p, which a grid must resolve

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,19 +49,28 @@ def load(name: str) -> Any:
         if not path.is_file():
             raise ImportError(f"{name}: there is no file {module}")
         sys.path.insert(0, str(path.resolve().parent))
-        module = path.stem
     elif "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        found = importlib.import_module(module)
+        found = _of_file(path) if path.suffix == ".py" else importlib.import_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's code does while it is read
         remedy = "run from the directory it is in" if isinstance(error, ModuleNotFoundError) else "mend it first"
         raise ImportError(f"{name}: {module} can't be imported ({said(error)}); {remedy}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            public = [key for key, value in vars(found).items() if getattr(value, "__module__", None) == module]
+            public = [key for key, value in vars(found).items() if getattr(value, "__module__", "") == found.__name__]
             raise ValueError(f"{name}: {module} has no {part}" + (f"; it has {', '.join(public)}" if public else ""))
         found = getattr(found, part)
+    return found
+
+
+def _of_file(path: Path) -> ModuleType:
+    """The file as a module by its own name, or another if that is taken: a file may be called ``copy.py``."""
+    name = path.stem if path.stem not in sys.modules else f"{path.stem}_to_check"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    found = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
     return found
 
 

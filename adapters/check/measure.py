@@ -23,6 +23,7 @@ MOVED, HALVINGS = 0.3, 5  # standard deviation of what moves the parameters, and
 LARGEST, WORST = 1e3, 1e5  # |f(x)|, |J| and condition number of J up to which float64 tells right from wrong
 SETTLING = 30  # passes in training mode after which running statistics are near the data's
 WIDE = 64  # of so many coordinates, fewer rows are tried
+ROUGH = 1e-2  # of ``roughness``: about 1e-6 in float64, 0.1 where float32 is within
 STEP = 1e-6  # h of ``roughness``
 CELLS = 300  # along an axis, for ∫p
 
