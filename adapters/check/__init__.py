@@ -138,7 +138,7 @@ def _report(thing: Any, event_shape: tuple[int, ...], context_features: int | No
 
 
 def _of_a_part(report: Report, evidence: Evidence, seconds: float) -> list[Diagnosis]:
-    """Of a flow of layers: what is wrong with the first of them that is wrong alone. It explains all, as far as known."""
+    """Of a flow of layers: what is wrong with the first of them that is wrong alone, which may explain all."""
     modules = evidence.make().module.named_modules()
     layers = [(name, part) for name, part in modules if name and hasattr(part, INVERSE)]
     width = None if evidence.context is None else evidence.context.shape[1]

@@ -355,18 +355,27 @@ def distance(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def roughness(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> float:
+def roughness(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, step: float = STEP) -> float:
     """How rough outputs and log-determinant are over steps of h: the median over the rows, for kinks' sake.
 
     Of a smooth function, |f(x + h) − 2 f(x) + f(x − h)| is about h² and |f(x + h) − f(x − h)| about h. Where float32 is
     within, either has its rounding, 1e-7.
     """
-    step = STEP * torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
-    (below, low), (here, middle), (above, high) = (function(x + k * step) for k in (-1, 0, 1))
+    move = step * torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
+    (below, low), (here, middle), (above, high) = (function(x + k * move) for k in (-1, 0, 1))
     below, here, above = below.flatten(1), here.flatten(1), above.flatten(1)
-    rough = (above - 2 * here + below).norm(dim=1) / ((above - below).norm(dim=1) + STEP)
-    rough_log_det = (high - 2 * middle + low).abs() / ((high - low).abs() + STEP)
+    rough = (above - 2 * here + below).norm(dim=1) / ((above - below).norm(dim=1) + step)
+    rough_log_det = (high - 2 * middle + low).abs() / ((high - low).abs() + step)
     return max(rough.median().item(), rough_log_det.median().item())
+
+
+def is_rounded(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> bool:
+    """Whether float32 is within: what it makes rough is ten times smoother over steps ten times as long.
+
+    What is rough because it is steep, as some splines are, is rougher there.
+    """
+    rough = roughness(function, x)
+    return rough > ROUGH and roughness(function, x, 10 * STEP) < rough / 2
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapters.check.measure import ROUGH, Evidence, Pass, equation_15, equation_16, roughness, same
+from adapters.check.measure import Evidence, Pass, equation_15, equation_16, is_rounded, same
 from adapters.check.subject import FORWARD, INVERSE, Wrong, place
 
 EQUATIONS = {
@@ -475,8 +475,7 @@ def detached(e: Evidence, p: Pass) -> str | None:
 
 @_log_det("float32 inside")
 def float32(e: Evidence, p: Pass) -> str | None:
-    rough = roughness(lambda x: p.function(x, p.context), p.x)
-    if rough > ROUGH and same(p.log_det, p.exact, 1e-2):
+    if same(p.log_det, p.exact, 1e-2) and is_rounded(lambda x: p.function(x, p.context), p.x):
         return "it is right to float32's seven digits only: leave out .float() and make new tensors like z"
     return None
 
