@@ -3,6 +3,7 @@
 import sys
 from typing import Annotated
 
+import torch
 import tyro
 
 from adapters.check import SECONDS, check
@@ -43,6 +44,7 @@ def main(
         seconds: how long one call may take.
     """
     event_shape = tuple(shape) or (features,)
+    torch.manual_seed(0)  # the same report each time
     try:
         thing = make(load(layer), event_shape, context_features, arguments)
     except Exception as error:

@@ -76,6 +76,7 @@ class Law(NamedTuple):
 
 
 def outputs(e: Evidence) -> Finding:
+    """Either direction gives finite outputs of its inputs' shape and dtype, and does something."""
     for p in e.passes:
         direction = p.direction
         if direction == INVERSE and p.y.numel() == e.x.numel() and p.y.shape != e.x.shape:
@@ -101,6 +102,7 @@ def outputs(e: Evidence) -> Finding:
 
 
 def log_det_shape(e: Evidence) -> Finding:
+    """A log-determinant is ``(rows,)``, in its inputs' dtype."""
     for p in e.passes:
         found, rows = p.log_det, len(p.x)
         words = f"{p.direction} returns a log_det of shape {tuple(found.shape)}, where ({rows},) is wanted, one a row"
@@ -129,6 +131,7 @@ def log_det_shape(e: Evidence) -> Finding:
 
 
 def inputs_kept(e: Evidence) -> Finding:
+    """The tensor that is given is the same afterwards."""
     for p in e.passes:
         given = p.x.clone()
         p.function(given, e.context)
@@ -146,6 +149,7 @@ def inputs_kept(e: Evidence) -> Finding:
 
 
 def twice(e: Evidence) -> Finding:
+    """Two calls agree in evaluation mode, also of a new layer, whichever direction is called first."""
     for p in e.passes:
         for what, again in zip(("outputs", "log_det"), p.function(p.x.clone(), e.context), strict=True):
             before = p.y if what == "outputs" else p.log_det
@@ -170,15 +174,14 @@ def twice(e: Evidence) -> Finding:
         row = int(distance(after, before).argmax())
         words = f"new, in evaluation mode, inverse gives {numbers(before[row])}, and once forward was called "
         words += numbers(after[row])
-        remedy = (
-            "the first call of forward sets parameters from its data, and inverse did not wait for it: initialise in "
-        )
-        remedy += "training mode only, and in whichever direction is called first"
+        remedy = "the first call of forward sets parameters from its data, which inverse did not wait for: do that in "
+        remedy += "training mode only, or in whichever direction is called first"
         return Finding(WRONG, words, "ActNorm was not initialised", remedy)
     return Finding(RIGHT)
 
 
 def rows_apart(e: Evidence) -> Finding:
+    """Each row with its context gives alone what it gives among others."""
     for p in e.passes:
         for row in range(len(p.x)):
             context = None if e.context is None else e.context[row : row + 1]
@@ -200,6 +203,7 @@ def rows_apart(e: Evidence) -> Finding:
 
 
 def round_trip(e: Evidence) -> Finding:
+    """f⁻¹(f(x)) = x and f(f⁻¹(z)) = z."""
     if e.one_way:
         return Finding(REMARK, "it has no inverse, so that it can only be run one way")
     for first, second in ((e.forward, e.back), (e.inverse, e.forth)):
@@ -216,6 +220,8 @@ def round_trip(e: Evidence) -> Finding:
 
 
 def log_det(direction: str) -> Callable[[Evidence], Finding]:
+    """What comes with f is log|det J_f|; likewise with f⁻¹."""
+
     def measure(e: Evidence) -> Finding:
         if e.one_way and direction == INVERSE:
             return Finding(UNASKED, "it has no inverse")
@@ -238,6 +244,7 @@ def log_det(direction: str) -> Callable[[Evidence], Finding]:
 
 
 def mask_kept(e: Evidence) -> Finding:
+    """Where b = 1, either direction gives what it was given."""
     if e.mask is None or e.one_way:
         return Finding(UNASKED, "it has no mask of its own")
     name, b = e.mask
@@ -269,6 +276,7 @@ def equations(e: Evidence) -> Finding:
 
 
 def gradients(e: Evidence) -> Finding:
+    """Whatever moves an answer has a gradient from it."""
     named = [(name, p) for name, p in e.subject.module.named_parameters() if p.requires_grad]
     if not named:
         return Finding(UNASKED, "it has no parameters")
@@ -323,6 +331,7 @@ def _matters(e: Evidence, p: Pass, what: str, parameters: list[nn.Parameter]) ->
 
 
 def training(e: Evidence) -> Finding:
+    """Training mode and evaluation mode agree, but for parts that are meant to differ."""
     subject, random = e.moved(), torch.random.get_rng_state()
     subject.module.train()
     meant = [
@@ -360,6 +369,7 @@ def training(e: Evidence) -> Finding:
 
 
 def copies(e: Evidence) -> Finding:
+    """A copy, and a new layer that loads the parameters, compute the same; every tensor belongs to them."""
     for name, part in _theirs(e.subject):
         for attribute, value in own_tensors(part):
             if attribute in vars(part) and not isinstance(value, nn.Parameter):
@@ -392,6 +402,7 @@ def copies(e: Evidence) -> Finding:
 
 
 def precision(e: Evidence) -> Finding:
+    """float64 has no rounding of float32 in it, and a float32 copy says nearly the same."""
     for p in e.passes:
         if is_rounded(lambda x, p=p: p.function(x, e.context), p.x):
             words = f"given float64, {p.direction} has only the seven digits of float32"
@@ -444,6 +455,7 @@ def device(e: Evidence) -> Finding:
 
 
 def extremes(e: Evidence) -> Finding:
+    """At 0, ±30 and ±1000 all stays finite; else a remark, since many a right layer overflows."""
     remarks = []
     for p in e.passes:
         for x, what in ((torch.zeros_like(p.x), "0"), (30 * torch.sign(p.x), "±30"), (1000 * torch.sign(p.x), "±1000")):
@@ -463,6 +475,7 @@ def extremes(e: Evidence) -> Finding:
 
 
 def samples(e: Evidence) -> Finding:
+    """log_prob(x) = log p_base(f(x)) + log|det J_f(x)| at the flow's own samples."""
     if not e.subject.is_flow:
         return Finding(UNASKED, "it is no flow, which would have samples")
     subject = e.moved(GENTLE)
@@ -518,6 +531,7 @@ def _density_mistake(
 
 
 def mass(e: Evidence) -> Finding:
+    """∫p over parts of the plane is the share of the samples there; around a standard normal for a mere layer."""
     if e.event_shape != (2,) or e.unit or e.forward.y.shape != e.x.shape:
         return Finding(UNASKED, "∫p is asked for two coordinates only")
     subject = e.moved(GENTLE)
