@@ -2,6 +2,7 @@
 
 from adapters.bridges import as_flow, as_transform, to_library
 from adapters.catalogue import build_flow, flow_names
+from adapters.check import check
 from adapters.checkpoint import load_flow, save_flow
 from adapters.distribution import FlowDistribution
 from adapters.layers.coupling import MaskedCouplingLayer
@@ -13,6 +14,7 @@ __all__ = [
     "as_flow",
     "as_transform",
     "build_flow",
+    "check",
     "checkerboard_mask",
     "flow_names",
     "half_mask",

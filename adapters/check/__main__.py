@@ -1,0 +1,59 @@
+"""``python -m adapters.check my_layer:MyLayer``"""
+
+import sys
+from typing import Annotated
+
+import torch
+import tyro
+
+from adapters.check import SECONDS, check
+from adapters.check.laws import WRONG
+from adapters.check.loading import load, make
+from adapters.check.subject import said
+
+
+def main(
+    layer: Annotated[str, tyro.conf.Positional],
+    features: int = 2,
+    shape: tuple[int, ...] = (),
+    context_features: int | None = None,
+    arguments: dict[str, str] | None = None,
+    seconds: float = SECONDS,
+) -> int:
+    """Is my layer right? Hold it against the laws of every flow, and name the mistake behind what fails.
+
+    python -m adapters.check my_layer:MyLayer
+
+    python -m adapters.check my_layer.py:MyLayer --shape 1 4 4
+
+    python -m adapters.check adapters:MaskedCouplingLayer --features 5 --context-features 3
+
+    python -m adapters.check my_layer:make_flow --arguments hidden 64 bins 8
+
+    A class or a function is called with those of features, event_shape, context_features, mask, scale_net and
+    translation_net that it asks for. The exit status is 0 if all laws hold, 1 if one does not.
+
+    Args:
+        layer: module:object or file.py:object, where the object is a layer, a flow, a class of one, or a function that
+            gives one, of nflows, normflows, zuko, FrEIA, Pyro or your own: then forward(z) and inverse(z) must return
+            the outputs and the log-determinant.
+        features: how many coordinates a vector has.
+        shape: the shape of one event instead, such as 1 4 4 for an image.
+        context_features: width of the context that the layer is given.
+        arguments: names and values of other things that it asks for.
+        seconds: how long one call may take.
+    """
+    event_shape = tuple(shape) or (features,)
+    torch.manual_seed(0)  # the same report each time
+    try:
+        thing = make(load(layer), event_shape, context_features, arguments)
+    except Exception as error:
+        print(f"{WRONG} {said(error)}")
+        return 1
+    report = check(thing, event_shape, context_features, seconds)
+    print(report)
+    return 0 if report else 1
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main, prog="python -m adapters.check"))

@@ -1,0 +1,637 @@
+"""The laws: each measures one thing that a right layer has, and says the smallest counterexample that it found.
+
+A law is a function of ``Evidence`` that returns a ``Finding``. To add one: write it, and a line in ``LAWS``.
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from nflows.flows import Flow
+from nflows.transforms import Transform
+from torch import Tensor, nn
+
+from adapters.check.measure import (
+    CELLS,
+    EXACT,
+    LARGEST,
+    TRIP,
+    Evidence,
+    Pass,
+    distance,
+    equation_15,
+    equation_16,
+    is_rounded,
+    mass_error,
+    own_tensors,
+    points,
+)
+from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, Wrong, is_theirs, kind, line_of
+from adapters.check.words import largest, number, numbers, short, smallest, some, z_is
+
+RIGHT, WRONG, REMARK, UNASKED = "✓", "✗", "!", "·"
+FLOAT32, STEEP = 1e-2, 1e-2  # relative difference of a float32 copy, and how it may grow with the norm of J
+MASS, DRAWN = 0.02, 20_000  # of ``mass_error``, whose own error is about 1/√n
+GENTLE = 0.1  # how far parameters are moved for ∫p, which a grid must resolve
+TRIED, SLOW = 2000, 0.2  # so many draws are timed first, in seconds: ∫p takes fifty times as long
+TO_DTYPE = "make new tensors like z: torch.zeros_like(z), z.new_zeros(len(z)), mask.to(z.dtype); leave out .float()"
+NORMS = ("batchnorm", "dropout", "actnorm")  # parts that are meant to differ between training and evaluation
+
+
+class Finding(NamedTuple):
+    """How a law came out.
+
+    Attributes:
+        verdict: one of the four marks above.
+        words: what was seen.
+        mistake, remedy: where that alone tells it, which mistake it is, and what to write instead.
+        explains: further laws that fail because of it.
+    """
+
+    verdict: str
+    words: str = ""
+    mistake: str = ""
+    remedy: str = ""
+    explains: tuple[str, ...] = ()
+
+
+class Law(NamedTuple):
+    """Something that a right layer has.
+
+    Attributes:
+        name, title: for the program, and for people.
+        measure: the law itself.
+        needs: the laws without which this one would mean nothing.
+    """
+
+    name: str
+    title: str
+    measure: Callable[[Evidence], Finding]
+    needs: tuple[str, ...] = ()
+
+
+def outputs(e: Evidence) -> Finding:
+    """Either direction gives finite outputs of its inputs' shape and dtype, and does something."""
+    for p in e.passes:
+        direction = p.direction
+        if direction == INVERSE and p.y.numel() == e.x.numel() and p.y.shape != e.x.shape:
+            return Finding(WRONG, f"inverse returns {kind(p.y)}, where forward was given one of {tuple(e.x.shape)}")
+        if p.y.numel() != p.x.numel() or len(p.y) != len(p.x):
+            return Finding(WRONG, f"{direction} returns {kind(p.y)} for {kind(p.x)}")
+        if p.y.dtype != p.x.dtype:
+            return Finding(
+                WRONG, f"{direction} returns {short(p.y.dtype)} for {short(p.x.dtype)}", "float32 inside", TO_DTYPE
+            )
+        if not p.y.isfinite().all():
+            row = int((~p.y.flatten(1).isfinite()).any(1).nonzero()[0])
+            return Finding(WRONG, f"at {z_is(p, row)} {direction} gives {numbers(p.y[row])}")
+    trained = any(parameter.requires_grad for parameter in e.subject.module.parameters())
+    if trained and not e.subject.is_flow and e.forward.y.shape == e.x.shape and e.forward.kept.all():
+        remedy = "write equation 15 in forward, equation 16 in inverse, and equation 17 for both log-determinants"
+        return Finding(
+            WRONG, "forward(z) is z itself, whatever the parameters are", "the layer is the identity", remedy
+        )
+    if e.forward.y.shape != e.x.shape:
+        return Finding(REMARK, f"forward turns {tuple(e.x.shape[1:])} into {tuple(e.forward.y.shape[1:])}")
+    return Finding(RIGHT, "inputs in (0, 1), since others are not taken" if e.unit else "")
+
+
+def log_det_shape(e: Evidence) -> Finding:
+    """A log-determinant is ``(rows,)``, in its inputs' dtype."""
+    for p in e.passes:
+        found, rows = p.log_det, len(p.x)
+        words = f"{p.direction} returns a log_det of shape {tuple(found.shape)}, where ({rows},) is wanted, one a row"
+        if found.shape == (rows,):
+            if found.dtype == p.x.dtype:
+                continue
+            words = f"{p.direction} returns a log_det of {short(found.dtype)} for {short(p.x.dtype)}"
+            return Finding(WRONG, words, "float32 inside", TO_DTYPE)
+        remedy = "write s.flatten(1).sum(1), with (1 − b) ⊙ s for s: all dimensions but the first are summed"
+        if found.shape == (rows, 1):
+            return Finding(
+                WRONG, words, "log-determinant of shape (n, 1)", "write log_det.squeeze(1), or .sum(1) without keepdim"
+            )
+        if found.dim() and found.shape[0] == rows:
+            return Finding(WRONG, words, "log-determinant of the wrong event dimensions", remedy)
+        if found.shape == p.x.shape[1:]:
+            return Finding(
+                WRONG, words, "log-determinant summed over the batch", f"it is summed along the rows: {remedy}"
+            )
+        if found.numel() == 1:
+            mean = _close(found, p.exact.mean()) or _close(found, p.exact.mean() / p.x[0].numel())
+            mistake = "log-determinant is a mean" if mean else "log-determinant summed over the batch"
+            return Finding(WRONG, words, mistake, f"one number for all rows can be no row's own: {remedy}")
+        return Finding(WRONG, words, "", remedy)
+    return Finding(RIGHT)
+
+
+def inputs_kept(e: Evidence) -> Finding:
+    """The tensor that is given is the same afterwards."""
+    for p in e.passes:
+        given = p.x.clone()
+        p.function(given, e.context)
+        if not torch.equal(given, p.x):
+            row = int(distance(given, p.x).argmax())
+            words = f"{z_is(p, row)} has become {numbers(given[row])} after {p.direction}"
+            return Finding(
+                WRONG,
+                words,
+                "changes its input in place",
+                "write z = z.clone() first, and not z[…] = or z +=",
+                ("gradients", "precision"),
+            )
+    return Finding(RIGHT)
+
+
+def twice(e: Evidence) -> Finding:
+    """Two calls agree in evaluation mode, also of a new layer, whichever direction is called first."""
+    for p in e.passes:
+        for what, again in zip(("outputs", "log_det"), p.function(p.x.clone(), e.context), strict=True):
+            before = p.y if what == "outputs" else p.log_det
+            if not torch.allclose(again, before, rtol=EXACT, atol=EXACT):
+                row = int(distance(again.reshape(len(p.x), -1), before.reshape(len(p.x), -1)).argmax())
+                words = (
+                    f"at {z_is(p, row)} {p.direction} gives {what} {numbers(before[row])}, then {numbers(again[row])}"
+                )
+                return Finding(WRONG, words)
+    if e.one_way:
+        return Finding(RIGHT)
+    first = e.make()
+    first.module.eval()
+    try:
+        with torch.no_grad():
+            before = first.run(INVERSE, e.z, e.context)[0]
+            first.run(FORWARD, e.x, e.context)
+            after = first.run(INVERSE, e.z, e.context)[0]
+    except Wrong:
+        return Finding(RIGHT)  # one that is not ready before its first training step
+    if before.shape == after.shape and not torch.allclose(before, after, rtol=EXACT, atol=EXACT, equal_nan=True):
+        row = int(distance(after, before).argmax())
+        words = f"new, in evaluation mode, inverse gives {numbers(before[row])}, and once forward was called "
+        words += numbers(after[row])
+        remedy = "the first call of forward sets parameters from its data, which inverse did not wait for: do that in "
+        remedy += "training mode only, or in whichever direction is called first"
+        return Finding(WRONG, words, "ActNorm was not initialised", remedy)
+    return Finding(RIGHT)
+
+
+def rows_apart(e: Evidence) -> Finding:
+    """Each row with its context gives alone what it gives among others."""
+    for p in e.passes:
+        for row in range(len(p.x)):
+            context = None if e.context is None else e.context[row : row + 1]
+            y, log_det = p.function(p.x[row : row + 1].clone(), context)
+            if y.shape[1:] != p.y.shape[1:]:
+                words = f"{p.direction} returns {kind(y)} for one row alone"
+                return Finding(
+                    WRONG, words, "squeeze removes the batch dimension", "write squeeze(1), with the dimension"
+                )
+            for what, alone, among in (
+                ("outputs", y[0], p.y[row]),
+                ("log_det", log_det.reshape(-1), p.log_det[row : row + 1]),
+            ):
+                if alone.shape == among.shape and not torch.allclose(alone, among, rtol=TRIP, atol=TRIP):
+                    words = f"at {z_is(p, row)} {p.direction} gives {what} {numbers(among)} among {len(p.x)} rows, "
+                    words += f"{numbers(alone)} alone"
+                    return Finding(WRONG, words)
+    return Finding(RIGHT)
+
+
+def round_trip(e: Evidence) -> Finding:
+    """f⁻¹(f(x)) = x and f(f⁻¹(z)) = z."""
+    if e.one_way:
+        return Finding(REMARK, "it has no inverse, so that it can only be run one way")
+    for first, second in ((e.forward, e.back), (e.inverse, e.forth)):
+        if second.y.shape != first.x.shape:
+            return Finding(
+                WRONG, f"{second.direction} returns {kind(second.y)}, {first.direction} took {kind(first.x)}"
+            )
+        errors = distance(second.y, first.x)
+        if not (errors <= TRIP).all():
+            row = smallest(first.x, errors, TRIP)
+            between = f"{first.direction} gives {numbers(first.y[row])}, of which {second.direction} makes"
+            return Finding(WRONG, f"at {z_is(first, row)} {between} {numbers(second.y[row])}")
+    return Finding(RIGHT, f"to {largest(distance(e.back.y, e.x))}")
+
+
+def log_det(direction: str) -> Callable[[Evidence], Finding]:
+    """What comes with f is log|det J_f|; likewise with f⁻¹."""
+
+    def measure(e: Evidence) -> Finding:
+        if e.one_way and direction == INVERSE:
+            return Finding(UNASKED, "it has no inverse")
+        p = e.at(direction)
+        try:
+            exact = p.exact
+        except RuntimeError as error:
+            return Finding(WRONG, f"autograd can't go through {direction}: {' '.join(str(error).split())}")
+        errors = (p.log_det - exact).abs() / (1 + exact.abs())
+        if (errors <= TRIP).all():
+            return Finding(RIGHT, f"to {largest(errors)}")
+        row = smallest(p.x, errors, TRIP)
+        words = f"at {z_is(p, row)} {direction} says {number(p.log_det[row])}, autograd's Jacobian {number(exact[row])}"
+        offsets = p.log_det - exact
+        if len(offsets) > 1 and (offsets - offsets[0]).abs().max() < EXACT:
+            words += f"; off by the same {number(offsets[0])} in every row"
+        return Finding(WRONG, words)
+
+    return measure
+
+
+def mask_kept(e: Evidence) -> Finding:
+    """Where b = 1, either direction gives what it was given."""
+    if e.mask is None or e.one_way:
+        return Finding(UNASKED, "it has no mask of its own")
+    name, b = e.mask
+    for p in (e.forward, e.inverse):
+        if p.y.shape != p.x.shape:
+            return Finding(UNASKED, "the shape changes")
+        if (b & ~p.kept).any():
+            x, y = p.flat
+            i = int((b & ~p.kept).nonzero()[0])
+            row = int((y - x)[:, i].abs().argmax())
+            words = f"{name}[{i}] is 1, and yet {p.direction} makes {number(y[row, i])} of {number(x[row, i])} there"
+            return Finding(WRONG, words)
+    return Finding(RIGHT)
+
+
+def equations(e: Evidence) -> Finding:
+    """Of a layer in the exercise's form, which is one with a mask, an s and a t."""
+    if e.mask is None or e.one_way or not (~e.forward.kept).any():
+        return Finding(UNASKED, "it is no masked affine coupling layer")
+    if e.forward.networks(equation_15):
+        return Finding(RIGHT, "forward is equation 15, noise → data")
+    if not e.forward.networks(equation_16):
+        return Finding(UNASKED, "its s and t are not seen")
+    if isinstance(e.subject.transform, Transform):
+        return Finding(RIGHT, "forward is equation 16, data → noise, as nflows has it")
+    return Finding(
+        WRONG, "forward computes equation 16, data → noise; the exercise's forward is equation 15, noise → data"
+    )
+
+
+def gradients(e: Evidence) -> Finding:
+    """Whatever moves an answer has a gradient from it."""
+    named = [(name, p) for name, p in e.subject.module.named_parameters() if p.requires_grad]
+    if not named:
+        return Finding(UNASKED, "it has no parameters")
+    used = set()
+    for p in e.passes:
+        for what in _answers(e, p):
+            value = _answers(e, p)[what]
+            total = (value * points(1, tuple(value.shape), 5)[0]).sum()
+            found: Sequence[Tensor | None] = [None] * len(named)
+            if total.requires_grad:
+                found = torch.autograd.grad(total, [one for _, one in named], allow_unused=True)
+            reached = [gradient is not None and bool(gradient.abs().sum() > 0) for gradient in found]
+            used.update(name for (name, _), reaches in zip(named, reached, strict=True) if reaches)
+            silent = [one for one, reaches in zip(named, reached, strict=True) if not reaches]
+            if not (silent and _matters(e, p, what, [parameter for _, parameter in silent])):
+                continue
+            hidden = [name for name, parameter in silent if _matters(e, p, what, [parameter])]
+            words = f"the {what} of {p.direction} changes with {some(hidden)}, but no gradient comes from there"
+            remedy = (
+                f"in {p.direction} something cuts the graph, detach(), no_grad(), .data, .item() or numpy: leave it out"
+            )
+            return Finding(WRONG, words, "detached, or under no_grad", remedy)
+    unused = [name for name, _ in named if name not in used]
+    if unused:
+        return Finding(REMARK, f"nothing depends on {some(unused)}")
+    return Finding(RIGHT)
+
+
+def _answers(e: Evidence, p: Pass) -> dict[str, Tensor]:
+    """What gradients are to come from."""
+    y, log_det = p.function(p.x.clone(), e.context)
+    answers = {"output": y, "log_det": log_det}
+    if e.subject.is_flow and p.direction == FORWARD:
+        answers["log_prob"] = e.subject.log_prob(p.x, e.context)
+    return answers
+
+
+@torch.no_grad()
+def _matters(e: Evidence, p: Pass, what: str, parameters: list[nn.Parameter]) -> bool:
+    """Whether moving these parameters a little changes that answer smoothly: a jump at a kink has no gradient."""
+    generator, step = torch.Generator().manual_seed(6), 1e-4
+    start = [parameter.clone() for parameter in parameters]
+    moves = [step * torch.randn(q.shape, generator=generator, dtype=q.dtype) for q in parameters]
+    answers = []
+    for times in (-1, 1, 0):
+        for parameter, old, move in zip(parameters, start, moves, strict=True):
+            parameter.copy_(old + times * move)
+        answers.append(_answers(e, p)[what])
+    below, above, here = answers
+    first, second = (above - below).abs(), (above + below - 2 * here).abs()
+    return bool(((first > 1e-7) & (second < 0.1 * first)).any())
+
+
+def training(e: Evidence) -> Finding:
+    """Training mode and evaluation mode agree, but for parts that are meant to differ."""
+    subject, random = e.moved(), torch.random.get_rng_state()
+    subject.module.train()
+    meant = [
+        f"{type(part).__name__}{f' ({name})' * bool(name)}"
+        for name, part in subject.module.named_modules()
+        if any(norm in type(part).__name__.lower() for norm in NORMS)
+    ]
+    try:
+        for p in e.passes:
+            try:
+                with torch.no_grad():
+                    y, log_det = subject.run(p.direction, p.x.clone(), e.context)
+            except Wrong as error:
+                if meant:
+                    return Finding(REMARK, f"in training mode {error}, because of {meant[0]}: use eval() for it")
+                return Finding(WRONG, f"in training mode {error}")
+            if not (
+                torch.allclose(y, p.y, rtol=TRIP, atol=TRIP)
+                and torch.allclose(log_det, p.log_det, rtol=TRIP, atol=TRIP)
+            ):
+                if meant and "batchnorm" in meant[0].lower():
+                    words = (
+                        f"in training mode BatchNorm couples the rows: {meant[0]}. Use eval() to score and to sample"
+                    )
+                    return Finding(REMARK, words, "BatchNorm couples the rows")
+                if meant:
+                    return Finding(REMARK, f"training mode differs from evaluation, by {meant[0]}: use eval() to score")
+                row = int(distance(y, p.y).argmax())
+                words = f"at {z_is(p, row)} {p.direction} gives {numbers(y[row])} in training, "
+                words += f"{numbers(p.y[row])} in evaluation"
+                return Finding(WRONG, words)
+    finally:
+        torch.random.set_rng_state(random)
+    return Finding(RIGHT)
+
+
+def copies(e: Evidence) -> Finding:
+    """A copy, and a new layer that loads the parameters, compute the same; every tensor belongs to them."""
+    for name, part in _theirs(e.subject):
+        for attribute, value in own_tensors(part):
+            if attribute in vars(part) and not isinstance(value, nn.Parameter):
+                called = f"{name}.{attribute}" if name else attribute
+                words = f"{called} is a plain tensor, which .to(device) leaves behind and state_dict leaves out"
+                remedy = f"write self.register_buffer({attribute!r}, {attribute}) in __init__"
+                return Finding(WRONG, words, "a plain tensor instead of a buffer", remedy, ("device",))
+    state = e.subject.module.state_dict()
+    other = e.make()
+    try:
+        other.module.load_state_dict(copy.deepcopy(state))
+    except (RuntimeError, KeyError) as error:
+        return Finding(WRONG, f"load_state_dict raises {' '.join(str(error).split())}")
+    for what, twin in (("load_state_dict", other), ("deepcopy", _copy(e.subject))):
+        twin.module.eval()
+        with torch.no_grad():
+            twin.run(FORWARD, 0.9 * e.x, e.context)  # other data than before, by which it might initialise itself
+            y, log_det = twin.run(FORWARD, e.x.clone(), e.context)
+        if not (torch.allclose(y, e.forward.y) and torch.allclose(log_det, e.forward.log_det)):
+            row = int(distance(y, e.forward.y).argmax())
+            words = f"at {z_is(e.forward, row)} it gives {numbers(e.forward.y[row])}, after {what} {numbers(y[row])}"
+            changed = [key for key, value in other.module.state_dict().items() if not torch.equal(value, state[key])]
+            if what == "load_state_dict" and changed:
+                words += f"; the call has changed {some(changed)}"
+                remedy = "what was loaded is initialised again from data: keep its flag as a buffer, "
+                remedy += "self.register_buffer('initialised', torch.tensor(False))"
+                return Finding(WRONG, words, "ActNorm was not initialised", remedy)
+            return Finding(WRONG, words)
+    return Finding(RIGHT)
+
+
+def precision(e: Evidence) -> Finding:
+    """float64 has no rounding of float32 in it, and a float32 copy says nearly the same."""
+    for p in e.passes:
+        if is_rounded(lambda x, p=p: p.function(x, e.context), p.x):
+            words = f"given float64, {p.direction} has only the seven digits of float32"
+            return Finding(WRONG, words, "float32 inside", TO_DTYPE)
+    single = _in_float32(e.subject)
+    context = None if e.context is None else e.context.float()
+    for p in e.passes:
+        with torch.no_grad():
+            try:
+                y, log_det = single.run(p.direction, p.x.float(), context)
+            except Hangs as error:  # a search that is to be finer than float32 is
+                return Finding(REMARK, f"in float32 {error}")
+            except Wrong as error:
+                return Finding(WRONG, f"in float32 {error}")
+        if not y.dtype == log_det.dtype == torch.float32:
+            found = y.dtype if y.dtype != torch.float32 else log_det.dtype
+            return Finding(WRONG, f"{p.direction} returns {short(found)} for float32", "float64 inside", TO_DTYPE)
+        errors = torch.maximum(distance(y, p.y), distance(log_det[:, None], p.log_det[:, None]))
+        steep = torch.linalg.matrix_norm(p.jacobian, 2)
+        if not (errors <= (FLOAT32 * STEEP * steep).clamp(min=FLOAT32)).all():
+            row = int(errors.argmax())
+            words = (
+                f"at {z_is(p, row)} {p.direction} gives {numbers(p.y[row])} in float64, {numbers(y[row])} in float32"
+            )
+            return Finding(WRONG, words)
+    return Finding(RIGHT)
+
+
+def device(e: Evidence) -> Finding:
+    """On torch's meta device, which has shapes and no values: what meets a tensor of the CPU there raises."""
+    abroad = _copy(e.subject)
+    context = None if e.context is None else e.context.to("meta")
+    try:
+        abroad.module.to("meta")
+    except Exception:
+        return Finding(UNASKED, "it can't be moved to the meta device")
+    for p in e.passes:
+        try:
+            abroad.run(p.direction, p.x.to("meta"), context)
+        except Wrong as error:
+            if all(word in str(error) for word in ("device", "cpu")) and "meta tensor" not in str(error):
+                words = (
+                    f"on another device {p.direction} meets a tensor that stayed on the CPU{line_of(error.__cause__)}"
+                )
+                remedy = "make tensors like z, torch.zeros_like(z) or z.new_zeros(len(z)), and constants in __init__, "
+                remedy += "by self.register_buffer"
+                return Finding(WRONG, words, "a tensor stays on the CPU", remedy)
+            return Finding(UNASKED, "it looks at values, which the meta device has not")
+    return Finding(RIGHT)
+
+
+def extremes(e: Evidence) -> Finding:
+    """At 0, ±30 and ±1000 all stays finite; else a remark, since many a right layer overflows."""
+    remarks = []
+    for p in e.passes:
+        for x, what in ((torch.zeros_like(p.x), "0"), (30 * torch.sign(p.x), "±30"), (1000 * torch.sign(p.x), "±1000")):
+            if e.unit or (p.y.shape != p.x.shape):
+                break
+            try:
+                with torch.no_grad():
+                    y, log_det = p.function(x, e.context)
+            except Wrong as error:
+                remarks.append(f"at z = {what} {error}")
+                break
+            if not (y.isfinite().all() and log_det.isfinite().all()):
+                tanh = ": end the network of s in tanh, as exercise 2.5 says" * bool(_theirs(e.subject))
+                remarks.append(f"at z = {what} {p.direction} is no longer finite{tanh}")
+                break
+    return Finding(REMARK, remarks[0]) if remarks else Finding(RIGHT)
+
+
+def samples(e: Evidence) -> Finding:
+    """log_prob(x) = log p_base(f(x)) + log|det J_f(x)| at the flow's own samples."""
+    if not e.subject.is_flow:
+        return Finding(UNASKED, "it is no flow, which would have samples")
+    subject = e.moved(GENTLE)
+    with torch.no_grad(), torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        try:
+            x = _drawing(subject).sample(e.rows, e.context)
+        except NoInverse:
+            return Finding(UNASKED, "it can't sample")
+        x = x.to(e.x.dtype)
+        if x.shape != e.x.shape:
+            return Finding(WRONG, f"sample({e.rows}) returns {kind(x)}, where {tuple(e.x.shape)} is wanted")
+        near = (x.abs() <= LARGEST).flatten(1).all(1)  # of samples far out, float64 can't tell
+        if not near.any():
+            return Finding(UNASKED, "its samples are too large to judge")
+        x, context = x[near], None if e.context is None else e.context[near]
+        claimed = subject.log_prob(x, context)
+        noise, log_det = subject.run(subject.scores, x, context)
+        base = subject.base_log_prob(noise, context)
+    if base is None:
+        return Finding(UNASKED, "it does not show its base")
+    wanted = base + log_det
+    errors = (claimed - wanted).abs() / (1 + wanted.abs())
+    if (errors <= TRIP).all():
+        return Finding(RIGHT, f"to {largest(errors)}")
+    row = smallest(x, errors, TRIP)
+    words = (
+        f"at x = {numbers(x[row])} log_prob says {number(claimed[row])}, base and log-determinant {number(wanted[row])}"
+    )
+    return Finding(WRONG, words, *_density_mistake(subject, x, context, claimed, base, log_det))
+
+
+def _density_mistake(
+    subject: Subject, x: Tensor, context: Tensor | None, claimed: Tensor, base: Tensor, log_det: Tensor
+) -> tuple[str, str]:
+    """Which formula the log_prob of a flow follows instead."""
+    right = "log p(x) = log p_base(z) + log|det J|, with both from inverse(x)"
+    if _close(claimed, base - log_det):
+        return "wrong sign of the log-determinant", f"log_prob subtracts it: {right}"
+    if _close(claimed, base):
+        return "log-determinant is left out", f"log_prob has no log-determinant: {right}"
+    other = INVERSE if subject.scores == FORWARD else FORWARD
+    with torch.no_grad(), suppress(Wrong):
+        z, other_log_det = subject.run(other, x, context)
+        other_base = subject.base_log_prob(z, context)
+        if other_base is not None and any(_close(claimed, other_base + sign * other_log_det) for sign in (1, -1)):
+            return "the direction is noise → data where data → noise is expected", f"log_prob calls {other}: {right}"
+    if _close(claimed, base + log_det.sum()) or _close(claimed, (base + log_det).sum().expand_as(claimed)):
+        return "log-determinant summed over the batch", right
+    if _close(claimed, base + log_det.mean()) or _close(claimed, (base + log_det).mean().expand_as(claimed)):
+        return "log-determinant is a mean", right
+    return "", ""
+
+
+def mass(e: Evidence) -> Finding:
+    """∫p over parts of the plane is the share of the samples there; around a standard normal for a mere layer."""
+    if e.event_shape != (2,) or e.unit or e.forward.y.shape != e.x.shape:
+        return Finding(UNASKED, "∫p is asked for two coordinates only")
+    subject = e.moved(GENTLE)
+    drawing = _drawing(subject)
+    scores, draws = (FORWARD, INVERSE) if subject.scores == FORWARD else (INVERSE, FORWARD)
+    row = None if e.context is None else e.context[:1]
+
+    def contexts(n: int) -> Tensor | None:
+        return None if row is None else row.expand(n, -1)
+
+    def log_prob(x: Tensor) -> Tensor:
+        if subject.is_flow:
+            return subject.log_prob(x, contexts(len(x)))
+        noise, log_det = subject.run(scores, x, contexts(len(x)))
+        return log_det - 0.5 * (noise**2).sum(1) - math.log(2 * math.pi)
+
+    def draw(n: int) -> Tensor:
+        if not subject.is_flow:
+            noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(0), dtype=e.x.dtype)
+            return subject.run(draws, noise, contexts(n))[0]
+        if row is None:
+            return drawing.sample(n).to(e.x.dtype)
+        return drawing.call("sample", drawing.thing.sample, n, row)[0].to(e.x.dtype)
+
+    with torch.no_grad(), torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        try:
+            start = perf_counter()
+            log_prob(draw(TRIED))
+            if perf_counter() - start > SLOW:
+                return Finding(UNASKED, "∫p would take too long")
+            drawn = draw(DRAWN)
+        except Wrong as error:
+            return Finding(UNASKED, str(error))
+        low, high = torch.quantile(drawn, torch.tensor([1e-3, 1 - 1e-3], dtype=drawn.dtype), dim=0)
+        total, error = mass_error(log_prob, drawn, low, high)
+        if error > MASS:
+            coarse, _ = mass_error(log_prob, drawn, low, high, 2 * CELLS // 3)
+            if abs(coarse - total) > MASS / 4:
+                return Finding(UNASKED, "its density is too sharp for a grid")
+    if error <= MASS:
+        return Finding(RIGHT, f"to {error:.0e}")
+    inside = ((drawn >= low) & (drawn <= high)).all(1).double().mean().item()
+    return Finding(
+        WRONG, f"∫p = {total:.3f} over a box that holds {inside:.3f} of the samples, and parts differ by {error:.3f}"
+    )
+
+
+def _theirs(subject: Subject) -> list[tuple[str, nn.Module]]:
+    """Those modules inside whose class is written in the user's own file."""
+    found = []
+    for name, part in subject.module.named_modules():
+        module = sys.modules.get(type(part).__module__)
+        if is_theirs(getattr(module, "__file__", None)):
+            found.append((name, part))
+    return found
+
+
+def _copy(subject: Subject) -> Subject:
+    return Subject(copy.deepcopy(subject.thing), subject.seconds)
+
+
+def _in_float32(subject: Subject) -> Subject:
+    twin = _copy(subject)
+    twin.module.float()
+    return twin
+
+
+def _drawing(subject: Subject) -> Subject:
+    """What is to sample: many a base draws float32, whatever it was made of, which our own and nflows' flows take."""
+    return subject if isinstance(subject.thing, Flow) else _in_float32(subject)
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    return bool(torch.allclose(found, wanted, rtol=EXACT, atol=EXACT))
+
+
+LOG_DETS = ("outputs", "log_det_shape", "inputs", "twice", "rows")
+LAWS = (
+    Law("outputs", "forward and inverse give outputs like their inputs", outputs),
+    Law("log_det_shape", "and one log-determinant for each row", log_det_shape, ("outputs",)),
+    Law("inputs", "no call changes its input", inputs_kept, ("outputs",)),
+    Law("twice", "the same answer twice", twice, ("outputs", "log_det_shape")),
+    Law("rows", "rows, and their contexts, don't mix", rows_apart, ("outputs", "log_det_shape", "twice")),
+    Law("mask", "positions where the mask is 1 come through unchanged", mask_kept, ("outputs", "twice")),
+    Law("round_trip", "inverse undoes forward, and forward inverse", round_trip, ("outputs", "twice", "rows")),
+    Law("forward_log_det", "forward's log-determinant is autograd's", log_det(FORWARD), LOG_DETS),
+    Law("inverse_log_det", "inverse's log-determinant is autograd's", log_det(INVERSE), LOG_DETS),
+    Law("equations", "forward and inverse are equations 15 and 16", equations, (*LOG_DETS, "mask", "round_trip")),
+    Law("gradients", "gradients reach every parameter", gradients, ("outputs", "log_det_shape", "twice")),
+    Law(
+        "training",
+        "training mode computes what evaluation mode does",
+        training,
+        ("outputs", "log_det_shape", "twice", "rows"),
+    ),
+    Law("copies", "state_dict and deepcopy carry all of it", copies, ("outputs", "log_det_shape", "twice")),
+    Law("precision", "float64 throughout, and float32 agrees", precision, LOG_DETS),
+    Law("device", "all tensors move with the layer", device, ("outputs", "log_det_shape")),
+    Law("extremes", "extreme inputs", extremes, ("outputs", "log_det_shape", "twice")),
+    Law("samples", "samples carry their log_prob", samples, (*LOG_DETS, "round_trip")),
+    Law("mass", "∫p = 1, and p is the samples' density", mass, (*LOG_DETS, "round_trip")),
+)

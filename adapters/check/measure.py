@@ -1,0 +1,410 @@
+"""The few quantities that all laws and all mistakes are judged by: what came out, what was claimed, and what is true.
+
+A ``Pass`` is one direction of a layer at a few rows: outputs y, the log-determinant that came with them, autograd's
+Jacobian J and its log|det J|, and what each network inside was given and gave. ``Evidence`` holds the passes. Below
+them are measures of one number that more than the laws may use: ``distance``, ``roughness`` and ``mass_error``.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, Wrong
+
+EXACT = 1e-6  # relative error up to which two values that float64 gives are the same
+TRIP = 1e-4  # of a round trip, likewise: some libraries search for their inverses
+MOVED, HALVINGS = 0.3, 5  # standard deviation of what moves the parameters, and how often it may be halved
+LARGEST, WORST = 1e3, 1e5  # |f(x)|, |J| and condition number of J up to which float64 tells right from wrong
+SETTLING = 30  # passes in training mode after which running statistics are near the data's
+WIDE = 64  # of so many coordinates, fewer rows are tried
+ROUGH = 1e-2  # of ``roughness``: about 1e-6 in float64, 0.1 where float32 is within
+STEP = 1e-6  # h of ``roughness``
+CELLS = 300  # along an axis, for ∫p
+
+
+class Seen(NamedTuple):
+    """What one network inside the layer was given and gave, and its name."""
+
+    name: str
+    given: Tensor
+    gave: Tensor
+
+
+@dataclass
+class Pass:
+    """One direction at rows x.
+
+    Attributes:
+        direction: forward or inverse.
+        x, context, y, log_det: what it was given and gave, ``(rows, *event_shape)`` and ``(rows,)``.
+        seen: what each network inside was given and gave.
+        function: maps rows and their contexts to ``(y, log_det)``.
+    """
+
+    direction: str
+    x: Tensor
+    context: Tensor | None
+    y: Tensor
+    log_det: Tensor
+    seen: list[Seen]
+    function: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] = field(repr=False)
+
+    @cached_property
+    def jacobian(self) -> Tensor:
+        """J of each row by autograd, ``(rows, D, D)``. Each row of y must depend on its own row of x alone."""
+        found = torch.autograd.functional.jacobian(lambda x: self.function(x.clone(), self.context)[0].sum(0), self.x)
+        size = self.x[0].numel()
+        return found.movedim(self.y.dim() - 1, 0).reshape(len(self.x), size, size)
+
+    @cached_property
+    def slopes(self) -> Tensor:
+        """J by central differences, which see what a ``detach`` hides from autograd."""
+        columns, step = [], 1e-5  # where float64's rounding comes to about 1e-11
+        with torch.no_grad():
+            for unit in torch.eye(self.x[0].numel(), dtype=self.x.dtype).view(-1, *self.x.shape[1:]):
+                above, below = (self.function(self.x + h * unit, self.context)[0] for h in (step, -step))
+                columns.append((above - below).flatten(1) / (2 * step))
+        return torch.stack(columns, 2)
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """log|det J| of each row, by autograd."""
+        return torch.linalg.slogdet(self.jacobian).logabsdet
+
+    @property
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """x and y, ``(rows, D)``."""
+        return self.x.flatten(1), self.y.flatten(1)
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """Of each coordinate, whether it came out as it went in, in all rows."""
+        x, y = self.flat
+        return (x - y).abs().le(EXACT).all(0)
+
+    @cached_property
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        """a and t, ``(rows, D)``, if y = a ⊙ x + t with a and t the same for all values of the changed coordinates."""
+        among = self.jacobian[:, ~self.kept][:, :, ~self.kept]
+        a = self.jacobian.diagonal(dim1=1, dim2=2)
+        if not same(among, torch.diag_embed(among.diagonal(dim1=1, dim2=2))):
+            return None
+        x, y = self.flat
+        return a, y - a * x
+
+    @cached_property
+    def gave(self) -> list[tuple[str, Tensor]]:
+        """All that may be s or t, by name: whatever a network gave in the event's shape, or in halves of its own."""
+        size = self.x[0].numel()
+        found = []
+        for name, _, value in self.seen:
+            flat = value.flatten(1)
+            if flat.shape[1] == size:
+                found.append((name, flat))
+            elif flat.shape[1] == 2 * size:
+                found += [(f"half of {name}", part) for part in value.chunk(2, 1)]
+                found += [(f"half of {name}", part) for part in value.chunk(2, -1)] if value.dim() > 2 else []
+        found = [(name, value.flatten(1)) for name, value in found]
+        return found + [(f"tanh of {name}", value.tanh()) for name, value in found]
+
+    def networks(self, formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[str, Tensor, str, Tensor] | None:
+        """Name and value of s and of t with y = formula(x, s, t) on the changed coordinates, if there are such two."""
+        x, y = (flat[:, ~self.kept] for flat in self.flat)
+        for s_name, s in self.gave:
+            for t_name, t in self.gave:
+                if s is not t and same(formula(x, s[:, ~self.kept], t[:, ~self.kept]), y):
+                    return s_name, s, t_name, t
+        return None
+
+
+def equation_15(z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    return z * s.exp() + t
+
+
+def equation_16(z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    return (z - t) * (-s).exp()
+
+
+class Evidence:
+    """A copy of the subject in float64, its parameters moved away from their start, and what it makes of a few rows.
+
+    Many a layer begins as the identity, where much that is wrong does not show. Where the move makes it so steep that
+    float64 itself would be at fault, it is halved. Running statistics, as of batch normalisation, first settle.
+
+    Args:
+        make: gives a new copy of the subject, in float64.
+        event_shape, context_features: as for ``check``.
+        may_lack_inverse: whether it is no mistake to have none, as for a flow that can only score.
+
+    Attributes:
+        subject: the copy, in evaluation mode.
+        x: rows for ``forward``; z: rows for ``inverse``; context: a row for each, or None.
+        forward: what it makes of x.
+        one_way: whether it has no inverse, rightly.
+        unit: whether the rows lie in (0, 1), since others are not taken.
+
+    Raises:
+        Wrong: if it can't be called.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Subject],
+        event_shape: tuple[int, ...],
+        context_features: int | None,
+        may_lack_inverse: bool = False,
+    ):
+        self.make, self.event_shape, self.size, self.unit = make, event_shape, math.prod(event_shape), False
+        self.rows = 7 if self.size <= WIDE else 2
+        while self.rows in (*event_shape, self.size):  # so that no dimension is taken for another
+            self.rows += 1
+        self.context = None if context_features is None else points(self.rows, (context_features,), 3)
+        self.x, self.z = points(self.rows, event_shape, 1), points(self.rows, event_shape, 2)
+        try:
+            self._move()
+        except Hangs:
+            raise
+        except Wrong:
+            self.x, self.unit = torch.sigmoid(self.x), True  # such as a logit's data
+            try:
+                self._move()
+            except Wrong:
+                self.x, self.unit = points(self.rows, event_shape, 1), False
+                self._move()
+        self.one_way, y = False, self.forward.y
+        if y.numel() != self.x.numel() or not y.isfinite().all():
+            return  # which the first law says
+        try:
+            self.back  # noqa: B018 (measured here, so that it may fail here)
+        except NoInverse:
+            self.one_way = may_lack_inverse
+            if not may_lack_inverse:
+                raise
+
+    def _move(self) -> None:
+        for halving in range(HALVINGS + 1):
+            self.scale = MOVED / 2**halving
+            try:
+                self.subject = self.moved()
+                if self._tame():
+                    return
+            except Hangs:
+                raise
+            except Wrong:  # many a library's layer raises where it is too steep
+                if halving == HALVINGS:
+                    raise
+
+    def moved(self, largest: float = MOVED) -> Subject:
+        """A new copy at the same random parameters, or nearer to their start, settled, in evaluation mode."""
+        subject = self.make()
+        move(subject.module, min(self.scale, largest))
+        settle(subject, self.x, self.context)
+        subject.module.eval()
+        return subject
+
+    def _tame(self) -> bool:
+        """Whether float64 can tell a right map from a wrong one here, in both directions."""
+        self.forward = self.passed(FORWARD, self.x)
+        if not _is_tame(self.forward):
+            return False
+        try:
+            return _is_tame(self.passed(INVERSE, self.z))
+        except Hangs:
+            raise
+        except Wrong:  # there is none, or it takes other points
+            return True
+
+    def passed(self, direction: str, x: Tensor) -> Pass:
+        """What that direction makes of x.
+
+        Raises:
+            Wrong: as ``Subject.run``.
+        """
+
+        def function(rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+            return self.subject.run(direction, rows, context)
+
+        with torch.no_grad(), watching(self.subject.module) as seen:
+            y, log_det = function(x.clone(), self.context)
+        return Pass(direction, x, self.context, y, log_det, seen, function)
+
+    @property
+    def passes(self) -> Iterator[Pass]:
+        """Both directions at the same points: forward, then inverse at its outputs if there is an inverse."""
+        yield self.forward
+        if not self.one_way:
+            yield self.back
+
+    @cached_property
+    def back(self) -> Pass:
+        """inverse at forward's outputs."""
+        return self.passed(INVERSE, self.forward.y)
+
+    @cached_property
+    def inverse(self) -> Pass:
+        """inverse at rows of its own or, where it does not take them, at forward's outputs."""
+        try:
+            found = self.passed(INVERSE, self.z)
+        except Wrong:
+            return self.back
+        return found if found.y.isfinite().all() else self.back
+
+    @cached_property
+    def forth(self) -> Pass:
+        """forward at inverse's outputs."""
+        return self.passed(FORWARD, self.inverse.y)
+
+    def at(self, direction: str) -> Pass:
+        return self.forward if direction == FORWARD else self.inverse
+
+    @cached_property
+    def mask(self) -> tuple[str, Tensor] | None:
+        """Name and flat values, true and false, of the layer's own mask, in which 1 means unchanged."""
+        for name, value in own_tensors(self.subject.transform):
+            named = name.lower().strip("_") == "b" or "mask" in name.lower()
+            if (
+                named
+                and value.numel() == self.size
+                and ((value == 0) | (value == 1)).all()
+                and value.unique().numel() == 2
+            ):
+                return name, value.detach().flatten().bool()
+        return None
+
+
+def _is_tame(p: Pass) -> bool:
+    if not (p.y.isfinite().all() and (p.y.abs() <= LARGEST).all()):
+        return False
+    if p.y.numel() != p.x.numel():
+        return True
+    try:
+        stretched = torch.linalg.svdvals(p.jacobian)
+    except RuntimeError:  # what autograd can't go through, the laws say
+        return True
+    low, high = stretched[:, -1], stretched[:, 0]
+    return bool((high <= LARGEST).all() and (high <= WORST * low)[low > 0].all())  # singular is not steep, but wrong
+
+
+def points(rows: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Standard normal numbers, made short to read: hundredths, none of which is a likely edge of a bin."""
+    normal = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ((normal * 20).round() * 5 + 1) / 100
+
+
+def move(module: nn.Module, scale: float) -> None:
+    """Add N(0, scale²) to every parameter that is trained."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters()):
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+@torch.no_grad()
+def settle(subject: Subject, x: Tensor, context: Tensor | None) -> None:
+    """Pass the data through in training mode for as long as that changes a buffer."""
+    subject.module.train()
+    for _ in range(SETTLING):
+        before = [buffer.clone() for buffer in subject.module.buffers()]
+        subject.run(subject.scores, x.clone(), context)
+        if all(map(torch.equal, before, subject.module.buffers())):
+            return
+
+
+@contextmanager
+def watching(module: nn.Module) -> Iterator[list[Seen]]:
+    """What each module inside is given and gives, where both are one tensor."""
+    seen: list[Seen] = []
+
+    def watch(name: str) -> Callable:
+        def note(_, given: tuple, gave) -> None:
+            if given and isinstance(given[0], Tensor) and isinstance(gave, Tensor):
+                seen.append(Seen(name, given[0].clone(), gave.clone()))
+
+        return note
+
+    handles = [part.register_forward_hook(watch(name)) for name, part in module.named_modules() if name]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def own_tensors(thing) -> list[tuple[str, Tensor]]:
+    """The tensors that an object itself holds, not its submodules: parameters, buffers and plain attributes."""
+    kept = {**getattr(thing, "_parameters", {}), **getattr(thing, "_buffers", {}), **getattr(thing, "__dict__", {})}
+    return [(name, value) for name, value in kept.items() if isinstance(value, Tensor)]
+
+
+def same(found: Tensor, wanted: Tensor, tolerance: float = EXACT) -> bool:
+    """Whether all values agree, relative to their sizes; nothing agrees with NaN, infinity or another shape."""
+    if found.shape != wanted.shape or not wanted.isfinite().all():
+        return False
+    return bool(((found - wanted).abs() <= tolerance * (1 + wanted.abs())).all())
+
+
+def distance(found: Tensor, wanted: Tensor) -> Tensor:
+    """Of each row, the largest |found − wanted| / (1 + |wanted|); NaN where anything is NaN."""
+    return ((found - wanted).abs() / (1 + wanted.abs())).flatten(1).amax(1)
+
+
+@torch.no_grad()
+def roughness(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, step: float = STEP) -> float:
+    """How rough outputs and log-determinant are over steps of h: the median over the rows, for kinks' sake.
+
+    Of a smooth function, |f(x + h) − 2 f(x) + f(x − h)| is about h² and |f(x + h) − f(x − h)| about h. Where float32 is
+    within, either has its rounding, 1e-7.
+    """
+    move = step * torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
+    (below, low), (here, middle), (above, high) = (function(x + k * move) for k in (-1, 0, 1))
+    below, here, above = below.flatten(1), here.flatten(1), above.flatten(1)
+    rough = (above - 2 * here + below).norm(dim=1) / ((above - below).norm(dim=1) + step)
+    rough_log_det = (high - 2 * middle + low).abs() / ((high - low).abs() + step)
+    return max(rough.median().item(), rough_log_det.median().item())
+
+
+def is_rounded(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> bool:
+    """Whether float32 is within: what it makes rough is ten times smoother over steps ten times as long.
+
+    What is rough because it is steep, as some splines are, is rougher there.
+    """
+    rough = roughness(function, x)
+    return rough > ROUGH and roughness(function, x, 10 * STEP) < rough / 2
+
+
+@torch.no_grad()
+def mass_error(
+    log_prob: Callable[[Tensor], Tensor], drawn: Tensor, low: Tensor, high: Tensor, cells: int = CELLS
+) -> tuple[float, float]:
+    """∫p over a box in two dimensions, and the largest |∫p − share of draws| over the rectangles from its corner.
+
+    Mass outside the box does no harm, and lost mass is seen. ∫p is by the midpoint rule, on cells that are small where
+    there are many draws.
+
+    Args:
+        log_prob: of ``(n, 2)``.
+        drawn: samples, ``(n, 2)``.
+        low, high: corners of the box, ``(2,)``.
+        cells: how many along an axis.
+    """
+    inside = drawn[((drawn >= low) & (drawn <= high)).all(1)]
+    even = torch.linspace(0, 1, cells // 2 + 1, dtype=drawn.dtype)
+    edges = [
+        torch.cat((start + (end - start) * even, torch.quantile(column, even[1:-1]))).sort().values
+        for start, end, column in zip(low, high, inside.unbind(1), strict=True)
+    ]
+    middles, widths = zip(*[((edge[1:] + edge[:-1]) / 2, edge.diff()) for edge in edges], strict=True)
+    values = torch.cat([log_prob(chunk).exp() for chunk in torch.cartesian_prod(*middles).split(50_000)])
+    mass = values.view(len(widths[0]), -1) * widths[0][:, None] * widths[1]
+    place = [
+        (torch.bucketize(c.contiguous(), e) - 1).clamp(min=0) for c, e in zip(inside.unbind(1), edges, strict=True)
+    ]
+    share = torch.bincount(place[0] * mass.shape[1] + place[1], minlength=mass.numel()).view_as(mass) / len(drawn)
+    errors = (mass - share).cumsum(0).cumsum(1).abs()
+    return mass.sum().item(), errors.max().item() if not errors.isnan().any() else math.nan

@@ -1,0 +1,499 @@
+"""The usual mistakes: each is a small function of the measured quantities that says whether it explains the numbers.
+
+A mistake names itself, the laws whose failure it explains, and says what to write instead. To add one: write the
+function under ``@mistake``. Those above are tried first, and the first that explains the numbers is named.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapters.check.measure import Evidence, Pass, equation_15, equation_16, is_rounded, same
+from adapters.check.subject import FORWARD, INVERSE, Wrong, place
+
+EQUATIONS = {
+    15: "Equation 15 of the exercise: z' = b ⊙ z + (1 − b) ⊙ (z ⊙ exp(s(b ⊙ z)) + t(b ⊙ z))",
+    16: "Equation 16 of the exercise: z = b ⊙ z' + (1 − b) ⊙ ((z' − t(b ⊙ z')) ⊙ exp(−s(b ⊙ z')))",
+    17: "Equation 17 of the exercise: log|det J_T(z)| = Σ_d (1 − b_d) s_d(b ⊙ z)",
+}
+ALL = ("mask", "round_trip", "forward_log_det", "inverse_log_det", "equations", "samples", "mass")
+
+
+class Diagnosis(NamedTuple):
+    """A mistake that explains what was measured.
+
+    Attributes:
+        mistake: its name.
+        words: where, and what to write instead.
+        explains: the laws that fail because of it.
+    """
+
+    mistake: str
+    words: str
+    explains: tuple[str, ...]
+
+
+class Mistake(NamedTuple):
+    """A usual mistake.
+
+    Attributes:
+        name: as the report says it.
+        laws: where one of these fails, it is tried.
+        explains: the laws that it breaks as well.
+        explain: of the evidence and the law's name, what to write instead; None where it does not explain the numbers.
+    """
+
+    name: str
+    laws: tuple[str, ...]
+    explains: tuple[str, ...]
+    explain: Callable[[Evidence, str], str | None]
+
+
+MISTAKES: list[Mistake] = []
+
+
+def mistake(name: str, *laws: str, explains: tuple[str, ...] = ()) -> Callable:
+    """Register a function as the mistake of that name, to be tried where one of the laws fails.
+
+    The function takes the evidence and the law's name, and returns what to write instead, or None.
+    """
+
+    def register(explain: Callable[[Evidence, str], str | None]) -> Callable:
+        MISTAKES.append(Mistake(name, laws, explains, explain))
+        return explain
+
+    return register
+
+
+def diagnose(e: Evidence, law: str) -> Diagnosis | None:
+    """The first mistake that explains why this law failed; None if none does."""
+    for name, laws, explains, explain in MISTAKES:
+        if law not in laws:
+            continue
+        try:
+            words = explain(e, law)
+        except (Wrong, RuntimeError):  # a call that this one needs fails
+            continue
+        if words:
+            return Diagnosis(name, words, (law, *explains))
+    return None
+
+
+def _at(e: Evidence, direction: str) -> str:
+    return place(e.subject.transform, direction)
+
+
+def _coupling(e: Evidence, number: int) -> str:
+    """The equation, on a line of its own, for a layer with a mask, of which it may be one."""
+    return f"\n{EQUATIONS[number]}" if e.mask is not None else ""
+
+
+# Which coordinates are transformed
+
+
+@mistake("the mask is drawn anew at each call", "twice", explains=ALL)
+def mask_drawn_anew(e: Evidence, law: str) -> str | None:
+    for p in (e.forward, e.inverse):
+        kept = {tuple(e.passed(p.direction, p.x).kept.tolist()) for _ in range(8)}
+        if len(kept) > 1 and any(map(any, kept)):
+            return (
+                f"{_at(e, p.direction)} leaves other coordinates unchanged in each call: draw the mask once, in "
+                "__init__, and keep it by self.register_buffer('mask', mask); exercise 2.5 says so, too"
+            )
+    return None
+
+
+@mistake("random numbers within", "twice", explains=ALL)
+def random_within(e: Evidence, law: str) -> str | None:
+    p = e.forward
+    answers = []
+    with torch.no_grad(), torch.random.fork_rng([]):
+        for _ in range(2):
+            torch.manual_seed(0)
+            answers.append(p.function(p.x.clone(), p.context)[0])
+    if same(answers[0], answers[1]):
+        return (
+            "with the same seed the answers agree, so that random numbers are drawn within: draw them once, in __init__"
+        )
+    return None
+
+
+@mistake("the layer changes itself at each call", "twice", explains=ALL)
+def changes_itself(e: Evidence, law: str) -> str | None:
+    before = {name: value.clone() for name, value in e.subject.module.state_dict().items()}
+    e.passed(FORWARD, e.x)
+    changed = [name for name, value in e.subject.module.state_dict().items() if not torch.equal(value, before[name])]
+    if changed:
+        return f"a call in evaluation mode changes {', '.join(changed[:3])}: do that only if self.training"
+    return None
+
+
+@mistake("b and 1 − b are swapped between forward and inverse", "mask", "round_trip", explains=ALL)
+def swapped(e: Evidence, law: str) -> str | None:
+    forward, inverse = e.forward.kept, e.inverse.kept
+    if not (forward.any() and inverse.any() and torch.equal(forward, ~inverse)):
+        return None
+    which = FORWARD if e.mask is not None and torch.equal(inverse, e.mask[1]) else INVERSE
+    return (
+        f"forward leaves coordinates {_indices(forward)} unchanged, inverse {_indices(inverse)}: both must leave the "
+        f"same ones, those where b = 1; mend {_at(e, which)}{_coupling(e, 15 if which == FORWARD else 16)}"
+    )
+
+
+@mistake("the mask is inverted", "mask", explains=ALL)
+def inverted(e: Evidence, law: str) -> str | None:
+    if e.mask is None or not torch.equal(e.forward.kept, ~e.mask[1]):
+        return None
+    return (
+        f"exactly the coordinates with {e.mask[0]} = 0, {_indices(e.forward.kept)}, come through unchanged. Here 1 "
+        f"means unchanged and 0 transformed: use b where 1 − b stands, and 1 − b for b{_coupling(e, 15)}"
+    )
+
+
+@mistake("the factor (1 − b) is missing", "mask", explains=ALL)
+def factor_missing_in_outputs(e: Evidence, law: str) -> str | None:
+    assert e.mask is not None
+    b = e.mask[1]
+    for p, formula, equation in ((e.forward, equation_15, 15), (e.inverse, equation_16, 16)):
+        if p.kept.any():
+            continue
+        x, y = p.flat
+        for s_name, s in p.gave:
+            for t_name, t in p.gave:
+                whole = formula(x, s, t)
+                for what, wanted in (("b ⊙ z + ", x + whole), ("", whole)):
+                    if s is not t and same(y[:, b], wanted[:, b]) and same(y[:, ~b], whole[:, ~b]):
+                        return (
+                            f"{_at(e, p.direction)} returns {what}the transformed z everywhere, with s from {s_name} "
+                            f"and t from {t_name}: multiply that by (1 − b), and add b ⊙ z{_coupling(e, equation)}"
+                        )
+    return None
+
+
+@mistake("nothing is left unchanged", "mask")
+def nothing_kept(e: Evidence, law: str) -> str | None:
+    assert e.mask is not None
+    for p, equation in ((e.forward, 15), (e.inverse, 16)):
+        if not p.kept.any():
+            return (
+                f"{_at(e, p.direction)} changes every coordinate, whatever {e.mask[0]} says: z must come through where "
+                f"b = 1{_coupling(e, equation)}"
+            )
+    return None
+
+
+# What the networks see
+
+
+UNMASKED = "the networks see unmasked z"
+
+
+@mistake(UNMASKED, "round_trip", explains=ALL)
+def unmasked(e: Evidence, law: str) -> str | None:
+    for p, equation in ((e.forward, 15), (e.back, 16)):
+        kept = e.forward.kept
+        if not kept.any() or kept.all():
+            return None
+        x, _ = p.flat
+        for name, given, _ in p.seen:
+            given = given.flatten(1)
+            if given.shape == x.shape and same(given, x) and x[:, ~kept].abs().max() > 0:
+                return (
+                    f"{_at(e, p.direction)} gives all of z to {name.split('.')[0]}, so that the transformed "
+                    f"coordinates depend on one another: give it b ⊙ z{_coupling(e, equation)}"
+                )
+    p, kept = e.forward, e.forward.kept
+    among = p.jacobian[:, ~kept][:, :, ~kept]
+    if not torch.equal(kept, e.inverse.kept) or same(among, torch.diag_embed(among.diagonal(dim1=1, dim2=2))):
+        return None
+    if e.mask is None:
+        return None
+    seen = [(name, given.flatten(1)) for name, given, _ in p.seen if given.flatten(1).shape == p.flat[0].shape]
+    for name, given in seen:
+        if same(given[:, ~kept], p.flat[0][:, ~kept]):
+            return (
+                f"{name.split('.')[0]} is given the coordinates that are transformed, and not those that stay: "
+                f"give it b ⊙ z{_coupling(e, 15)}"
+            )
+    return f"a transformed coordinate depends on the other transformed ones: give the networks b ⊙ z{_coupling(e, 15)}"
+
+
+# Rows
+
+
+def _by_statistics(e: Evidence) -> str | None:
+    """The direction in which a row's outputs depend on the other rows, but not on their order, as a mean does."""
+    for p in e.passes:
+        fewer = p.function(p.x[1:], None if e.context is None else e.context[1:])[0]
+        backwards = p.function(p.x.flip(0), None if e.context is None else e.context.flip(0))[0]
+        if not same(fewer, p.y[1:]) and same(backwards.flip(0), p.y):
+            return p.direction
+    return None
+
+
+@mistake("BatchNorm couples the rows", "rows", explains=ALL)
+def batch_norm(e: Evidence, law: str) -> str | None:
+    named = [name for name, part in e.subject.module.named_modules() if "batchnorm" in type(part).__name__.lower()]
+    if not (named and _by_statistics(e)):
+        return None
+    return (
+        f"{named[0]} takes mean and variance from the rows of the batch, in evaluation mode too, so that p(x) depends "
+        "on the other rows: let it keep running statistics, and call eval() before log_prob and sample"
+    )
+
+
+@mistake("statistics of the batch couple the rows", "rows", explains=ALL)
+def batch_statistics(e: Evidence, law: str) -> str | None:
+    direction = _by_statistics(e)
+    if direction is None:
+        return None
+    return (
+        f"{_at(e, direction)} makes a row's outputs from its neighbours as well, in whatever order they come: a mean "
+        "or a variance is taken along the rows, dim 0. Take it if self.training only, and keep it as a buffer"
+    )
+
+
+@mistake("log-determinant summed over the batch", "rows", explains=ALL)
+def batch_sum_seen_by_rows(e: Evidence, law: str) -> str | None:
+    for p in (e.forward, e.back):
+        if same(p.log_det, p.exact.sum().expand_as(p.log_det)):
+            return _summed(e, p)
+    return None
+
+
+@mistake("log-determinant is a mean", "rows", explains=ALL)
+def batch_mean_seen_by_rows(e: Evidence, law: str) -> str | None:
+    for p in (e.forward, e.back):
+        for divisor in (1, e.size, int((~p.kept).sum())):
+            if same(p.log_det, (p.exact.mean() / max(divisor, 1)).expand_as(p.log_det)):
+                return f"{_at(e, p.direction)} returns the mean of all rows for each of them: {_sum_it(e)}"
+    return None
+
+
+def _summed(e: Evidence, p: Pass) -> str:
+    return f"{_at(e, p.direction)} returns the sum of all rows' log-determinants for each of them: {_sum_it(e)}"
+
+
+def _sum_it(e: Evidence) -> str:
+    return f"sum over all dimensions but the first, s.flatten(1).sum(1), with (1 − b) ⊙ s for s{_coupling(e, 17)}"
+
+
+# Inverse
+
+
+INVERSES = {  # what inverse may compute of y = a ⊙ z + t, in words
+    "inverse uses +s": (lambda y, a, t: (y - t) * a, "it multiplies by exp(+s): write exp(−s)"),
+    "inverse subtracts t after scaling": (
+        lambda y, a, t: y / a - t,
+        "it computes z' ⊙ exp(−s) − t: subtract t first, (z' − t) ⊙ exp(−s)",
+    ),
+    "inverse adds t": (lambda y, a, t: (y + t) / a, "it computes (z' + t) ⊙ exp(−s): write z' − t"),
+    "inverse does not scale": (lambda y, a, t: y - t, "it computes z' − t: multiply that by exp(−s)"),
+    "inverse does not shift": (lambda y, a, t: y / a, "it computes z' ⊙ exp(−s): subtract t first"),
+    "inverse shifts and scales as forward does": (lambda y, a, t: y * a + t, "it computes z' ⊙ exp(s) + t again"),
+    "inverse uses +s and subtracts t after scaling": (
+        lambda y, a, t: y * a - t,
+        "it computes z' ⊙ exp(+s) − t: write (z' − t) ⊙ exp(−s)",
+    ),
+}
+
+
+def _inverse_is(name: str) -> Callable:
+    formula, remedy = INVERSES[name]
+
+    def explain(e: Evidence, law: str) -> str | None:
+        if e.forward.affine is None or e.forward.kept.all():
+            return None
+        changed = ~e.forward.kept
+        a, t = (part[:, changed] for part in e.forward.affine)
+        y, found = (flat[:, changed] for flat in e.back.flat)
+        return f"in {_at(e, INVERSE)} {remedy}{_coupling(e, 16)}" if same(found, formula(y, a, t)) else None
+
+    return explain
+
+
+for _name in INVERSES:
+    mistake(_name, "round_trip", explains=("inverse_log_det", "samples", "mass"))(_inverse_is(_name))
+
+
+@mistake("inverse does what forward does", "round_trip", explains=("inverse_log_det", "samples", "mass"))
+def inverse_is_forward(e: Evidence, law: str) -> str | None:
+    again = e.passed(FORWARD, e.inverse.x)
+    return f"inverse(z) is forward(z): let it undo forward{_coupling(e, 16)}" if same(e.inverse.y, again.y) else None
+
+
+@mistake("inverse returns its input", "round_trip", explains=("inverse_log_det", "samples", "mass"))
+def inverse_is_identity(e: Evidence, law: str) -> str | None:
+    return f"inverse(z') is z' itself: let it undo forward{_coupling(e, 16)}" if e.inverse.kept.all() else None
+
+
+# The log-determinant
+
+
+def _log_det(name: str, explains: tuple[str, ...] = ()) -> Callable:
+    """A mistake in one direction's log-determinant; the function is given that direction's pass, too."""
+
+    def register(explain: Callable[[Evidence, Pass], str | None]) -> Callable:
+        def of_law(e: Evidence, law: str) -> str | None:
+            p = e.at(law.removesuffix("_log_det"))
+            words = explain(e, p)
+            return f"in {_at(e, p.direction)}: {words}" if words else None
+
+        mistake(name, "forward_log_det", "inverse_log_det", explains=("samples", "mass", *explains))(of_law)
+        return explain
+
+    return register
+
+
+@_log_det("wrong sign of the log-determinant")
+def wrong_sign(e: Evidence, p: Pass) -> str | None:
+    if not same(p.log_det, -p.exact):
+        return None
+    sign = "−" if p.direction == INVERSE else "+"
+    return (
+        f"each row's log_det is minus autograd's. The one that {p.direction} returns is its own: {sign} Σ (1 − b) ⊙ s "
+        f"where forward multiplies by exp(s){_coupling(e, 17)}"
+        if e.mask is not None
+        else f"each row's log_det is minus autograd's: {p.direction} returns the log-determinant of its own Jacobian"
+    )
+
+
+@_log_det("log-determinant is left out")
+def left_out(e: Evidence, p: Pass) -> str | None:
+    return f"it is 0 in every row: add it{_coupling(e, 17)}" if same(p.log_det, torch.zeros_like(p.log_det)) else None
+
+
+@_log_det("log-determinant summed over the batch")
+def batch_sum(e: Evidence, p: Pass) -> str | None:
+    return _summed(e, p) if same(p.log_det, p.exact.sum().expand_as(p.log_det)) else None
+
+
+@_log_det("the factor (1 − b) is missing")
+def factor_missing(e: Evidence, p: Pass) -> str | None:
+    if not p.kept.any():
+        return None
+    for name, s in p.gave:
+        for sign in (1, -1):
+            if same(sign * s.sum(1), p.log_det) and same(sign * s[:, ~p.kept].sum(1), p.exact):
+                return (
+                    f"log_det is the sum of all of s (from {name}), those at unchanged coordinates too: multiply s by "
+                    f"(1 − b) before the sum{_coupling(e, 17)}"
+                )
+    return None
+
+
+@_log_det("b stands where 1 − b should, in the log-determinant")
+def factor_inverted(e: Evidence, p: Pass) -> str | None:
+    if not p.kept.any():
+        return None
+    for name, s in p.gave:
+        for sign in (1, -1):
+            if same(sign * s[:, p.kept].sum(1), p.log_det) and same(sign * s[:, ~p.kept].sum(1), p.exact):
+                return (
+                    f"log_det sums s (from {name}) where the coordinates are unchanged: multiply it by (1 − b), not b"
+                    f"{_coupling(e, 17)}"
+                )
+    return None
+
+
+@_log_det("log-determinant of another s than the one used")
+def other_s(e: Evidence, p: Pass) -> str | None:
+    used = [(name, sign) for name, s in p.gave for sign in (1, -1) if same(sign * s[:, ~p.kept].sum(1), p.exact)]
+    for name, s in p.gave:
+        for sign in (1, -1):
+            if used and any(same(sign * part.sum(1), p.log_det) for part in (s, s[:, ~p.kept])):
+                return (
+                    f"z is scaled by exp of {used[0][0]}, but log_det sums {name}: use one s in both{_coupling(e, 17)}"
+                )
+    return None
+
+
+@_log_det("log-determinant is a mean")
+def mean(e: Evidence, p: Pass) -> str | None:
+    for count, what in ((e.size, "all coordinates"), (int((~p.kept).sum()), "the transformed coordinates")):
+        if count > 1 and same(p.log_det * count, p.exact):
+            return f"log_det is {count} times too small, a mean over {what}: {_sum_it(e)}"
+    rows = p.exact.mean()
+    if any(same(p.log_det, (rows / divisor).expand_as(p.log_det)) for divisor in (1, e.size)):
+        return f"log_det is the mean of all rows: {_sum_it(e)}"
+    return None
+
+
+@_log_det("log-determinant of the wrong event dimensions")
+def wrong_dimensions(e: Evidence, p: Pass) -> str | None:
+    if len(e.event_shape) < 2:
+        return None
+    sizes = {f"dimension {i + 1}, of {size}": size for i, size in enumerate(e.event_shape)}
+    sizes["height × width"] = math.prod(e.event_shape[1:])
+    for what, size in sizes.items():
+        if size > 1 and same(p.log_det * size, p.exact):
+            return f"log_det is {size} times too small, as if {what}, counted once: {_all_dimensions()}"
+        if size > 1 and same(p.log_det, p.exact * size):
+            return f"log_det is {size} times too large, as if {what}, counted twice: {_all_dimensions()}"
+    diagonal = p.jacobian.diagonal(dim1=1, dim2=2).abs().log().view(p.x.shape)
+    for dim in range(1, diagonal.dim()):
+        for i in range(diagonal.shape[dim]):
+            if diagonal.shape[dim] > 1 and same(p.log_det, diagonal.select(dim, i).flatten(1).sum(1)):
+                return f"log_det has only index {i} of dimension {dim}: {_all_dimensions()}"
+    return None
+
+
+def _all_dimensions() -> str:
+    return "sum over all dimensions of an event, s.flatten(1).sum(1)"
+
+
+@_log_det("the determinant instead of its logarithm")
+def not_log(e: Evidence, p: Pass) -> str | None:
+    return "log_det is |det J| itself: take its logarithm" if same(p.log_det, p.exact.exp()) else None
+
+
+@_log_det("log-determinant counted more than once")
+def multiple(e: Evidence, p: Pass) -> str | None:
+    for times, what in ((2.0, "twice"), (0.5, "half")):
+        if same(p.log_det, times * p.exact):
+            return f"log_det is {what} autograd's in every row{_coupling(e, 17)}"
+    for base in (2, 10):
+        if same(p.log_det * math.log(base), p.exact):
+            return f"log_det is a logarithm to base {base}: use the natural one, torch.log"
+    return None
+
+
+@_log_det("detached, or under no_grad", ("gradients",))
+def detached(e: Evidence, p: Pass) -> str | None:
+    if p.x[0].numel() > 64 or same(p.jacobian, p.slopes, 1e-3):
+        return None
+    true = torch.linalg.slogdet(p.slopes).logabsdet
+    right = "its log_det is right" if same(p.log_det, true, 1e-3) else "its log_det is wrong as well"
+    return (
+        "autograd's Jacobian is not the one that small steps of z show: something cuts the graph, detach(), no_grad(), "
+        f".data or numpy, and gradients will be wrong; {right}"
+    )
+
+
+@_log_det("float32 inside")
+def float32(e: Evidence, p: Pass) -> str | None:
+    if same(p.log_det, p.exact, 1e-2) and is_rounded(lambda x: p.function(x, p.context), p.x):
+        return "it is right to float32's seven digits only: leave out .float() and make new tensors like z"
+    return None
+
+
+mistake(UNMASKED, "forward_log_det", "inverse_log_det", explains=ALL)(unmasked)  # of an inverse that searches
+
+
+# The exercise's form
+
+
+@mistake("the direction is data → noise where noise → data is expected", "equations")
+def direction(e: Evidence, law: str) -> str | None:
+    return (
+        "swap forward and inverse: the exercise samples by forward, and scores data by inverse"
+        f"{_coupling(e, 15)}{_coupling(e, 16)}"
+    )
+
+
+def _indices(kept: Tensor) -> str:
+    found = kept.nonzero().flatten().tolist()
+    return f"{', '.join(map(str, found[:6]))}{', …' if len(found) > 6 else ''}"

@@ -1,0 +1,850 @@
+"""Is my layer right? Planted mistakes are each named, and no right layer of any library is accused.
+
+A planted mistake is one direction of the exercise's layer, written wrong: a row of ``PLANTED``, which is checked as a
+layer of vectors and as one of images. Below them stand those that need a class, a spline or a flow.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from nflows.transforms import CompositeTransform, Transform
+from torch import Tensor, nn
+
+import adapters
+from adapters import MaskedCouplingLayer, build_flow, check, checkerboard_mask, flow_names
+from adapters.check import WrongLayer
+from adapters.check.__main__ import main
+from adapters.check.laws import LAWS
+from adapters.check.loading import Network, load, make
+from adapters.layers.spline import MaskedSplineCouplingLayer, spline_parameters
+from adapters.networks import MLP
+from tests.examples import examples, models
+
+Net = Callable[[Tensor], Tensor]
+Direction = Callable[[Tensor, Tensor, Net, Net], tuple[Tensor, Tensor]]
+SHAPES = {"vector": (4,), "image": (3, 4, 5)}
+
+
+def total(values: Tensor) -> Tensor:
+    return values.flatten(1).sum(1)
+
+
+def forward(z, b, s, t):
+    """Equations 15 and 17."""
+    return b * z + (1 - b) * (z * s(b * z).exp() + t(b * z)), total((1 - b) * s(b * z))
+
+
+def inverse(z, b, s, t):
+    """Equation 16, and minus 17."""
+    return b * z + (1 - b) * ((z - t(b * z)) * (-s(b * z)).exp()), -total((1 - b) * s(b * z))
+
+
+class Hand(nn.Module):
+    """The exercise's layer, of two functions of z, b, s and t."""
+
+    mask: Tensor
+    scale_net: nn.Module
+    translation_net: nn.Module
+
+    def __init__(self, event_shape: tuple[int, ...], forward: Direction = forward, inverse: Direction = inverse):
+        super().__init__()
+        self.scale_net, self.translation_net = Network(event_shape, None, True), Network(event_shape, None, False)
+        self.register_buffer("mask", checkerboard_mask(*event_shape))
+        self.directions = forward, inverse
+
+    def forward(self, z):
+        return self.directions[0](z, self.mask, self.scale_net, self.translation_net)
+
+    def inverse(self, z):
+        return self.directions[1](z, self.mask, self.scale_net, self.translation_net)
+
+
+def returning(log_det: Callable[[Tensor, Tensor], Tensor]) -> Direction:
+    """``forward``, with another log-determinant: a function of b and s(b ⊙ z)."""
+    return lambda z, b, s, t: (forward(z, b, s, t)[0], log_det(b, s(b * z)))
+
+
+def undoing(formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Direction:
+    """``inverse``, with other outputs where b = 0: a function of z', s and t."""
+
+    def wrong(z, b, s, t):
+        return b * z + (1 - b) * formula(z, s(b * z), t(b * z)), -total((1 - b) * s(b * z))
+
+    return wrong
+
+
+def redrawn(direction: Direction) -> Direction:
+    return lambda z, b, s, t: direction(z, b.flatten()[torch.randperm(b.numel())].view_as(b), s, t)
+
+
+def within_no_grad(network: Net) -> Net:
+    def cut(z):
+        with torch.no_grad():
+            return network(z)
+
+    return cut
+
+
+def detached_output(z, b, s, t):
+    y, log_det = forward(z, b, s, t)
+    return y.detach(), log_det
+
+
+def in_float32(direction: Direction) -> Direction:
+    def rounded(z, b, s, t):
+        y, log_det = direction(z, b, lambda x: s(x).float(), lambda x: t(x).float())
+        return y.to(z.dtype), log_det.to(z.dtype)
+
+    return rounded
+
+
+def in_place(z, b, s, t):
+    y, log_det = forward(z, b, s, t)
+    z[...] = y
+    return z, log_det
+
+
+def off_by_a_tenth(z, b, s, t):
+    y, log_det = forward(z, b, s, t)
+    return y, log_det + 0.1
+
+
+SIGN, BATCH, MEAN = (
+    "wrong sign of the log-determinant",
+    "log-determinant summed over the batch",
+    "log-determinant is a mean",
+)
+EVENT, FACTOR, CUT = (
+    "log-determinant of the wrong event dimensions",
+    "the factor (1 − b) is missing",
+    "detached, or under no_grad",
+)
+
+PLANTED = {  # what is wrong: forward, inverse, the mistake's name, and the equation it says
+    "sign": (returning(lambda b, s: -total((1 - b) * s)), inverse, SIGN, 17),
+    "sign of inverse": (forward, lambda *z: (inverse(*z)[0], -inverse(*z)[1]), SIGN, 17),
+    "batch sum": (returning(lambda b, s: ((1 - b) * s).sum().expand(len(s))), inverse, BATCH, 17),
+    "batch sum, a number": (returning(lambda b, s: ((1 - b) * s).sum()), inverse, BATCH, None),
+    "sum over dimension 0": (returning(lambda b, s: ((1 - b) * s).sum(0)), inverse, BATCH, None),
+    "mean": (returning(lambda b, s: ((1 - b) * s).flatten(1).mean(1)), inverse, MEAN, 17),
+    "mean over rows": (returning(lambda b, s: total((1 - b) * s).mean().expand(len(s))), inverse, MEAN, 17),
+    "mean, a number": (returning(lambda b, s: total((1 - b) * s).mean()), inverse, MEAN, None),
+    "factor": (returning(lambda b, s: total(s)), inverse, FACTOR, 17),
+    "factor in inverse": (forward, lambda *z: (inverse(*z)[0], -total(z[2](z[1] * z[0]))), FACTOR, 17),
+    "factor in outputs": (
+        lambda z, b, s, t: (b * z + z * s(b * z).exp() + t(b * z), total((1 - b) * s(b * z))),
+        inverse,
+        FACTOR,
+        15,
+    ),
+    "b for 1 − b": (
+        returning(lambda b, s: total(b * s)),
+        inverse,
+        "b stands where 1 − b should, in the log-determinant",
+        17,
+    ),
+    "left out": (returning(lambda b, s: s.new_zeros(len(s))), inverse, "log-determinant is left out", 17),
+    "not a logarithm": (
+        returning(lambda b, s: total((1 - b) * s).exp()),
+        inverse,
+        "the determinant instead of its logarithm",
+        None,
+    ),
+    "twice": (returning(lambda b, s: 2 * total((1 - b) * s)), inverse, "log-determinant counted more than once", 17),
+    "before tanh": (
+        lambda z, b, s, t: (
+            b * z + (1 - b) * (z * s(b * z).tanh().exp() + t(b * z)),
+            total((1 - b) * s(b * z)),
+        ),
+        lambda z, b, s, t: inverse(z, b, lambda x: s(x).tanh(), t),
+        "log-determinant of another s than the one used",
+        17,
+    ),
+    "mask inverted": (
+        lambda z, b, s, t: forward(z, 1 - b, s, t),
+        lambda z, b, s, t: inverse(z, 1 - b, s, t),
+        "the mask is inverted",
+        15,
+    ),
+    "swapped in inverse": (
+        forward,
+        lambda z, b, s, t: inverse(z, 1 - b, s, t),
+        "b and 1 − b are swapped between forward and inverse",
+        16,
+    ),
+    "swapped in forward": (
+        lambda z, b, s, t: forward(z, 1 - b, s, t),
+        inverse,
+        "b and 1 − b are swapped between forward and inverse",
+        15,
+    ),
+    "drawn anew": (redrawn(forward), redrawn(inverse), "the mask is drawn anew at each call", None),
+    "noise within": (
+        lambda z, b, s, t: forward(z, b, s, lambda x: t(x) + torch.randn_like(x)),
+        inverse,
+        "random numbers within",
+        None,
+    ),
+    "+s": (forward, undoing(lambda z, s, t: (z - t) * s.exp()), "inverse uses +s", 16),
+    "t after scaling": (
+        forward,
+        undoing(lambda z, s, t: z * (-s).exp() - t),
+        "inverse subtracts t after scaling",
+        16,
+    ),
+    "+t": (forward, undoing(lambda z, s, t: (z + t) * (-s).exp()), "inverse adds t", 16),
+    "no scale": (forward, undoing(lambda z, s, t: z - t), "inverse does not scale", 16),
+    "forward again": (forward, forward, "inverse shifts and scales as forward does", 16),
+    "unmasked": (
+        lambda z, b, s, t: forward(z, b, lambda _: s(z), lambda _: t(z)),
+        lambda z, b, s, t: inverse(z, b, lambda _: s(z), lambda _: t(z)),
+        "the networks see unmasked z",
+        15,
+    ),
+    "unmasked in inverse": (
+        forward,
+        lambda z, b, s, t: inverse(z, b, lambda _: s(z), lambda _: t(z)),
+        "the networks see unmasked z",
+        16,
+    ),
+    "the other half seen": (
+        lambda z, b, s, t: forward(z, b, lambda _: s((1 - b) * z), lambda _: t((1 - b) * z)),
+        lambda z, b, s, t: inverse(z, b, lambda _: s((1 - b) * z), lambda _: t((1 - b) * z)),
+        "the networks see unmasked z",
+        15,
+    ),
+    "direction": (inverse, forward, "the direction is data → noise where noise → data is expected", 15),
+    "s under no_grad": (lambda z, b, s, t: forward(z, b, within_no_grad(s), t), inverse, CUT, None),
+    "t detached in inverse": (forward, lambda z, b, s, t: inverse(z, b, s, lambda x: t(x).detach()), CUT, None),
+    "log_det detached": (returning(lambda b, s: total((1 - b) * s).detach()), inverse, CUT, None),
+    "output detached": (detached_output, inverse, CUT, None),
+    "float32": (in_float32(forward), in_float32(inverse), "float32 inside", None),
+    "float32 zeros": (returning(lambda b, s: torch.zeros(len(s))), inverse, "float32 inside", None),
+    "unsummed": (returning(lambda b, s: (1 - b) * s), inverse, EVENT, None),
+    "(n, 1)": (
+        returning(lambda b, s: total((1 - b) * s)[:, None]),
+        inverse,
+        "log-determinant of shape (n, 1)",
+        None,
+    ),
+    "in place": (in_place, inverse, "changes its input in place", None),
+    "statistics of the batch": (
+        lambda z, b, s, t: forward(z, b, s, lambda x: t(x) - x.std(0).sum()),
+        lambda z, b, s, t: inverse(z, b, s, lambda x: t(x) - x.std(0).sum()),
+        "statistics of the batch couple the rows",
+        None,
+    ),
+    "not written": (
+        lambda z, b, s, t: (z, z.new_zeros(len(z))),
+        lambda z, b, s, t: (z, z.new_zeros(len(z))),
+        "the layer is the identity",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_mistake_is_named(planted, shape):
+    forward, inverse, mistake, equation = PLANTED[planted]
+    report = check(Hand(SHAPES[shape], forward, inverse), SHAPES[shape])
+    assert not report and report.mistakes == [mistake], f"\n{report}"
+    if equation is not None:
+        assert f"Equation {equation} of the exercise: " in str(report)
+    with pytest.raises(WrongLayer, match="Wrong:"):
+        report.raise_if_wrong()
+
+
+ONLY_OF_IMAGES = {
+    "last dimension": lambda b, s: ((1 - b) * s).sum(-1),
+    "first dimension": lambda b, s: ((1 - b) * s).sum(1),
+    "height and width": lambda b, s: ((1 - b) * s).sum((2, 3)),
+    "mean over pixels": lambda b, s: ((1 - b) * s).mean((2, 3)).sum(1),
+    "one channel": lambda b, s: ((1 - b) * s)[:, 0].flatten(1).sum(1),
+}
+
+
+@pytest.mark.parametrize("planted", ONLY_OF_IMAGES)
+def test_a_log_determinant_over_wrong_dimensions_of_an_image_is_named(planted):
+    report = check(Hand(SHAPES["image"], returning(ONLY_OF_IMAGES[planted])), SHAPES["image"])
+    assert report.mistakes == [EVENT], f"\n{report}"
+
+
+@pytest.mark.parametrize("shape", SHAPES.values())
+def test_what_no_usual_mistake_explains_is_measured_and_no_more(shape):
+    report = check(Hand(shape, off_by_a_tenth), shape)
+    assert report.broken[0] == "forward_log_det" and not report.mistakes
+    assert "off by the same 0.1 in every row" in str(report) and "None of the usual mistakes explains" in str(report)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values())
+def test_the_exercises_layer_is_right(shape):
+    report = check(Hand(shape), shape)
+    assert report, report
+    report.raise_if_wrong()
+    assert "forward is equation 15" in str(report)
+
+
+class Course(nn.Module):
+    """The course's flow: a base and layers, noise → data, with its own log_prob and sample."""
+
+    mean: Tensor
+
+    def __init__(self, layers: list[nn.Module], features: int = 2):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.register_buffer("mean", torch.zeros(features))
+
+    def base(self):
+        normal = torch.distributions.Normal(self.mean, torch.ones_like(self.mean))
+        return torch.distributions.Independent(normal, 1)
+
+    def forward(self, z):
+        log_det = z.new_zeros(len(z))
+        for layer in self.layers:
+            z, step = layer(z)
+            log_det = log_det + step
+        return z, log_det
+
+    def inverse(self, x):
+        log_det = x.new_zeros(len(x))
+        for layer in reversed(self.layers):
+            x, step = layer.inverse(x)  # type: ignore[operator]
+            log_det = log_det + step
+        return x, log_det
+
+    def log_prob(self, x):
+        z, log_det = self.inverse(x)
+        return self.base().log_prob(z) + log_det
+
+    def sample(self, sample_shape=(1,)):
+        return self(self.base().sample(sample_shape))[0]
+
+
+class WrongDirection(Course):
+    def log_prob(self, x):
+        z, log_det = self(x)
+        return self.base().log_prob(z) + log_det
+
+
+class WrongSign(Course):
+    def log_prob(self, x):
+        z, log_det = self.inverse(x)
+        return self.base().log_prob(z) - log_det
+
+
+class NoLogDet(Course):
+    def log_prob(self, x):
+        return self.base().log_prob(self.inverse(x)[0])
+
+
+class SummedInLogProb(Course):
+    def log_prob(self, x):
+        z, log_det = self.inverse(x)
+        return self.base().log_prob(z) + log_det.sum()
+
+
+class SamplesOtherwise(Course):
+    """``sample`` and ``log_prob`` of different densities, which only ∫p over parts of the plane can tell."""
+
+    def sample(self, sample_shape=(1,)):
+        return self(2 * self.base().sample(sample_shape))[0]
+
+
+class Shift(nn.Module):
+    """A layer with nothing wrong: z' = z + t."""
+
+    def __init__(self, features: int = 2):
+        super().__init__()
+        self.t = nn.Parameter(torch.zeros(features))
+
+    def forward(self, z):
+        return z + self.t, z.new_zeros(len(z))
+
+    def inverse(self, z):
+        return z - self.t, z.new_zeros(len(z))
+
+
+class Scale(Shift):
+    """z' = z ⊙ exp(t), of an image's channels, whose log-determinant counts each pixel."""
+
+    pixels = True
+
+    def __init__(self, features: int = 2):
+        super().__init__(features)
+        self.t = nn.Parameter(torch.zeros(features, 1, 1))
+
+    def forward(self, z):
+        return z * self.t.exp(), self.log_det(z)
+
+    def inverse(self, z):
+        return z * (-self.t).exp(), -self.log_det(z)
+
+    def log_det(self, z):
+        return (self.t.expand_as(z[0]) if self.pixels else self.t).sum().expand(len(z))
+
+
+class ScaleOnce(Scale):
+    pixels = False
+
+
+class OnlyOutputs(Shift):
+    def forward(self, z):  # type: ignore[override]
+        return z + self.t
+
+
+class ThreeOutputs(Shift):
+    def forward(self, z):  # type: ignore[override]
+        return z + self.t, z.new_zeros(len(z)), None
+
+
+class NumberForLogDet(Shift):
+    def forward(self, z):  # type: ignore[override]
+        return z + self.t, 0.0
+
+
+class Nothing(Shift):
+    def forward(self, z):  # type: ignore[override]
+        pass
+
+
+class Raises(Shift):
+    def forward(self, z):
+        return z @ self.t.expand(3, 3), 0
+
+
+class Hangs(Shift):
+    def inverse(self, z):
+        while True:
+            time.sleep(0.01)
+
+
+class GivesNaN(Shift):
+    def forward(self, z):
+        return (z - 10).log(), z.new_zeros(len(z))
+
+
+class Squeezes(Shift):
+    def forward(self, z):
+        y = (z + self.t).squeeze()
+        return y, y.new_zeros(len(y))
+
+
+class Flattens(Shift):
+    def forward(self, z):
+        return z.flatten()[:-1], z.new_zeros(len(z))
+
+
+class NoInverse(nn.Module):
+    def forward(self, z):
+        return z, z.new_zeros(len(z))
+
+
+class NoInverseOfNflows(Transform):
+    def forward(self, inputs, context=None):
+        return inputs, inputs.new_zeros(len(inputs))
+
+
+class NoContext(Transform):
+    def forward(self, inputs):  # type: ignore[override]
+        return inputs, inputs.new_zeros(len(inputs))
+
+    def inverse(self, inputs):  # type: ignore[override]
+        return inputs, inputs.new_zeros(len(inputs))
+
+
+class WantsContext(Shift):
+    def forward(self, z, context):  # type: ignore[override]
+        return super().forward(z)
+
+
+class PlainMask(Shift):
+    def __init__(self):
+        super().__init__()
+        self.mask = torch.tensor([1.0, 0.0])
+
+    def forward(self, z):
+        return z + (1 - self.mask) * self.t, z.new_zeros(len(z))
+
+    def inverse(self, z):
+        return z - (1 - self.mask) * self.t, z.new_zeros(len(z))
+
+
+class OnTheCpu(Shift):
+    def forward(self, z):
+        return z + self.t * torch.tensor([1.0, 2.0], device="cpu").to(z.dtype), z.new_zeros(len(z))
+
+    def inverse(self, z):
+        return z - self.t * torch.tensor([1.0, 2.0], device="cpu").to(z.dtype), z.new_zeros(len(z))
+
+
+class ComputedInInit(Shift):
+    def __init__(self):
+        super().__init__()
+        self.scale = self.t.exp()
+
+
+class OtherInTraining(Shift):
+    def forward(self, z):
+        return super().forward(z)[0] + (1.0 if self.training else 0.0), z.new_zeros(len(z))
+
+
+class ActNorm(nn.Module):
+    """Scales by what the first batch that forward meets asks for; ``initialised`` is no buffer."""
+
+    def __init__(self, inverse_too: bool = False):
+        super().__init__()
+        self.s, self.initialised, self.inverse_too = nn.Parameter(torch.zeros(2)), False, inverse_too
+
+    def initialise(self, z):
+        if not self.initialised:
+            with torch.no_grad():
+                self.s.copy_(-z.std(0).log())
+            self.initialised = True
+
+    def forward(self, z):
+        self.initialise(z)
+        return z * self.s.exp(), self.s.sum().expand(len(z))
+
+    def inverse(self, z):
+        if self.inverse_too:
+            self.initialise(z)
+        return z * (-self.s).exp(), -self.s.sum().expand(len(z))
+
+
+def with_batch_norm(**options) -> nn.Module:
+    layer = Hand((4,))
+    layer.translation_net = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16, **options), nn.Tanh(), nn.Linear(16, 4))
+    return layer
+
+
+NAMED = {  # what is wrong: the layer, its events' shape, the mistake
+    "plain mask": (PlainMask, (2,), "a plain tensor instead of a buffer"),
+    "a tensor of the CPU": (OnTheCpu, (2,), "a tensor stays on the CPU"),
+    "BatchNorm": (lambda: with_batch_norm(track_running_stats=False), (4,), "BatchNorm couples the rows"),
+    "ActNorm, inverse first": (ActNorm, (2,), "ActNorm was not initialised"),
+    "ActNorm, loaded": (lambda: ActNorm(True), (2,), "ActNorm was not initialised"),
+    "squeeze": (Squeezes, (2,), "squeeze removes the batch dimension"),
+    "a scale of channels counted once": (lambda: ScaleOnce(3), (3, 4, 5), EVENT),
+    "flow, direction": (
+        lambda: WrongDirection([Hand((2,))]),
+        (2,),
+        "the direction is noise → data where data → noise is expected",
+    ),
+    "flow, sign": (lambda: WrongSign([Hand((2,))]), (2,), SIGN),
+    "flow, no log-determinant": (lambda: NoLogDet([Hand((2,))]), (2,), "log-determinant is left out"),
+    "flow, summed": (lambda: SummedInLogProb([Hand((2,))]), (2,), BATCH),
+    "flow, its second layer": (
+        lambda: Course([Hand((2,)), Hand((2,), *PLANTED["+s"][:2]), Hand((2,))]),
+        (2,),
+        "inverse uses +s",
+    ),
+    "nflows' flow, its second layer": (
+        lambda: CompositeTransform([MaskedCouplingLayer(MLP(4, 4), MLP(4, 4), checkerboard_mask(4)), SplineSign()]),
+        (4,),
+        SIGN,
+    ),
+    "flow, a wrong layer": (lambda: Course([Hand((2,), *PLANTED["sign"][:2])]), (2,), SIGN),
+}
+
+
+@pytest.mark.parametrize("planted", NAMED)
+def test_a_planted_mistake_in_a_class_is_named(planted):
+    thing, shape, mistake = NAMED[planted]
+    report = check(thing(), shape)
+    assert not report and report.mistakes == [mistake], f"\n{report}"
+
+
+ONE_LINE = {  # what is wrong: the layer, and a part of the one line that says so
+    "only outputs": (
+        OnlyOutputs,
+        "forward returns a tensor of shape (7, 2), where a pair is wanted: write return outputs, log_det",
+    ),
+    "three outputs": (ThreeOutputs, "forward returns a tuple of 3, where a pair is wanted"),
+    "a number": (
+        NumberForLogDet,
+        "forward returns a float as its log_det, where a tensor is wanted; for a constant write",
+    ),
+    "nothing": (Nothing, "forward returns None, where a pair is wanted"),
+    "raises": (Raises, "return z @ self.t.expand(3, 3), 0)"),
+    "hangs": (
+        Hangs,
+        "inverse has not come back within 0.3 s: is there a loop that does not end? (test_check.py, line ",
+    ),
+    "NaN": (GivesNaN, "forward gives (nan, nan)"),
+    "shape": (Flattens, "forward returns a tensor of shape (13,) for a tensor of shape (7, 2)"),
+    "no inverse": (NoInverse, "it has no inverse: write def inverse(self, z, context=None)"),
+    "no inverse, nflows": (NoInverseOfNflows, "it has no inverse: write def inverse(self, z, context=None)"),
+    "no context, nflows": (
+        NoContext,
+        "forward takes no context, but nflows hands every transform a context: write def forward(",
+    ),
+    "a context that must be given": (
+        WantsContext,
+        "write def forward(self, z, context=None), or say --context-features",
+    ),
+    "no copies": (ComputedInInit, "it can't be copied"),
+    "training": (OtherInTraining, "in training, ("),
+}
+
+
+@pytest.mark.parametrize("planted", ONE_LINE)
+def test_what_can_not_be_called_is_one_line(planted):
+    thing, words = ONE_LINE[planted]
+    start = time.perf_counter()
+    report = check(thing(), (2,), seconds=0.3)
+    assert not report and len(report.broken) == 1 and not report.mistakes
+    assert words in str(report), f"\n{report}"
+    assert time.perf_counter() - start < 5
+
+
+def test_a_missing_context_is_one_line():
+    report = check(Hand((2,)), (2,), context_features=3)
+    assert "forward takes no context, but a context was asked for: write def forward(self, z, context=None)" in str(
+        report
+    )
+
+
+def test_a_wrong_layer_inside_a_flow_is_pointed_at():
+    wrong = Course([Hand((2,)), Hand((2,), *PLANTED["sign"][:2])])
+    assert "In its part layers.1, a Hand." in str(check(wrong, (2,)))
+    unexplained = str(check(Course([Hand((2,), off_by_a_tenth)]), (2,)))
+    assert "The fault is in its part layers.0, a Hand." in unexplained
+
+
+def test_samples_that_follow_another_density_are_found():
+    report = check(SamplesOtherwise([Hand((2,))]), (2,))
+    assert report.broken == ["mass"] and not report.mistakes, f"\n{report}"
+
+
+def test_batch_norm_in_training_is_a_remark():
+    report = check(with_batch_norm(), (4,))
+    assert report and report.mistakes == ["BatchNorm couples the rows"], f"\n{report}"
+
+
+class SplineMistake(MaskedSplineCouplingLayer):
+    def __init__(self):
+        super().__init__(MLP(2, 2 * spline_parameters(4), (16,)), torch.tensor([0, 1, 0, 1]), bins=4)
+        self.register_buffer("mask", torch.tensor([0.0, 1.0, 0.0, 1.0]))
+
+
+class SplineSign(SplineMistake):
+    def forward(self, z, context=None):
+        y, log_det = super().forward(z, context)
+        return y, -log_det
+
+
+class SplineSum(SplineMistake):
+    def forward(self, z, context=None):
+        y, log_det = super().forward(z, context)
+        return y, log_det.sum().expand(len(z))
+
+
+class SplineMean(SplineMistake):
+    def forward(self, z, context=None):
+        y, log_det = super().forward(z, context)
+        return y, log_det / 4
+
+
+class SplineForwardTwice(SplineMistake):
+    def inverse(self, z, context=None):
+        return super().forward(z, context)
+
+
+class SplineInverted(SplineMistake):
+    def __init__(self):
+        super().__init__()
+        self.mask = 1 - self.mask
+
+
+class SplineSwapped(SplineMistake):
+    def inverse(self, z, context=None):
+        y, log_det = super().inverse(z.flip(1), context)
+        return y.flip(1), log_det
+
+
+class SplineFloat32(SplineMistake):
+    def couple(self, function, kept, changed, context):
+        y, log_det = super().couple(function, kept.float().double(), changed.float().double(), context)
+        return y.float().double(), log_det.float().double()
+
+
+class SplineDetached(SplineMistake):
+    def couple(self, function, kept, changed, context):
+        parameters = self.conditioner(kept).detach()
+        return function(changed, parameters)
+
+
+class SplineRedrawn(SplineMistake):
+    def forward(self, z, context=None):
+        order = torch.randperm(4)
+        y, log_det = super().forward(z[:, order], context)
+        return y[:, order.argsort()], log_det
+
+
+SPLINES = {
+    SplineSign: SIGN,
+    SplineSum: BATCH,
+    SplineMean: MEAN,
+    SplineForwardTwice: "inverse does what forward does",
+    SplineInverted: "the mask is inverted",
+    SplineSwapped: "b and 1 − b are swapped between forward and inverse",
+    SplineFloat32: "float32 inside",
+    SplineDetached: CUT,
+    SplineRedrawn: "the mask is drawn anew at each call",
+}
+
+
+@pytest.mark.parametrize("layer", SPLINES)
+def test_a_planted_mistake_in_a_spline_is_named(layer):
+    report = check(layer(), (4,))
+    assert not report and report.mistakes == [SPLINES[layer]], f"\n{report}"
+
+
+SLOW = ("zuko:continuous-context", "zuko:continuous")  # whose solver takes ten seconds at their tolerances
+
+
+@pytest.mark.parametrize("name", [name for name in examples() if name not in SLOW])
+def test_no_example_is_accused(name):
+    torch.manual_seed(0)
+    example = examples()[name]
+    report = check(example.make(), example.event_shape, example.context_features)
+    assert report, f"\n{report}"
+
+
+@pytest.mark.parametrize("name", [name for name in models() if name not in SLOW])
+def test_no_model_of_a_library_is_accused(name):
+    torch.manual_seed(0)
+    model = models()[name]
+    report = check(model.make(), model.event_shape, model.context_features)
+    assert report, f"\n{report}"
+
+
+@pytest.mark.parametrize("context_features", [None, 3])
+@pytest.mark.parametrize("name", flow_names())
+def test_no_flow_of_the_catalogue_is_accused(name, context_features):
+    torch.manual_seed(0)
+    report = check(build_flow(name, 2, context_features, layers=2, hidden_features=(8, 8)), (2,), context_features)
+    assert report, f"\n{report}"
+
+
+@pytest.mark.parametrize("layer", [lambda: Course([Hand((2,)), Hand((2,))]), lambda: Scale(2), Shift])
+def test_no_other_right_layer_is_accused(layer):
+    thing = layer()
+    report = check(thing, (2, 3, 3) if isinstance(thing, Scale) else (2,))
+    assert report, f"\n{report}"
+
+
+def test_the_layer_and_the_random_numbers_stay_as_they_were():
+    layer = Hand((2,))
+    before, state = {key: value.clone() for key, value in layer.state_dict().items()}, torch.get_rng_state()
+    assert check(layer, (2,)) and layer.training and layer.mask.dtype == torch.float32
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    with pytest.raises(TypeError, match="check judges an object, not the class Hand"):
+        check(Hand, (2,))
+    with pytest.raises(TypeError, match="event_shape must be a tuple of integers"):
+        check(layer, 2)  # type: ignore[arg-type]
+
+
+def test_check_is_the_function_and_the_package_too():
+    assert callable(adapters.check) and adapters.check is check
+    assert sys.modules["adapters.check"].check is check
+    from adapters.check import laws
+
+    assert adapters.check is check and laws.LAWS
+
+
+MINE = """
+import torch
+from torch import nn
+
+class Layer(nn.Module):
+    def __init__(self, scale_net, translation_net, mask):
+        super().__init__()
+        self.scale_net, self.translation_net = scale_net, translation_net
+        self.mask = nn.Parameter(mask, requires_grad=False)
+
+    def forward(self, z):
+        b = self.mask
+        s, t = self.scale_net(b * z), self.translation_net(b * z)
+        return b * z + (1 - b) * (z * torch.exp(s) + t), ((1 - b) * s).flatten(1).sum(1)
+
+    def inverse(self, z):
+        b = self.mask
+        s, t = self.scale_net(b * z), self.translation_net(b * z)
+        return b * z + (1 - b) * (z - t) * torch.exp(SIGN * s), -((1 - b) * s).flatten(1).sum(1)
+
+class Sized(Layer):
+    def __init__(self, features, width):
+        net = lambda: nn.Sequential(nn.Linear(features, width), nn.Tanh(), nn.Linear(width, features), nn.Tanh())
+        super().__init__(net(), net(), torch.arange(features) % 2)
+
+def make(features, context_features=None):
+    from adapters import MaskedCouplingLayer, build_flow
+    return build_flow("masked-affine", features, context_features, layers=1, hidden_features=(8,))
+"""
+
+
+def command(directory, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(Path(adapters.__file__).parents[1])}
+    line = [sys.executable, "-m", "adapters.check", *arguments]
+    return subprocess.run(line, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_command_says_what_is_wrong_and_where(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE.replace("SIGN *", "+"))
+    done = command(tmp_path, "mine:Layer")
+    assert done.returncode == 1 and not done.stderr, done.stderr
+    assert "Inverse uses +s" in done.stdout and "Equation 16" in done.stdout and "mine.py, line 16" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["mine.py:Layer", "--shape", "1", "4", "4"], "events of shape (1, 4, 4)"),
+        (["mine:Sized", "--features", "3", "--arguments", "width", "5"], "3 coordinates"),
+        (["mine:make", "--context-features", "3"], "a context of 3"),
+        (["adapters:MaskedCouplingLayer", "--context-features", "2"], "Right: "),
+    ],
+)
+def test_the_command_makes_what_is_asked_for(tmp_path, monkeypatch, capsys, arguments, words):
+    (tmp_path / "mine.py").write_text(MINE.replace("SIGN *", "-"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    sys.modules.pop("mine", None)
+    assert tyro.cli(main, args=arguments) == 0
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mine", "write my_layer:MyLayer"),
+        ("no_such:Layer", "no_such can't be imported"),
+        ("no_such.py:Layer", "there is no file no_such.py"),
+        ("adapters:Nothing", "adapters has no Nothing"),
+    ],
+)
+def test_a_name_that_names_nothing_is_one_line(name, words):
+    with pytest.raises((ValueError, ImportError), match=words):
+        load(name)
+
+
+def test_what_a_class_wants_and_is_not_offered_is_one_line():
+    with pytest.raises(TypeError, match=r"Hungry wants hunger: say --arguments hunger VALUE"):
+        make(type("Hungry", (), {"__init__": lambda self, hunger: None}), (2,), None)
+    with pytest.raises(TypeError, match=r"Shift has no argument width; it has features"):
+        make(Shift, (2,), None, {"width": "3"})
+
+
+def test_every_law_has_a_title_and_needs_what_comes_before():
+    names = [law.name for law in LAWS]
+    assert all(law.title and set(law.needs) <= set(names[: names.index(law.name)]) for law in LAWS)
