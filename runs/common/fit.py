@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +91,7 @@ def fit(
         training.load(directory)
     if not accelerator.is_main_process:  # what is random within the module (dropout) differs between processes
         torch.manual_seed(torch.initial_seed() + 1_000_003 * accelerator.process_index + training.fitted.steps)
-    bar = tqdm(
-        total=recipe.steps,
-        initial=training.fitted.steps,
-        disable=quiet or not accelerator.is_main_process,
-        unit="step",
-        mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants few lines
-        smoothing=0.05,
-        dynamic_ncols=True,
-    )
+    bar = _progress_bar(recipe, training.fitted.steps, shown=accelerator.is_main_process and not quiet)
 
     def say(text: str) -> None:
         if accelerator.is_main_process and not quiet:
@@ -148,15 +140,8 @@ def fit(
                 if step % SNAPSHOT_EVERY == 0:
                     training.take_snapshot()
                 set_rate(optimizer, recipe.rate(training.progress()))
-                try:
+                with _explained_in_mixed_precision(recipe.precision, step + 1):
                     pending.append(take_step(batches(step)))
-                except (RuntimeError, ValueError, AssertionError) as error:
-                    if recipe.precision == "no":
-                        raise
-                    raise ValueError(
-                        f"step {step + 1} fails in {recipe.precision}, which not every flow stands "
-                        f"({str(error) or type(error).__name__}); precision no trains it in float32"
-                    ) from error
                 training.average_weights()
                 training.fitted.steps += 1
                 interrupt.release()
@@ -206,6 +191,32 @@ def fit(
         training.validate(validate)  # only now: a resumed training must not see it
     training.finish()
     return training.fitted
+
+
+def _progress_bar(recipe: Recipe, done: int, shown: bool) -> tqdm:
+    return tqdm(
+        total=recipe.steps,
+        initial=done,
+        disable=not shown,
+        unit="step",
+        mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants few lines
+        smoothing=0.05,
+        dynamic_ncols=True,
+    )
+
+
+@contextmanager
+def _explained_in_mixed_precision(precision: str, step: int) -> Iterator[None]:
+    """Say of a step that fails in mixed precision that this may be why: not every library computes in it."""
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if precision == "no":
+            raise
+        raise ValueError(
+            f"step {step} fails in {precision}, which not every flow stands "
+            f"({str(error) or type(error).__name__}); precision no trains it in float32"
+        ) from error
 
 
 class Interrupt:
