@@ -171,6 +171,18 @@ def check_rows(context: Tensor, inputs: Tensor, what: str) -> None:
         raise ValueError(f"the context of {what} has {context.shape[0]} rows for {inputs.shape[0]} inputs")
 
 
+def check_enough_rows(inputs: Tensor, what: str) -> None:
+    """Raise a ValueError for fewer than two rows of vectors, whose standard deviation is NaN.
+
+    For layers that take a mean and a deviation from a batch in training, and keep them: NaN would stay for good.
+    """
+    if len(inputs) < 2 and inputs.dim() == 2:
+        raise ValueError(
+            f"{what} takes a mean and a standard deviation from the batch in training, which needs two rows; "
+            "give more, or call eval()"
+        )
+
+
 def must_wait(tensor: Tensor) -> bool:
     """Whether a check of this tensor's values would slow the program down. Where it would, checks are left out.
 

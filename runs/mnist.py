@@ -43,7 +43,7 @@ from runs.common.options import (
 )
 from runs.common.pictures.mnist import Camera, MnistRecord, draw_again
 from runs.common.recipe import Recipe
-from runs.common.results import parameter_count, peak_memory, write_metrics
+from runs.common.results import parameter_count, peak_memory, replacing_results, write_metrics
 from runs.common.samples import Sampling
 from runs.common.scores import score_images, shared_bits_per_dim
 from runs.common.training_state import Fitted
@@ -264,13 +264,13 @@ def main(options: Options, *, read: Callable[..., Images] = load_images, draw: b
         directory=out,
         resume=options.run.resume,
         identity=identity(options),
-        save_weights=lambda: save_flow(flow, out),
+        save_weights=lambda: replacing_results(save_flow(flow, out), out),
         accelerator=accelerator,
     )
     if not accelerator.is_main_process:
         accelerator.end_training()
         return {}
-    save_flow(flow.eval(), out)
+    replacing_results(save_flow(flow.eval(), out), out)
 
     metrics = score_images(flow, images.test, images.test_labels, options.evaluation.importance)
     metrics["bits_per_dim_validation"] = min(value for _, value in fitted.validation)

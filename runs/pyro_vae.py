@@ -49,7 +49,7 @@ from runs.common.options import (
 from runs.common.pictures.pyro_vae import PriorRecord, VAERecord
 from runs.common.pictures.record import draw_again
 from runs.common.recipe import Recipe
-from runs.common.results import open_directory, parameter_count, write_metrics
+from runs.common.results import open_directory, parameter_count, replacing_results, write_metrics
 from runs.common.scores import EVALUATION_SEED, mean_elbo, mean_over_seeds, score_vae
 from runs.common.training_state import STATE, Fitted, check_resumable
 from runs.common.vae_benchmark import ROUNDS, benchmark
@@ -350,13 +350,13 @@ def train(options: Options, images: Images, directory: Path, accelerator: Accele
             directory=directory,
             resume=options.run.resume and (directory / STATE).is_file(),
             identity=identity(options),
-            save_weights=lambda: save(vae, directory),
+            save_weights=lambda: replacing_results(save(vae, directory), directory.parent),
             accelerator=accelerator,
         )
     accelerator.free_memory()
     vae.eval()
     if accelerator.is_main_process:
-        save(vae, directory)
+        replacing_results(save(vae, directory), directory.parent)
     # While the KL weighs less, the training's loss is no ELBO, and the picture must not show it.
     fitted.losses = [pair for pair in fitted.losses if training.kl_weight(pair[0] / batches.per_epoch) == 1.0]
     return vae, fitted

@@ -31,7 +31,7 @@ from runs.common.options import (
 )
 from runs.common.pictures.record import draw_again
 from runs.common.pictures.toy import Camera, ToyRecord
-from runs.common.results import parameter_count, write_metrics
+from runs.common.results import parameter_count, replacing_results, write_metrics
 from runs.common.scores import TEST_POINTS, score_density
 
 RESULTS = Path("results/toy")
@@ -155,10 +155,10 @@ def main(options: Options, *, test_points: int = TEST_POINTS, draw: bool = True)
         directory=out,
         resume=options.run.resume,
         identity=identity(options),
-        save_weights=lambda: save_flow(flow, out),
+        save_weights=lambda: replacing_results(save_flow(flow, out), out),
         accelerator=accelerator,
     )
-    save_flow(flow.eval(), out)
+    replacing_results(save_flow(flow.eval(), out), out)
 
     metrics = score_density(flow, true, test_points) | {"parameters": parameter_count(flow)} | fitted.metrics()
     write_metrics(out, "toy", flat(options), options.training.seed, metrics)

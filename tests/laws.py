@@ -14,6 +14,7 @@ after some training steps: a layer can be right at its start and wrong later. Ea
 an ``AssertionError`` where it is broken. ``tests/test_laws.py`` applies them.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -172,3 +173,32 @@ def autograd_log_det(function: Pass, x: Tensor, context: Tensor | None) -> Tenso
     jacobians = torch.autograd.functional.jacobian(lambda rows: function(rows, context)[0].sum(0), x)
     size = x[0].numel()
     return torch.linalg.slogdet(jacobians.movedim(-x.dim(), 0).reshape(len(x), size, size)).logabsdet
+
+
+def numbers_of_rows(event_shape: tuple[int, ...], context_features: int | None = None) -> list[int]:
+    """Numbers of rows that coincide with something, and 5, which mostly does not."""
+    return sorted({1, 5, *event_shape, math.prod(event_shape), context_features or 1})
+
+
+def assert_rows_apart(function: Callable, inputs: Tensor, context: Tensor | None, tolerance: float = 1e-6) -> None:
+    """``function(inputs, context)``, a tensor or two, is what it gives for each row by itself."""
+    contexts = [None] * len(inputs) if context is None else context.split(1)
+    one_by_one = [function(row, given) for row, given in zip(inputs.split(1), contexts, strict=True)]
+    together = function(inputs, context)
+    if isinstance(together, Tensor):
+        together, one_by_one = (together,), [(each,) for each in one_by_one]
+    for whole, parts in zip(together, zip(*one_by_one, strict=True), strict=True):
+        assert whole.shape[0] == len(inputs)
+        assert_close(whole, torch.cat(parts), atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+def assert_rows_apart_both_ways(
+    forward: Pass, inverse: Pass | None, x: Tensor, context: Tensor | None, tolerance: float = 1e-6
+) -> None:
+    """``assert_rows_apart`` of a pass, and of the one back if there is one, with one log-determinant for each row."""
+    assert_rows_apart(forward, x, context, tolerance)
+    noise, log_det = forward(x, context)
+    assert log_det.shape == x.shape[:1]
+    if inverse is not None:
+        assert_rows_apart(inverse, noise, context, tolerance)
+        assert inverse(noise, context)[1].shape == x.shape[:1]

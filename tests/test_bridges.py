@@ -19,6 +19,7 @@ import torch
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import InverseNotAvailable, LULinear, SqueezeTransform
 from nflows.transforms.base import InputOutsideDomain
+from pyro.distributions import transforms as pyro_transforms
 from torch import nn
 from torch.testing import assert_close
 
@@ -754,6 +755,21 @@ def test_an_actnorm_initialises_from_training_data_only(make):
     y, _ = transform.train()(x)
     assert_close(y.std(0), torch.ones(3, dtype=x.dtype), atol=1e-4, rtol=0)
     assert_close(transform(2 * x)[0].std(0), 2 * torch.ones(3, dtype=x.dtype), atol=1e-3, rtol=0)
+
+
+def pyro_batchnorm():
+    return pyro_transforms.BatchNorm(3)
+
+
+@pytest.mark.parametrize("make", [normflows_actnorm, normflows_inverted_actnorm, freia_actnorm, pyro_batchnorm])
+def test_one_row_does_not_make_a_normalisation_nan_for_good(make):
+    transform = as_transform(make()).double().train()
+    with pytest.raises(ValueError, match=r"a mean and a standard deviation from the batch .* or call eval\(\)"):
+        transform(batch(1, 3))
+    assert all(tensor.isfinite().all() for tensor in transform.state_dict().values())
+    assert transform.eval()(batch(1, 3))[1].isfinite().all()
+    transform.train()(batch(200, 3))
+    assert transform.eval()(batch(1, 3))[1].isfinite().all()
 
 
 def test_freia_refuses_what_is_no_exact_bijection():

@@ -24,7 +24,15 @@ from torch.testing import assert_close
 
 from adapters import FlowDistribution, as_flow, as_transform
 from adapters.networks import MLP
-from tests.laws import assert_inputs_unchanged, autograd_log_det, batch, context_for, randomise
+from tests.laws import (
+    assert_inputs_unchanged,
+    assert_rows_apart_both_ways,
+    autograd_log_det,
+    batch,
+    context_for,
+    numbers_of_rows,
+    randomise,
+)
 
 ROWS = 6
 IMAGE = (2, 2, 2)
@@ -571,6 +579,20 @@ def test_laws_of_every_layer(name, trained):
         )
         for drawn in (p.sample((2,)), p.rsample((2,))):
             close(p.log_prob(drawn), p.log_prob(drawn.clone()))
+
+
+@pytest.mark.filterwarnings("ignore:Using non-full backward hooks", "ignore:torch.triangular_solve is deprecated")
+@pytest.mark.filterwarnings("ignore:ReversibleGraphNet's forward")
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_of_every_layer_are_apart(name):
+    transform, layer = made(name, trained=False)
+    transform.eval()
+    with torch.no_grad():
+        for rows in numbers_of_rows(layer.event_shape, layer.context_features):
+            x = layer.data(1.5 * batch(rows, *layer.event_shape))
+            context = context_for(layer.context_features, rows)
+            inverse = None if layer.scores_only else transform.inverse
+            assert_rows_apart_both_ways(transform, inverse, x, context, layer.tolerance)
 
 
 @pytest.mark.parametrize("name", REFUSED)

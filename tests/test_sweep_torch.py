@@ -23,7 +23,14 @@ from torch.testing import assert_close
 from adapters import as_flow, as_transform
 from adapters.bridges.common.bounds import bounds
 from adapters.bridges.zuko import import_zuko
-from tests.laws import autograd_log_det, batch, context_for, randomise
+from tests.laws import (
+    assert_rows_apart_both_ways,
+    autograd_log_det,
+    batch,
+    context_for,
+    numbers_of_rows,
+    randomise,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:class CorrLCholeskyTransform is deprecated")
 zuko = import_zuko()
@@ -431,6 +438,18 @@ def test_laws_at_random_parameters_and_after_training(name):
     check_laws(made)
     made.train()
     check_laws(made)
+
+
+# an adaptive solver's steps depend on the whole batch
+@pytest.mark.parametrize("name", [name for name in HELD if "FFJ" not in name and "FreeForm" not in name])
+@torch.no_grad()
+def test_rows_are_apart(name):
+    made = Made(name)
+    randomise(made.transform, scale=0.2).eval()
+    for rows in numbers_of_rows(made.inputs(1, seed=3)[0].shape[1:]):
+        values, context = made.inputs(rows, seed=3)
+        back = None if made.case.one_way else made.back
+        assert_rows_apart_both_ways(made.call, back, values, context, 1e-5)
 
 
 def test_some_transforms_train():

@@ -86,6 +86,10 @@ def as_transform(thing) -> Transform:
 def as_flow(thing) -> Flow:
     """A flow of any of the libraries, transform and base, as an nflows ``Flow``; nflows' own are handed back.
 
+    Of every other library this is an ``adapters.flow.Flow``, which also has ``encode``, ``decode``, ``transform`` and
+    ``base``. nflows' own class has ``transform_to_noise`` for ``encode``, and none of the others: for all of them, make
+    it an ``adapters.flow.Flow`` of the same transform and base.
+
     Raises:
         TypeError: if ``thing`` is of no known library, or no flow.
         ValueError: from the bridge, for a flow that cannot be right.

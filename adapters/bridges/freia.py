@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from adapters.bridges.common.on_demand import class_on_demand
 from adapters.bridges.common.tensors import like, per_row
-from adapters.checks import check_context, check_event
+from adapters.checks import check_context, check_enough_rows, check_event
 from adapters.flow import Flow, StandardNormal
 
 PACKAGES = ("FrEIA",)
@@ -190,6 +190,8 @@ def _run_guarded(block: Any, values: Values, conditions: dict[int, Tensor], rev:
         block = copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
         for part in block.modules():
             part.init_on_next_batch = False
+    elif any(getattr(part, "init_on_next_batch", False) for part in block.modules()):
+        check_enough_rows(values[0], f"FrEIA's {type(block).__name__}")
     return _run_itself(block, tuple(value.clone() for value in values), conditions, rev)
 
 

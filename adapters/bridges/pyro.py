@@ -43,7 +43,7 @@ from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
 from adapters.bridges.common.tensors import like, per_row
 from adapters.bridges.common.torch_base import TorchBase
-from adapters.checks import naming_shape
+from adapters.checks import check_enough_rows, naming_shape
 from adapters.flow import Flow
 
 PACKAGES = ("pyro", "torch.distributions")
@@ -299,6 +299,8 @@ def _change(part: Any, called: bool, value: Tensor) -> tuple[Tensor, Tensor]:
 
 def _inverse(part: Any, y: Tensor) -> Any:
     """x of y. Pyro's autoregressive inverse starts from zeros of the default dtype: here they are of the flow's."""
+    if isinstance(part, pyro_transforms.BatchNorm) and part.training:
+        check_enough_rows(y, "Pyro's BatchNorm")
     if y.dtype == torch.get_default_dtype() or not isinstance(part, pyro_transforms.AffineAutoregressive):
         return part._inv_call(y)
     with _Zeros(y.dtype):

@@ -92,6 +92,23 @@ def read_metrics(directory: Path, run: str) -> dict[str, Any]:
     return with_nan(metrics)
 
 
+def replacing_results(weights: Path, out: Path) -> Path:
+    """Remove the metrics and the record of pictures that an earlier run has left in ``out``.
+
+    To be called as soon as other weights have been written there: a run may end before it has results of its own, by a
+    loss that is not finite, and an earlier run's would then stand beside weights that they do not belong to.
+
+    Returns:
+        the path of the weights, as it came.
+    """
+    found = [path for path in (out / "metrics.json", out / "pictures.pt") if path.is_file()]
+    for path in found:
+        path.unlink()
+    if found:
+        print(f"removed from {out}, where other weights now are: {', '.join(path.name for path in found)}")
+    return weights
+
+
 def with_nan(record: Any) -> Any:
     """The same with NaN for each ``None``: see ``without_nan``."""
     if isinstance(record, dict):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from adapters.bridges.common.context import Width, one_width
 from adapters.bridges.common.tensors import per_row
 from adapters.bridges.normflows_parts.corrections import check_usable, run_in_float64, way_to_run
-from adapters.checks import check_context, naming_shape
+from adapters.checks import check_context, check_enough_rows, naming_shape
 
 
 class NormflowsLayer(Transform):
@@ -83,6 +83,8 @@ class NormflowsLayer(Transform):
         layer: Any = self._modules["layer"]  # self.layer, which takes PyTorch ten times as long to find
         if self.actnorms:
             layer = self._ready(from_data=inverse != self.inverted)
+            if layer is self.layer and not all(actnorm.data_dep_init_done for actnorm in self.actnorms):
+                check_enough_rows(tensor, self.name)
         given = layer, inputs, () if self.context_features is None else (context,), inverse
         try:
             outputs, log_det = self.way(*given)
