@@ -389,7 +389,7 @@ VALUES = [
     ({"features": -4}, "features must be a positive integer, not -4"),
     ({"features": 10**9}, "preprocess is of data with 4 coordinates, but features is 1000000000"),
     ({"context_features": 0}, "context_features must be a positive integer, not 0"),
-    ({"context_features": None}, "those of another flow than masked-spline: .* is of shape .*, and should be"),
+    ({"context_features": None}, "those of another flow than masked-spline, or .* is of shape .*, and should be"),
     ({"context_features": 10**10}, "asks for a far larger flow than it holds the weights of"),
     ({"context_features": 10**30}, "its blueprint makes no flow"),
     ({"layers": True}, "its blueprint has True layers, but it holds masks for 2"),
@@ -433,7 +433,8 @@ TENSORS = [
     (without("preprocess.std"), "its blueprint makes no flow .*'std'"),
     (
         without("state"),
-        "its weights are those of another flow than masked-spline: .* is missing, and should be of shape",
+        "its weights are those of another flow than masked-spline, or another version of this package wrote them: "
+        ".* is missing, and should be of shape",
     ),
     (lambda tensors: tensors | {"weight": torch.ones(2)}, "holds a tensor 'weight', which is no part of a flow"),
     (lambda tensors: tensors | {"state.more": torch.ones(2)}, r"more is of shape \(2,\), and should be missing"),
