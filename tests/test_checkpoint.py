@@ -1,6 +1,5 @@
 """save_flow and load_flow: whatever is saved comes back the same, and nothing else is ever taken for a flow."""
 
-import importlib.util
 import json
 import os
 import resource
@@ -512,10 +511,9 @@ def test_no_flipped_bit_goes_unseen(whole, tmp_path):
             load_flow(path)
 
 
-def test_the_flow_of_a_missing_library_names_its_extra(tmp_path, monkeypatch):
+def test_the_flow_of_a_missing_library_names_its_extra(tmp_path, uninstall):
     path = save_flow(build_flow("zuko-nsf", 2, layers=1), tmp_path)
-    find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "zuko" else find(name, *rest))
+    uninstall("zuko")
     with pytest.raises(ImportError, match=r"zuko is not installed: pip install 'flow-adapters\[zuko\]'"):
         load_flow(path)
 

@@ -246,7 +246,7 @@ def set_aside(directory: Path) -> str | None:
 
 def _header(path: Path) -> dict | None:
     """The first line of a checkpoint; ``None`` if it is not as ``save`` writes it."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return _parse_header(file.readline(1000))
 
 
@@ -262,11 +262,11 @@ def _parse_header(line: bytes) -> dict | None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What ``save`` has written, to the bit, or a ValueError.
 
-    The file is opened once: a training that still runs may put the next
-    checkpoint in its place meanwhile, and the two must not be mixed.
+    The file is opened once: a training that still runs may put the next checkpoint in its place meanwhile, and the two
+    must not be mixed.
     """
     damaged = f"{path} is damaged, or not of this version; start again without --resume"
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         header, payload = _parse_header(file.readline(1000)), file.read()
     if header is None or _sha256(payload) != header["sha256"]:
         raise ValueError(damaged)
