@@ -398,7 +398,8 @@ def _fill(flow: Flow, state: dict[str, Tensor], name: str) -> None:
         here, there = (_shape(tensors.get(key)) for tensors in (state, own))
         if here != there:
             raise _Unusable(
-                f"its weights are those of another flow than {name}: {key} is {here}, and should be {there}"
+                f"its weights are those of another flow than {name}, or another version of this package wrote them: "
+                f"{key} is {here}, and should be {there}"
             )
     floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     flow.to(reduce(torch.promote_types, floating) if floating else None)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from adapters.bridges import as_flow
+from adapters.bridges.common.tensors import like
 from adapters.checks import check_no_labels, check_tensor, shown, sizes
 from adapters.last_result import LastResult
 from adapters.parts import base_of, context_width_of, embedding_of, event_shape_of, transform_of
@@ -140,12 +141,13 @@ class FlowDistribution(TorchDistribution):
     def _draw(self, sample_shape) -> Tensor:
         shape = self._extended_shape(sizes(sample_shape, "sample_shape"))
         rows = shape[: len(shape) - len(self.event_shape)]
-        count, dtype = int(math.prod(rows)), _like(self.flow)  # while torch.jit traces, sizes are tensors
+        count = int(math.prod(rows))  # while torch.jit traces, sizes are tensors
+        weight = like(self.flow)
         if count == 0:
-            return dtype.new_empty(shape)
+            return weight.new_empty(shape)
         context = embedding_of(self.flow)(self._rows(rows))
         base = base_of(self.flow)
-        noise = _sample(base, count, context).to(dtype)  # nflows' own normal draws float32 always
+        noise = _sample(base, count, context).to(weight)  # nflows' own normal draws float32 always
         log_prob = base.log_prob(noise, context)  # before the transform, which may overwrite its input
         try:
             x, log_det = transform_of(self.flow).inverse(noise, context)  # type: ignore[misc]
@@ -212,12 +214,3 @@ def _event_shape(flow: Flow) -> torch.Size:
         base = type(base_of(flow)).__name__
         raise ValueError(f"neither the flow nor its base, {base}, says the shape of one datum: give an event_shape")
     return shape
-
-
-def _like(flow: Flow) -> Tensor:
-    """A tensor with the flow's dtype and device."""
-    for tensors in (flow.parameters(), flow.buffers()):
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                return tensor
-    return torch.empty(())

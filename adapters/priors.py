@@ -1,6 +1,6 @@
 """Priors of a latent variable: a prior is a module whose call gives a Pyro distribution over ``(latent,)``.
 
-Any such module will do. For runs/pyro_vae.py to train under it, it needs a line in that script's ``PRIORS``, too.
+Any such module will do, as this one:
 
 class Laplace(nn.Module):
     def __init__(self, latent):
@@ -9,6 +9,8 @@ class Laplace(nn.Module):
 
     def forward(self):
         return dist.Laplace(0.0, self.log_scale.exp()).to_event(1)
+
+To train under it with runs/pyro_vae.py, add a line for it to that script's ``PRIORS``.
 """
 
 from collections.abc import Callable
@@ -65,7 +67,7 @@ class VampPrior(nn.Module):
 
     Args:
         encoder: q(z | x), a module whose call on ``(K, D)`` gives a distribution of batch shape ``(K,)``.
-        inputs: where the K pseudo-inputs start, e.g. training images, ``(K, D)`` in [0, 1], in which they then stay.
+        inputs: where the K pseudo-inputs start, such as at training images: ``(K, D)`` in [0, 1], where they stay.
 
     Raises:
         ValueError: for inputs outside [0, 1].
@@ -78,7 +80,7 @@ class VampPrior(nn.Module):
             raise ValueError(f"pseudo-inputs must lie in [0, 1], but these have values from {low:g} to {high:g}")
         self.encoder = encoder
         self.logits = nn.Parameter(torch.zeros(len(inputs)))
-        self.pseudo_inputs = nn.Parameter(inputs.clamp(0.05, 0.95).logit())  # at 0 and 1 it would have no gradient
+        self.pseudo_inputs = nn.Parameter(inputs.clamp(0.05, 0.95).logit())  # at 0 and 1 there would be no gradient
 
     def forward(self) -> dist.TorchDistribution:
         return _mixture(self.logits, self.encoder(self.pseudo_inputs.sigmoid()))

@@ -31,7 +31,7 @@ class Encoder(nn.Module):
         pixels: D, the width of x.
         hidden_features: widths of the hidden layers; the last layer gives μ and log σ, 2 M numbers.
         dropout: probability of dropping a hidden unit in training.
-        flow: over M features with a context of 2 M; one that starts at the identity starts as the Gaussian.
+        flow: over M features with a context of 2 M. If it starts at the identity, the posterior starts as the Gaussian.
 
     Raises:
         ValueError: for a flow over another width.
@@ -85,7 +85,7 @@ class Model(nn.Module):
     """z ~ p(z), x ~ p(x | z): a Pyro model of the images ``(batch, D)`` in [0, 1].
 
     Raises:
-        ValueError: in a call, for images outside [0, 1], where looking at them costs no wait: see ``check_images``.
+        ValueError: in a call, for images outside [0, 1]: see ``check_images``.
     """
 
     def __init__(self, prior: nn.Module, decoder: nn.Module):
@@ -113,13 +113,15 @@ class Guide(nn.Module):
 
 
 class VAE(nn.Module):
-    """``Trace_ELBO()(vae.model, vae.guide)(x)`` is −Σ ELBO(x) over the batch, and so is every other ELBO of Pyro's.
+    """``Trace_ELBO()(vae.model, vae.guide)(x)`` is −Σ ELBO(x) over the batch. Pyro's other ELBOs work in the same way.
 
-    With a second argument β > 0, ``kl_weight``, the KL counts β times: E_q[log p(x|z)] − β E_q[log q(z|x) − log p(z)]
-    (Bowman et al., 2016), for a training that begins with less of it. Pyro refuses other β.
+    A second argument ``kl_weight``, β > 0, is the weight of the KL: E_q[log p(x|z)] − β E_q[log q(z|x) − log p(z)]. A
+    training may begin with a small β and raise it to 1 (Bowman et al., 2016). Pyro refuses β ≤ 0.
 
     Args:
-        prior, encoder, decoder: modules whose call gives p(z), q(z | x) and p(x | z); the encoder says its ``latent``.
+        prior: a module whose call gives p(z).
+        encoder: a module whose call gives q(z | x). Its attribute ``latent`` is the width of z.
+        decoder: a module whose call gives p(x | z).
 
     Raises:
         ValueError: if prior and encoder do not agree about the width of z.
@@ -183,7 +185,10 @@ class ReparameterizedELBO(Trace_ELBO):
 
 
 def check_images(x: Tensor) -> None:
-    """Raise a ValueError unless these are ``(batch, D)`` with all values in [0, 1], as far as asking costs no wait."""
+    """Raise a ValueError unless images have the shape ``(batch, D)`` and values in [0, 1].
+
+    The values are not looked at where the program would have to wait for them, as for a GPU.
+    """
     if x.dim() != 2:
         raise ValueError(f"images must have the shape (batch, pixels), not {tuple(x.shape)}")
     if must_wait(x):

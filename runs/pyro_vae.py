@@ -79,10 +79,10 @@ class Ingredients(NamedTuple):
 
 # A prior of one's own is a line here; ``--prior all`` trains all of them in this order.
 PRIORS: dict[str, Callable[[Ingredients], torch.nn.Module]] = {
-    "gaussian": lambda given: StandardNormalPrior(given.latent),
-    "mog": lambda given: MixturePrior(given.latent, len(given.images)),
-    "vamp": lambda given: VampPrior(given.encoder, given.images),
-    "flow": lambda given: FlowPrior(given.flow()),
+    "gaussian": lambda ingredients: StandardNormalPrior(ingredients.latent),
+    "mog": lambda ingredients: MixturePrior(ingredients.latent, len(ingredients.images)),
+    "vamp": lambda ingredients: VampPrior(ingredients.encoder, ingredients.images),
+    "flow": lambda ingredients: FlowPrior(ingredients.flow()),
 }
 
 
@@ -244,7 +244,7 @@ class Options(Checked):
             check_load(self, "load", "out")
 
     def trainings(self) -> "list[Options]":
-        """One for each seed and prior: with a prior and a seed of its own it says what decides the weights."""
+        """The options of each single training, one for every seed and prior, with that seed and that prior in them."""
         seeds = range(self.training.seed, self.training.seed + self.run.seeds)
         return [
             replace(self, model=replace(self.model, prior=prior), training=replace(self.training, seed=seed))
@@ -286,16 +286,16 @@ def main(
     open_directory(out)
     with accelerator.local_main_process_first():  # the others find the files that the first one fetched
         images = read(options.images.dataset, run.data_dir).first(options.images.limit)
-    some = images.train[: len(images.validation)]
-    test, some = (options.images.prepare(part, EVALUATION_SEED) for part in (images.test, some))
+    train_part = images.train[: len(images.validation)]
+    test, train_part = (options.images.prepare(part, EVALUATION_SEED) for part in (images.test, train_part))
 
     by_prior: dict[str, list[dict[str, float]]] = {}  # metrics, for one seed after the other
     record = VAERecord({})
-    for each in trainings:
-        vae, fitted = train(each, images, out / each.name(), accelerator)
+    for single in trainings:
+        vae, fitted = train(single, images, out / single.name(), accelerator)
         if accelerator.is_main_process:
-            prior, seed = each.model.prior, each.training.seed
-            metrics = score_vae(vae, test, some, evaluation.importance_samples, evaluation.importance_images)
+            prior, seed = single.model.prior, single.training.seed
+            metrics = score_vae(vae, test, train_part, evaluation.importance_samples, evaluation.importance_images)
             metrics |= training_metrics(vae, fitted, training.batch_size)
             by_prior.setdefault(prior, []).append(metrics)
             print(

@@ -4,6 +4,7 @@ A test is skipped if it fails because a library is missing *and* the missing lib
 name, parameters or source. What names no missing library must pass without it: so a needless import is still found.
 """
 
+import importlib.util
 import inspect
 import os
 from pathlib import Path
@@ -41,6 +42,17 @@ def device(monkeypatch):
     from accelerate.state import AcceleratorState  # here, since only some tests need it and its import takes long
 
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def uninstall(monkeypatch):
+    """``uninstall("zuko")``: for the rest of the test these packages are not installed, as far as Python can find."""
+    find_spec = importlib.util.find_spec
+    missing: set[str] = set()
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in missing else find_spec(name, *rest)
+    )
+    return lambda *packages: missing.update(packages)
 
 
 @pytest.hookimpl(wrapper=True)

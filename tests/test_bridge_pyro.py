@@ -21,18 +21,12 @@ import adapters.catalogue.pyro as catalogue
 import tests.examples.pyro as examples
 from adapters import as_flow, as_transform, build_flow, to_library
 from adapters.bridges.common.context import one_width
+from tests.counting import counted
 from tests.laws import batch, context_for, randomise
 
 
 def normal(*shape):
     return dist.Normal(torch.zeros(shape), torch.ones(shape)).to_event(len(shape))
-
-
-def count_calls(network):
-    """A list that grows by one whenever the network runs."""
-    calls = []
-    network.register_forward_hook(lambda *_: calls.append(1))
-    return calls
 
 
 @pytest.fixture(params=examples.MODELS)
@@ -214,9 +208,9 @@ def test_a_flow_as_a_base_gives_no_stale_value():
 def test_a_network_runs_once_for_a_log_prob(make):
     transform = as_transform(make())
     (network,) = [module for module in transform.modules() if hasattr(module, "param_slices")]
-    calls = count_calls(network)
-    transform(torch.randn(3, 4), None if transform.context_features is None else torch.randn(3, 2))
-    assert len(calls) == 1
+    with counted() as calls:
+        transform(torch.randn(3, 4), None if transform.context_features is None else torch.randn(3, 2))
+    assert calls[network] == 1
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -224,11 +218,11 @@ def test_a_network_runs_once_for_a_log_prob(make):
 def test_an_export_runs_once_for_a_log_prob_of_the_library(library, conditional):
     context = context_for(2, 5) if conditional else None
     flow = build_flow("masked-affine", 4, 2 if conditional else None, layers=1, hidden_features=(8,)).double()
-    calls = count_calls(flow.transform)
     exported = to_library(library, flow.transform, conditional=conditional)
     x = batch(5, 4)
-    log_prob = bridge.native_log_prob(exported, x, context)
-    assert len(calls) == 1
+    with counted() as calls:
+        log_prob = bridge.native_log_prob(exported, x, context)
+    assert calls[flow.transform] == 1
     assert_close(log_prob, flow.log_prob(x, context))
 
 
@@ -316,10 +310,9 @@ def test_an_export_scores_within_torch_func_and_inference_mode():
     density, y = dist.TransformedDistribution(normal(3), [to_library("torch", transform)]), batch(4, 3)
     expected = density.log_prob(y)
     assert_close(torch.func.vmap(density.log_prob)(y[:, None]).squeeze(1), expected)
-    calls = count_calls(transform)
-    with torch.inference_mode():
+    with torch.inference_mode(), counted() as calls:
         assert_close(density.log_prob(y.clone()), expected)
-    assert len(calls) == 1
+    assert calls[transform] == 1
 
 
 @pytest.mark.parametrize(
@@ -574,11 +567,12 @@ def test_a_mask_is_followed(name, context_features):
 def test_maf_scores_in_one_pass():
     flow = build_flow("pyro-maf", 4, layers=1, hidden_features=(8,))
     (network,) = [module for module in flow.modules() if hasattr(module, "param_slices")]
-    calls = count_calls(network)
-    flow.log_prob(torch.randn(3, 4))
-    assert len(calls) == 1
-    flow.sample(2)
-    assert len(calls) == 1 + 4
+    with counted() as calls:
+        flow.log_prob(torch.randn(3, 4))
+    assert calls[network] == 1
+    with counted() as calls:
+        flow.sample(2)
+    assert calls[network] == 4
     with pytest.raises(ValueError, match="no narrower than the 4 features, not \\[3\\]"):
         build_flow("pyro-maf", 4, hidden_features=(3,))
     with pytest.raises(ValueError, match="at least 2 features, not 1"):

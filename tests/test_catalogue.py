@@ -1,6 +1,5 @@
 """build_flow: what it makes, whatever it is given; and the preprocessing."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -43,9 +42,8 @@ def test_autocast_leaves_the_arithmetic_on_data_in_their_precision(name):
     assert all(p.grad.isfinite().all() for p in flow.parameters() if p.grad is not None)
 
 
-def test_a_flow_that_cannot_be_built_here_is_not_listed(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "zuko" else find(name, *rest))
+def test_a_flow_that_cannot_be_built_here_is_not_listed(uninstall):
+    uninstall("zuko")
     assert "nflows-rqs" in flow_names() and not [name for name in flow_names() if name.startswith("zuko")]
     for call in (build_flow, flow_options, describe_flow):
         with pytest.raises(ImportError, match=r"zuko is not installed: pip install 'flow-adapters\[zuko\]'"):

@@ -17,7 +17,6 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.testing import assert_close
 
-from runs.common import training_state
 from runs.common.fit import fit
 from runs.common.recipe import Recipe
 from runs.common.training_state import STATE, NotFinite, TrainingState, read_checkpoint
@@ -353,19 +352,21 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(checkpoint, tmp_path):
         )  # of the header, what nothing is computed from
 
 
-def test_a_checkpoint_that_is_replaced_while_it_is_read_is_one_of_the_two(checkpoint, tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_one_of_the_two(checkpoint, tmp_path):
     """A training may still be running while another program looks at how far it is."""
-    path, other = tmp_path / STATE, _with(checkpoint, fitted={"steps": 6})
-    path.write_bytes(checkpoint)
+    newer = tmp_path / "newer"
 
-    def opened(*arguments):
-        file = open(*arguments)  # noqa: SIM115 - read_checkpoint closes it
-        other_path = tmp_path / "next"
-        other_path.write_bytes(other)
-        os.replace(other_path, path)
-        return file
+    class Replaced(type(tmp_path)):
+        """A file in whose place a newer one is put as soon as it is open."""
 
-    monkeypatch.setattr(training_state, "open", opened, raising=False)
+        def open(self, *arguments, **options):
+            file = super().open(*arguments, **options)
+            newer.write_bytes(_with(checkpoint, fitted={"steps": 6}))
+            os.replace(newer, self)
+            return file
+
+    (tmp_path / STATE).write_bytes(checkpoint)
+    path = Replaced(tmp_path / STATE)
     assert read_checkpoint(path)["fitted"]["steps"] == 5
     assert read_checkpoint(path)["fitted"]["steps"] == 6
 

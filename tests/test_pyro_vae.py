@@ -674,11 +674,9 @@ def test_ctrl_c_ends_the_run_after_the_prior_at_hand_and_is_not_compared(batches
     assert {found["steps"] for found in whole.values()} == {metrics["gaussian"]["steps"]}
 
 
-def test_the_command_line_says_that_it_was_interrupted(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run"])
-
+def test_the_command_line_says_that_it_was_interrupted():
     with pytest.raises(SystemExit) as stopped:
-        cli(lambda options: {"flow": {"elbo": 1.0, "interrupted": True}}, pyro_vae.Options)
+        cli(lambda options: {"flow": {"elbo": 1.0, "interrupted": True}}, pyro_vae.Options, [])
     assert stopped.value.code == 130
 
 

@@ -9,7 +9,6 @@ are made anew for each row; ``here`` is an empty directory, in which nothing may
 import importlib
 import re
 import shlex
-import sys
 
 import numpy as np
 import pytest
@@ -648,12 +647,11 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("command", "message"), COMMANDS)
-def test_a_wrong_command_gives_one_line(command, message, tmp_path, monkeypatch):
+def test_a_wrong_command_gives_one_line(command, message, tmp_path):
     script, *arguments = shlex.split(command)
     module = importlib.import_module(f"runs.{script}")
-    monkeypatch.setattr(sys, "argv", [script, *arguments, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stopped:
-        cli(module.main, module.Options)
+        cli(module.main, module.Options, [*arguments, "--out", str(tmp_path / "out")])
     assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
     assert message in str(stopped.value)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))

@@ -64,26 +64,27 @@ class Bridge(Protocol):
         ...
 
 
-def as_transform(thing) -> Transform:
+def as_transform(foreign) -> Transform:
     """A transform of any of the libraries as an nflows ``Transform``, data → noise; nflows' own are handed back.
 
-    The result computes what ``thing`` computes, with its parameters (not copies): training one trains the other.
+    The result computes what the library's transform computes, with the same parameters, which are not copied: training
+    one trains the other.
 
     Raises:
-        TypeError: if ``thing`` is of no known library, or no transform.
+        TypeError: if ``foreign`` is of no known library, or no transform.
         nflows.transforms.InverseNotAvailable, ValueError: from the bridge, for a transform that no flow can use.
     """
-    if isinstance(thing, Flow):
-        its = "flow.transform" if hasattr(thing, "transform") else "adapters.parts.transform_of(flow)"  # nflows' own
-        raise TypeError(f"{_name(thing)} is no transform but a whole flow, as as_flow takes; its transform is {its}")
-    bridge = hub if isinstance(thing, Transform) else _bridge_of(thing)
-    transform = bridge.transform_in(thing)
+    if isinstance(foreign, Flow):
+        its = "flow.transform" if hasattr(foreign, "transform") else "adapters.parts.transform_of(flow)"  # nflows' own
+        raise TypeError(f"{_name(foreign)} is no transform but a whole flow, as as_flow takes; its transform is {its}")
+    bridge = hub if isinstance(foreign, Transform) else _bridge_of(foreign)
+    transform = bridge.transform_in(foreign)
     if transform is None:
-        raise TypeError(f"{_name(thing)} is no transform; as_flow takes whole flows")
+        raise TypeError(f"{_name(foreign)} is no transform; as_flow takes whole flows")
     return transform
 
 
-def as_flow(thing) -> Flow:
+def as_flow(foreign) -> Flow:
     """A flow of any of the libraries, transform and base, as an nflows ``Flow``; nflows' own are handed back.
 
     Of every other library this is an ``adapters.flow.Flow``, which also has ``encode``, ``decode``, ``transform`` and
@@ -91,55 +92,61 @@ def as_flow(thing) -> Flow:
     it an ``adapters.flow.Flow`` of the same transform and base.
 
     Raises:
-        TypeError: if ``thing`` is of no known library, or no flow.
+        TypeError: if ``foreign`` is of no known library, or no flow.
         ValueError: from the bridge, for a flow that cannot be right.
     """
-    bridge = hub if isinstance(thing, Flow | Transform) else _bridge_of(thing)
-    flow = bridge.flow_in(thing)
+    bridge = hub if isinstance(foreign, Flow | Transform) else _bridge_of(foreign)
+    flow = bridge.flow_in(foreign)
     if flow is None:
-        raise TypeError(f"{_name(thing)} is no flow; as_transform takes transforms, which a Flow joins to a base")
+        raise TypeError(f"{_name(foreign)} is no flow; as_transform takes transforms, which a Flow joins to a base")
     return flow
 
 
-def to_library(library: str, thing: Transform | Flow, *, event_dim: EventDim | None = None, conditional: bool = False):
+def to_library(
+    library: str, flow_or_transform: Transform | Flow, *, event_dim: EventDim | None = None, conditional: bool = False
+):
     """An nflows ``Transform`` (data → noise) as that library's own transform type, for its own flow class.
 
-    Of a whole ``Flow`` this is its transform; the base is left to the library's own flow. The result holds the
-    transform as a submodule wherever the library's type is a module: training it there trains it here.
+    Of a whole ``Flow`` only the transform is exported, since the library's own flow class brings a base of its own.
+    Wherever the library's type is a module, the result holds the transform as a submodule: training it there trains it
+    here.
 
     Args:
         library: one of ``libraries()``.
-        thing: what to export.
-        event_dim: dimensions of one datum: 1 for vectors, as by default, 3 for images; or, for a transform that changes
-            the shape, the shapes of a datum and of its noise. A flow says it itself.
-        conditional: whether it takes a context: Pyro has two types for the two cases; the others ignore it. A flow
-            says it itself.
+        flow_or_transform: what to export.
+        event_dim: how many dimensions one datum has: 1 for vectors, which is the default, or 3 for images. For a
+            transform that changes the shape, the shapes of a datum and of its noise. A flow knows this itself.
+        conditional: whether the transform takes a context. Pyro has a type for either case, and the other libraries
+            ignore this argument. A flow knows this itself.
 
     Raises:
         ValueError: for a library that is not known; for a wrong ``event_dim``.
         ImportError: for one that is not installed, naming the extra that installs it.
-        TypeError: if ``thing`` is neither an nflows ``Transform`` nor a ``Flow``.
+        TypeError: if ``flow_or_transform`` is neither an nflows ``Transform`` nor a ``Flow``.
     """
     bridge = next((bridge for bridge in bridges() if library in bridge.LIBRARIES), None)
     if bridge is None:
         raise ValueError(f"unknown library {shown(library)}; known: {', '.join(libraries())}")
-    if not isinstance(thing, Transform | Flow):
+    if not isinstance(flow_or_transform, Transform | Flow):
         raise TypeError(
-            f"to_library exports an nflows Transform, not {_name(thing)}; as_transform makes one of another library's "
-            "transform, and as_flow makes an nflows Flow, whose transform to_library exports, of another library's flow"
+            f"to_library exports an nflows Transform, not {_name(flow_or_transform)}; as_transform makes one of "
+            "another library's transform, and as_flow makes an nflows Flow, whose transform to_library exports, of "
+            "another library's flow"
         )
     check_installed(bridge)
-    if isinstance(thing, Flow):
-        event_dim = event_dim_of(thing) if event_dim is None else event_dim
-        conditional = conditional or reads_context(thing)
-        thing = whole_transform(thing)
+    if isinstance(flow_or_transform, Flow):
+        event_dim = event_dim_of(flow_or_transform) if event_dim is None else event_dim
+        conditional = conditional or reads_context(flow_or_transform)
+        transform = whole_transform(flow_or_transform)
+    else:
+        transform = flow_or_transform
     event_dim = 1 if event_dim is None else event_dim
     check_event_dim(event_dim)
-    return bridge.transform_out(thing, library, event_dim, conditional)
+    return bridge.transform_out(transform, library, event_dim, conditional)
 
 
 def bridges() -> list[Bridge]:
-    """Every bridge there is a file for.
+    """All bridges: the files of this package.
 
     Raises:
         TypeError: for a file that lacks one of the names that ``Bridge`` lists.
@@ -170,10 +177,10 @@ def _checked(module: ModuleType) -> Bridge:
     return cast(Bridge, module)
 
 
-def _bridge_of(thing) -> Bridge:
-    """The bridge that knows the most derived class of ``thing`` that any bridge knows."""
+def _bridge_of(foreign) -> Bridge:
+    """The bridge that knows the most derived class of ``foreign`` that any bridge knows."""
     known_bridges = bridges()
-    for kind in type(thing).__mro__:
+    for kind in type(foreign).__mro__:
         for bridge in known_bridges:
             if any(f"{kind.__module__}.".startswith(f"{package}.") for package in bridge.PACKAGES):
                 return bridge
@@ -184,9 +191,9 @@ def _bridge_of(thing) -> Bridge:
         if not installed(bridge)
     )
     raise TypeError(
-        f"{_name(thing)} is of no known library; known: {known}" + (f"; not installed: {missing}" if missing else "")
+        f"{_name(foreign)} is of no known library; known: {known}" + (f"; not installed: {missing}" if missing else "")
     )
 
 
-def _name(thing) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+def _name(foreign) -> str:
+    return f"{type(foreign).__module__}.{type(foreign).__qualname__}"

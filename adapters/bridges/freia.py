@@ -1,9 +1,11 @@
 """FrEIA: its invertible networks and blocks in, any transform out.
 
-FrEIA runs data → noise as nflows does, and ``rev=True`` the other way. It has no density class: a network of its is
-trained with the loss z²/2 − log|det J|, so a whole network means the flow from a standard normal base.
+FrEIA runs data → noise as nflows does, and noise → data if it is called with ``rev=True``. It has no class for a
+density. Its networks are trained with the loss z²/2 − log|det J|, which is that of a standard normal base: so a whole
+network becomes a flow with that base.
 
-A context row of ours holds all conditions of a network, each flattened, side by side.
+FrEIA calls a context a condition, and a network may have several. They are flattened and laid side by side in one row
+of our context.
 """
 
 import copy
@@ -27,19 +29,20 @@ LIBRARIES = ("freia",)
 DISTRIBUTION = "FrEIA"
 EXTRA = "freia"
 
-
 Values = tuple[Tensor, ...]
-# From a block, its inputs, its conditions by key, and whether it runs in reverse, to its outputs and log-determinant.
+# A function that runs a block. It takes the block, its inputs, its conditions by their keys, and whether the block runs
+# in reverse (noise → data). It returns the block's outputs and its log-determinant.
 Run = Callable[[Any, Values, dict[int, Tensor], bool], tuple[Values, Tensor | float]]
 
 
 class FreiaTransform(Transform):
     """A ``SequenceINN``, ``GraphINN`` or single block of FrEIA: ``(batch, *event_shape)`` ↦ ``(batch, *noise_shape)``.
 
-    The blocks of a network run one by one, since some of FrEIA's are wrong by themselves: see ``_corrections``.
+    The blocks of a network are run one by one, because some of FrEIA's blocks compute something wrong when they run
+    themselves: see ``_corrections``.
 
-    An ``ActNorm`` not yet initialised takes its scale and shift from the first data it meets in training, and from
-    nothing else (its own rule: from the first call, whatever it is).
+    An ``ActNorm`` that is not initialised yet takes its scale and shift from the first data that it meets in training.
+    In FrEIA it takes them from its first call, even if that is a call with noise or in evaluation mode.
 
     Raises:
         ValueError: for a block that has several inputs or outputs, is no bijection or has no exact log-determinant; in
@@ -67,12 +70,13 @@ class FreiaTransform(Transform):
 
     def _run_all(self, inputs: Tensor, context: Tensor | None, shape: tuple, rev: bool) -> tuple[Tensor, Tensor]:
         check_context(context, self.context_features, inputs, self.name)
-        if inputs.shape[0] == 0:  # several blocks count the coordinates of their first row
+        if inputs.shape[0] == 0:  # several blocks look at their first row to count its coordinates
             return inputs.new_zeros(0, *shape), inputs.new_zeros(0)
         (outputs,), log_det = self._run(self.module, (inputs,), self._split(context), rev)
         return outputs, log_det
 
     def _split(self, context: Tensor | None) -> dict[int, Tensor]:
+        """The conditions that lie side by side in a context, by their keys, each in its own shape."""
         if context is None:
             return {}
         parts = context.split([math.prod(shape) for shape in self.conditions.values()], dim=1)
@@ -80,10 +84,10 @@ class FreiaTransform(Transform):
         return {key: part.unflatten(1, shape) for (key, shape), part in keyed}
 
     def _run(self, module: Any, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
-        """The outputs of a block, or of a network by running its blocks, and its log-determinant ``(batch,)``."""
-        way = self.ways.get(type(module))
-        if way is not None:
-            outputs, log_det = way(module, values, conditions, rev)
+        """Run a block, or all blocks of a network: the outputs, and the log-determinant ``(batch,)``."""
+        run = self.ways.get(type(module))
+        if run is not None:
+            outputs, log_det = run(module, values, conditions, rev)
             return outputs, per_row(log_det, values[0])
         if hasattr(module, "node_list"):
             return self._run_graph(module, values, conditions, rev)
@@ -95,6 +99,7 @@ class FreiaTransform(Transform):
         return values, total
 
     def _run_graph(self, graph: Any, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor]:
+        """The same for a ``GraphINN``, whose nodes are listed so that each one comes after those that feed it."""
         total = values[0].new_zeros(len(values[0]))
         starts, ends = (graph.out_nodes, graph.in_nodes) if rev else (graph.in_nodes, graph.out_nodes)
         known = dict(zip(((node, 0) for node in starts), values, strict=True))  # (node, which of its outputs) → value
@@ -103,27 +108,36 @@ class FreiaTransform(Transform):
             if node.module is None:  # a start, an end or a condition
                 continue
             inputs = tuple(known[place] for place in (node.outputs if rev else node.inputs))
-            given = {key: known[condition, 0] for key, condition in enumerate(node.conditions)}
-            outputs, log_det = self._run(node.module, inputs, given, rev)
+            own_conditions = {key: known[condition, 0] for key, condition in enumerate(node.conditions)}
+            outputs, log_det = self._run(node.module, inputs, own_conditions, rev)
             known.update(((node, index), output) for index, output in enumerate(outputs))
             total = total + log_det
         return tuple(known[(end.outputs if rev else end.inputs)[0]] for end in ends), total
 
 
 def _keep_what_was_loaded(transform: Any, _) -> None:
-    """Let no ``ActNorm`` initialise itself any more: FrEIA's own hook for this, in a copy, does it to the original."""
+    """After a ``load_state_dict``, let no ``ActNorm`` initialise itself any more: it would overwrite what was loaded.
+
+    FrEIA registers a hook for this, too, but in a copied module FrEIA's hook still refers to the original.
+    """
     for block in transform.modules():
         if hasattr(block, "init_on_next_batch"):
             block.init_on_next_batch = False
 
 
 def _is_network(kind: type) -> bool:
-    """Whether it does nothing but run its blocks: a network of FrEIA's, or of a class that inherits its ``forward``."""
+    """Whether a module of this class only runs its blocks: it has the ``forward`` of one of FrEIA's networks."""
     return kind.forward.__module__.startswith("FrEIA.framework.")
 
 
 class Correction(NamedTuple):
-    """How the blocks of one class are run, and what would be wrong if they ran themselves."""
+    """How the blocks of one class are run here, and what would be wrong if they ran themselves.
+
+    Attributes:
+        kind: the class.
+        wrong: what the class does wrong, in words for an error.
+        run: runs a block of the class rightly.
+    """
 
     kind: type
     wrong: str
@@ -161,7 +175,7 @@ def _correction(block: nn.Module) -> Correction | None:
 
 
 def _ways_to_run(module: nn.Module) -> dict[type, Run]:
-    """How the blocks of each class in a network are run: by their own call, or by something that is right."""
+    """How the blocks of each class in a network are run: by FrEIA's own call, or by a correction of it."""
     from FrEIA.modules import InvertibleModule
 
     ways = {}
@@ -175,6 +189,7 @@ def _ways_to_run(module: nn.Module) -> dict[type, Run]:
 
 
 def _run_itself(block: Any, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor | float]:
+    """Run the block by FrEIA's own call."""
     if conditions:
         keyed = hasattr(block, "conditions")  # a sequence that has a forward of its own
         outputs, log_det = block(values, c=conditions if keyed else list(conditions.values()), rev=rev)
@@ -185,7 +200,10 @@ def _run_itself(block: Any, values: Values, conditions: dict[int, Tensor], rev: 
 
 
 def _run_guarded(block: Any, values: Values, conditions: dict[int, Tensor], rev: bool) -> tuple[Values, Tensor | float]:
-    """A block that may overwrite its input, or hold an ``ActNorm`` that would initialise itself: on copies of both."""
+    """Run a copy of the block on copies of the inputs.
+
+    The block may overwrite its inputs. It may also contain an ``ActNorm``, which would initialise itself in this call.
+    """
     if any(getattr(part, "init_on_next_batch", False) and (rev or not part.training) for part in block.modules()):
         block = copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
         for part in block.modules():
@@ -196,7 +214,7 @@ def _run_guarded(block: Any, values: Values, conditions: dict[int, Tensor], rev:
 
 
 def _run_all_in_one(block: Any, values: Values, conditions: dict[int, Tensor], rev: bool):
-    if block.householder:  # then it keeps its matrix in itself, where other threads and copies would meet it
+    if block.householder:  # it stores the matrix of this call as an attribute, which other threads and copies would see
         block = copy.copy(block)
     return _run_itself(block, values, conditions, rev)
 
@@ -217,39 +235,39 @@ def _run_scaling(block: Any, values: Values, conditions: dict[int, Tensor], rev:
 def _run_orthogonal(block: Any, values: Values, conditions: dict[int, Tensor], rev: bool):
     log_scale = block._log_e(block.scaling)
     log_det = log_scale.sum() + torch.linalg.slogdet(block.weights).logabsdet
-    if not rev:  # in training it is called, so that its hook projects the matrix after some backward passes
+    if not rev:  # in training the block is called as a module: its hook makes the matrix orthogonal now and then
         return (block if block.training else block.forward)(values)[0], log_det
     shifted = values[0] * (-log_scale).exp() - block.bias
     return (torch.linalg.solve(block.weights, shifted, left=False),), -log_det
 
 
-def transform_in(thing) -> Transform | None:
-    """Any ``InvertibleModule``: a network or a block; an exported transform comes back as it went."""
+def transform_in(foreign) -> Transform | None:
+    """Any ``InvertibleModule``, which is a network or a block. For an exported transform, the one that was exported."""
     from FrEIA.modules import InvertibleModule
 
-    if isinstance(thing, _exported()):
-        return thing.transform
-    return FreiaTransform(thing) if isinstance(thing, InvertibleModule) else None
+    if isinstance(foreign, _exported()):
+        return foreign.transform
+    return FreiaTransform(foreign) if isinstance(foreign, InvertibleModule) else None
 
 
-def flow_in(thing) -> Flow | None:
+def flow_in(foreign) -> Flow | None:
     """A ``SequenceINN`` or ``GraphINN``, with the standard normal that FrEIA trains it against."""
     from FrEIA.framework import GraphINN, SequenceINN
 
-    if not isinstance(thing, SequenceINN | GraphINN):
+    if not isinstance(foreign, SequenceINN | GraphINN):
         return None
-    transform = FreiaTransform(thing)
-    base = StandardNormal(transform.noise_shape).to(like(thing))
+    transform = FreiaTransform(foreign)
+    base = StandardNormal(transform.noise_shape).to(like(foreign))
     return Flow(transform, base, transform.event_shape, transform.context_features)
 
 
 def transform_out(transform: Transform, library: str, event_dim: Any, conditional: bool) -> nn.Module:
-    """An ``InvertibleModule``; ``sequence.append(exported.placed)`` and ``Node(…, exported.placed, {})`` take it in."""
+    """An ``InvertibleModule``: ``sequence.append(exported.placed)`` and ``Node(…, exported.placed, {})`` add it."""
     return _exported()(transform)
 
 
 def native_log_prob(exported: Any, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-    """Of a ``SequenceINN`` of the exported module and the loss that FrEIA's networks are trained with."""
+    """The log-density that belongs to FrEIA's loss of a ``SequenceINN`` with the exported module in it."""
     from FrEIA.framework import SequenceINN
 
     network = SequenceINN(*inputs.shape[1:])
@@ -275,7 +293,7 @@ def _exported() -> type:
             self.transform = transform
 
         def placed(self, dims_in, dims_c=None) -> "NflowsModule":
-            """Itself, for inputs of these shapes: FrEIA's networks call a constructor where others take a module."""
+            """This module, told the shapes of its inputs. FrEIA's networks call it as they would a constructor."""
             self.dims_in, self.dims_c = list(dims_in), list(dims_c or [])
             return self
 
@@ -285,17 +303,18 @@ def _exported() -> type:
             return (outputs,), log_det
 
         def output_dims(self, input_dims: Any) -> Any:
-            """Found by running a copy of the transform on zeros, since nflows' transforms don't say it."""
+            """The shape of the outputs. nflows' transforms don't say it, so a copy of this one is run on zeros."""
             transform = copy.deepcopy(self.transform).eval()
-            one = like(transform)
-            context = one.new_zeros(1, sum(map(math.prod, self.dims_c))) if self.dims_c else None
+            weight = like(transform)
+            context = weight.new_zeros(1, sum(map(math.prod, self.dims_c))) if self.dims_c else None
             with torch.no_grad():
-                return [tuple(transform(one.new_zeros(1, *input_dims[0]), context)[0].shape[1:])]
+                return [tuple(transform(weight.new_zeros(1, *input_dims[0]), context)[0].shape[1:])]
 
     return NflowsModule
 
 
 def _check_exact(module: nn.Module) -> None:
+    """Raise a ValueError for a block that is no bijection or has no exact log-determinant."""
     from FrEIA import modules
 
     reasons = {
@@ -311,10 +330,11 @@ def _check_exact(module: nn.Module) -> None:
         if isinstance(part, modules.HouseholderPerm) and part.conditional:
             raise ValueError("FrEIA's HouseholderPerm with a condition fails in FrEIA itself; without one it works")
         if isinstance(part, modules.InvertibleModule) and not _is_network(type(part)):
-            _check_runs_none_that_is_wrong(part)
+            _check_inner_blocks(part)
 
 
-def _check_runs_none_that_is_wrong(block: nn.Module) -> None:
+def _check_inner_blocks(block: nn.Module) -> None:
+    """Raise a ValueError for a block that itself calls a block which FrEIA computes wrongly."""
     for inner in list(block.modules())[1:]:
         correction = _correction(inner)
         if correction and correction.run in (_run_sigmoid, _run_scaling, _run_orthogonal):
@@ -332,11 +352,11 @@ def _shapes(module: Any) -> list[tuple[int, ...]]:
     if isinstance(module, SequenceINN):
         return [module.shapes[0], module.shapes[-1]]
     dims_in: Any = module.dims_in
-    if isinstance(dims_in[0], int):  # ActNorm overwrites the list of shapes by its one shape
+    if isinstance(dims_in[0], int):  # ActNorm replaces its list of one shape by that shape
         dims_in = [dims_in]
     upsampling: Any = {HaarUpsampling: HaarDownsampling, IRevNetUpsampling: IRevNetDownsampling}
     for up, down in upsampling.items():
-        if isinstance(module, up):  # these keep the shape of their output there
+        if isinstance(module, up):  # in dims_in these have the shape of their output
             dims_in = down.output_dims(module, dims_in)
     dims_out = module.global_out_shapes if isinstance(module, GraphINN) else module.output_dims(dims_in)
     if len(dims_in) != 1 or len(dims_out) != 1:
@@ -347,7 +367,7 @@ def _shapes(module: Any) -> list[tuple[int, ...]]:
 
 
 def _conditions(module: Any) -> dict[int, Any]:
-    """The shape of every condition, by its place in the list that FrEIA takes."""
+    """The shape of every condition by its key, which is its place in the list of conditions that FrEIA takes."""
     from FrEIA.framework import SequenceINN
 
     if isinstance(module, SequenceINN):

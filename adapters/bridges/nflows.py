@@ -17,7 +17,7 @@ PACKAGES = LIBRARIES = ("nflows",)
 DISTRIBUTION = "nflows"
 EXTRA = None
 
-_checked = weakref.WeakSet()  # what has been searched for wrong layers already
+_checked = weakref.WeakSet()  # modules that have been searched for wrong layers already
 
 
 def transform_in(foreign: Any) -> Transform | None:
@@ -52,6 +52,7 @@ def flow_in(foreign: Any) -> Flow | None:
 
 
 def _check_exact(module: nn.Module) -> None:
+    """Raise a ValueError for a module that contains a layer with a wrong log-determinant."""
     if module not in _checked and any(isinstance(part, GatedLinearUnit) for part in module.modules()):
         raise ValueError(
             "nflows' GatedLinearUnit is no layer of a flow: its log-determinant counts the gate once, not once for "
@@ -66,5 +67,5 @@ def transform_out(transform: Transform, library: str, event_dim: EventDim, condi
 
 
 def native_log_prob(exported: Transform, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-    """Of nflows' own ``Flow``."""
+    """The log-density of nflows' own ``Flow`` with a standard normal base."""
     return Flow(exported, StandardNormal(inputs.shape[1:])).log_prob(inputs, context)

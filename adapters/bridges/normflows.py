@@ -22,7 +22,7 @@ EXTRA = "normflows"
 
 
 def transform_in(foreign: Any) -> Transform | None:
-    """A flow layer, or layers in a ``Composite`` or a ``Reverse``; an exported transform comes back as it went.
+    """A flow layer, or layers in a ``Composite`` or a ``Reverse``; or an exported transform.
 
     Raises:
         ValueError: for layers that disagree on the width of the context; and as ``normflows_parts.layers``.
@@ -65,7 +65,7 @@ def transform_out(transform: Transform, library: str, event_dim: EventDim, condi
 
 
 def native_log_prob(exported: nn.Module, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-    """Of normflows' ``NormalizingFlow`` and, with context, ``ConditionalNormalizingFlow``."""
+    """The log-density of a ``NormalizingFlow`` or, with a context, of a ``ConditionalNormalizingFlow``."""
     from normflows import ConditionalNormalizingFlow, NormalizingFlow
     from normflows.distributions import DiagGaussian
 

@@ -1,9 +1,10 @@
 """Pyro and torch.distributions: their transforms and transformed distributions in, any transform out, for both.
 
-Both run noise → data and list the noise side first. ``TorchTransform`` adapts one transform; a composition becomes a
-``Chain`` of such, in the opposite order.
+Both run noise → data and list the noise side first. ``TorchTransform`` adapts one transform. A composition becomes a
+``Chain`` of these, in the opposite order.
 
-A context has the shape ``(batch, width)``. A datum of a distribution is its batch and event shape together.
+A context has the shape ``(batch, width)``. The shape of a datum is a distribution's batch shape and event shape
+together.
 """
 
 from collections.abc import Iterable, Iterator
@@ -51,7 +52,7 @@ LIBRARIES = ("pyro", "torch")
 DISTRIBUTION = "pyro-ppl"
 EXTRA = None
 
-# Objects that may hold tensors: torch's, which are no modules, and those of Pyro's that make them of a context.
+# Objects that may hold tensors: torch's, which are no modules, and Pyro's, which give such an object for a context.
 KINDS = (torch_transforms.Transform, Distribution, ConditionalTransform, ConditionalDistribution)
 
 # Transforms that run noise → data only: Pyro scores a value by remembering how it was made.
@@ -66,7 +67,7 @@ ONE_WAY = (
     ConditionedPlanar,
     ConditionedRadial,
 )
-# Those whose formula asserts something of all rows together.
+# Transforms that assert something of all rows together, so that a row that is not finite fails the whole batch.
 SPLINES = (
     pyro_transforms.ConditionalSpline,
     pyro_transforms.ConditionalSplineAutoregressive,
@@ -74,7 +75,7 @@ SPLINES = (
     pyro_transforms.SplineCoupling,
     ConditionedSpline,
 )
-# Those that change the shape of what they are given.
+# Transforms whose outputs have another shape than their inputs.
 RESHAPING = (
     pyro_transforms.CorrLCholeskyTransform,
     pyro_transforms.SimplexToOrderedTransform,
@@ -87,18 +88,20 @@ RESHAPING = (
 class TorchTransform(Leaf):
     """One transform t of torch or Pyro, which runs noise → data, as an nflows one: ``forward`` runs t⁻¹, data → noise.
 
-    Each log-determinant is asked for right after its value, while t still keeps what both share, so that a network
-    runs once. What t keeps knows nothing of parameters that have changed, nor of other threads: each pass runs a copy
-    of its own, of the same parameters. An elementwise transform's log-determinant is summed over the datum. A
-    conditional transform is conditioned on the context, anew in every call.
+    Many a transform keeps what its value and its log-determinant share. Each log-determinant is asked for right after
+    the value, so that a network runs only once. But what a transform keeps may be outdated, once parameters have
+    changed or another thread has called it. So each pass runs a copy of its own, which has the same parameters.
 
-    Pyro's ``BatchNorm`` has hidden state: data → noise it normalises, in training, by the batch at hand, and updates
-    its running statistics; noise → data it uses the latter, so that it has an inverse in eval mode only. Its
-    ``MatrixExponential`` is a truncated series, with an inverse as exact as that.
+    The log-determinant of an elementwise transform is summed over the datum. A conditional transform is conditioned on
+    the context anew in every call.
+
+    Pyro's ``BatchNorm`` has hidden state. In training, data → noise, it normalises by the batch at hand and updates its
+    running statistics. Noise → data it uses these statistics, so that only in evaluation mode one direction is the
+    other's inverse. Pyro's ``MatrixExponential`` is a truncated series, and its inverse is as exact as that series.
 
     Args:
-        part: t, no composition and no inverse of another transform.
-        backwards: whether the flow holds t's inverse, so that ``forward`` runs t itself.
+        part: t, which is neither a composition nor the inverse of another transform.
+        backwards: whether the flow holds t's inverse. Then ``forward`` runs t itself.
 
     Raises:
         InverseNotAvailable: for a transform without the direction data → noise.
@@ -141,18 +144,18 @@ class TorchTransform(Leaf):
         return outputs, changes[0] if len(changes) == 1 else sum(changes, inputs.new_zeros(len(inputs)))
 
     def _steps(self, context: Tensor | None) -> list[tuple[Any, bool]]:
-        """What to run: t or, if it is conditional, all that it consists of under this context."""
+        """The transforms to run, each with whether it runs backwards: t, or what t consists of under this context."""
         part = self.part.fresh()
         if not self.reads_context:
             return [(part, self.backwards)]
         steps = list(_parts(part.condition(context), self.backwards))
         for step, _ in steps:
             if isinstance(step, ConditionedMatrixExponential) and callable(step.weights):
-                step.weights = step.weights()  # else its network runs for the value and again for the log-determinant
+                step.weights = step.weights()  # otherwise the network would run again for the log-determinant
         return steps
 
     def _step(self, part: Any, called: bool, value: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
-        """The part, if it is to be called, or its inverse, at the value, and its log-determinants ``(batch,)``."""
+        """The part at the value if it is ``called``, or else its inverse, and the log-determinants ``(batch,)``."""
         change = partial(_change, part, called)
         return within(_limits(part, called), value, scoring, change) if self.is_bounded else change(value)
 
@@ -165,9 +168,10 @@ class ConditionedBase(AsModule):
 
 
 def transform_in(foreign: Any) -> Transform | None:
-    """A transform, conditional or not; an exported one comes back as it went.
+    """A transform, conditional or not. For an exported transform, the one that was exported.
 
-    Raises: as ``TorchTransform``.
+    Raises:
+        InverseNotAvailable, ValueError: as ``TorchTransform``.
     """
     foreign = foreign.export if isinstance(foreign, ConditionalExport) else foreign
     if isinstance(foreign, ExportedTransform):
@@ -201,7 +205,7 @@ def flow_in(foreign: Any) -> Flow | None:
         raise ValueError(
             "nothing says how wide a context this distribution takes; give what reads it an attribute context_dim"
         )
-    if isinstance(foreign, ConditionalTransformedDistribution):  # only conditioned, on whatever context, it has a shape
+    if isinstance(foreign, ConditionalTransformedDistribution):  # it has no shape until it is given some context
         with torch.no_grad():
             foreign = foreign.condition(like(nn.ModuleList([transform, source])).new_zeros(width or 0))
     return Flow(transform, TorchBase(source, _shape(foreign.base_dist)), _shape(foreign), width)
@@ -210,7 +214,7 @@ def flow_in(foreign: Any) -> Flow | None:
 def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool):
     """torch's ``Transform``; for Pyro its ``TransformModule`` or, conditional, its ``ConditionalTransformModule``.
 
-    torch knows no conditional transforms; what it gets has ``.condition(context)`` all the same.
+    torch knows no conditional transforms. What is exported to torch has the method ``condition(context)`` nevertheless.
 
     Raises:
         ValueError: for a transform that changes the shape, if nothing says the shapes.
@@ -222,16 +226,16 @@ def transform_out(transform: Transform, library: str, event_dim: EventDim, condi
 
 
 def native_log_prob(exported: Any, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-    """Of the ``TransformedDistribution`` of Pyro, or of torch if that is what the transform was exported to."""
+    """The log-density of a ``TransformedDistribution``: Pyro's, or torch's if the transform was exported to torch."""
     shape = inputs.shape[1:]
     base = Independent(Normal(inputs.new_zeros(shape), inputs.new_ones(shape)), len(shape))
     if isinstance(exported, ConditionalTransform):
         return ConditionalTransformedDistribution(base, [exported]).condition(context).log_prob(inputs)
     exported = exported if context is None else exported.condition(context)
-    flow = TransformedDistribution
+    kind = TransformedDistribution
     if isinstance(exported, TransformModule):
-        flow = pyro_distributions.TransformedDistribution  # pyright: ignore[reportAttributeAccessIssue]  # made by a loop
-    return flow(base, [exported]).log_prob(inputs)
+        kind = pyro_distributions.TransformedDistribution  # pyright: ignore[reportAttributeAccessIssue]  # made by a loop
+    return kind(base, [exported]).log_prob(inputs)
 
 
 class Export(ExportedTransform, TransformModule):
@@ -240,7 +244,7 @@ class Export(ExportedTransform, TransformModule):
 
 
 class ConditionalExport(ConditionalTransformModule):
-    """An nflows transform that takes a context as Pyro's: ``condition(context)`` is a torch transform."""
+    """An nflows transform as a conditional one of Pyro's: ``condition(context)`` gives a torch transform."""
 
     bijective = True
 
@@ -254,10 +258,11 @@ class ConditionalExport(ConditionalTransformModule):
 
 
 def _chain(transforms: Iterable, context_features: Width = None) -> Chain:
-    """The transforms, noise side first, as one of nflows'.
+    """The transforms, noise side first, as one transform of nflows.
 
     Args:
-        context_features: width of the context that something beside them, such as a base, reads.
+        transforms: what is chained.
+        context_features: width of the context that something else in the flow reads, such as its base.
     """
     parts = [part for transform in transforms for part in _parts(transform)]
     leaves = [TorchTransform(part, backwards) for part, backwards in parts]
@@ -290,7 +295,7 @@ def _parts(transform: Any, backwards: bool = False) -> Iterator[tuple[Any, bool]
 def _change(part: Any, called: bool, value: Tensor) -> tuple[Tensor, Tensor]:
     """The part or its inverse at the value, and its log-determinants ``(batch,)``.
 
-    A part keeps its last (x, y), and with it what the log-determinant at these very tensors needs.
+    A part keeps its last x and y. For these very tensors it also knows what the log-determinant needs.
     """
     x, y = (value, part(value)) if called else (_inverse(part, value), value)
     log_det = per_row(part.log_abs_det_jacobian(x, y), x, part.domain.event_dim)
@@ -298,7 +303,7 @@ def _change(part: Any, called: bool, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inverse(part: Any, y: Tensor) -> Any:
-    """x of y. Pyro's autoregressive inverse starts from zeros of the default dtype: here they are of the flow's."""
+    """x for y. Pyro's autoregressive inverse starts from zeros of torch's default dtype; here they have y's dtype."""
     if isinstance(part, pyro_transforms.BatchNorm) and part.training:
         check_enough_rows(y, "Pyro's BatchNorm")
     if y.dtype == torch.get_default_dtype() or not isinstance(part, pyro_transforms.AffineAutoregressive):
@@ -308,7 +313,7 @@ def _inverse(part: Any, y: Tensor) -> Any:
 
 
 class _Zeros(TorchFunctionMode):
-    """Makes ``torch.zeros`` of this dtype, unless it is told another."""
+    """Within, ``torch.zeros`` gives this dtype unless it is told another."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -322,6 +327,7 @@ class _Zeros(TorchFunctionMode):
 
 
 def _check_usable(part: Any, backwards: bool) -> None:
+    """Raise for a transform that is no bijection, that Pyro computes wrongly, or that cannot run data → noise."""
     if isinstance(part, pyro_transforms.ConditionalGeneralizedChannelPermute):
         raise ValueError(
             f"{_name(part)} has no log-determinant for a batch of contexts: Pyro takes the diagonal of one matrix"
@@ -350,23 +356,23 @@ def _changes_shape(part: Any) -> bool:
 
 
 def _limits(part: Any, called: bool) -> Limits | None:
-    """The bounds of what the part takes, when it is called or its inverse is."""
+    """The bounds of the part's inputs if it is called, or else of its inverse's inputs."""
     if isinstance(part, pyro_transforms.ELUTransform) and not called:
-        return -1.0, None  # Pyro says that its values are positive
+        return -1.0, None  # Pyro declares its values to be positive, which is wrong
     return bounds(part.domain if called else part.codomain)
 
 
 def _width(part: Any) -> Width:
-    """Width of the context that something conditional reads: its own ``context_dim``, or its network's."""
+    """Width of the context that a transform or distribution reads: its own ``context_dim``, or its network's."""
     if not isinstance(part, ConditionalTransform | ConditionalDistribution):
         return None
     network = getattr(part, "nn", None)
-    said = getattr(part, "context_dim", None) or getattr(network, "context_dim", None)
-    return said or (network.input_dim if isinstance(network, DenseNN) else ...)
+    declared = getattr(part, "context_dim", None) or getattr(network, "context_dim", None)
+    return declared or (network.input_dim if isinstance(network, DenseNN) else ...)
 
 
 def _features(part: Any) -> int | None:
-    """Size of the last dimension of the values, if the transform shows it."""
+    """Size of the last dimension of the values, if the transform's attributes tell it."""
     if isinstance(part, pyro_transforms.SplineCoupling):
         return part.split_dim + part.upper_spline.input_dim
     if isinstance(part, pyro_transforms.AffineCoupling | pyro_transforms.ConditionalAffineCoupling):

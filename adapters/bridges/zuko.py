@@ -1,9 +1,11 @@
 """zuko: its lazy transforms and flows in, any transform out.
 
 zuko runs data → noise and lists the data side first, as nflows does, so nothing is turned round. Each single transform
-becomes a ``ZukoTransform``, and these a ``Chain``.
+becomes a ``ZukoTransform``, and a composition becomes a ``Chain`` of them.
 
-What ``import zuko`` does to the whole process, ``import_zuko`` undoes; nothing else here imports it.
+A *lazy* transform or distribution of zuko is a module: called on a context, it gives a transform or distribution of
+torch. ``import zuko`` changes settings of the whole process. ``import_zuko`` puts these back, and so it is the only
+place that imports zuko.
 """
 
 import math
@@ -38,10 +40,10 @@ EXTRA = "zuko"
 def import_zuko() -> ModuleType:
     """zuko, imported so that torch.distributions validates arguments as it did before.
 
-    zuko turns validation off and empties ``arg_constraints`` for every distribution. Its own ones need that (some set
-    their parameters only after torch would have checked them), so they, and they alone, keep it. What zuko adds to
-    torch's ``Transform``, the method ``call_and_ladj``, stays: it changes nothing that torch does. Where zuko has been
-    imported before, by somebody else, torch.distributions stays as that left it.
+    zuko turns validation off and empties ``arg_constraints`` for every distribution of torch. zuko's own distributions
+    need that, since some set their parameters only after torch would have checked them: so they alone keep it. zuko
+    also adds a method to torch's ``Transform``, ``call_and_ladj``. This one stays, as it changes nothing that torch
+    does. If somebody else has imported zuko before, torch.distributions stays as that import left it.
     """
     before = {name: vars(Distribution)[name] for name in ("_validate_args", "arg_constraints")}
     try:
@@ -59,18 +61,23 @@ def import_zuko() -> ModuleType:
 class ZukoTransform(Leaf):
     """One lazy transform of zuko, x ↦ f(x | c), as an nflows one: ``forward`` calls f, ``inverse`` its inverse.
 
-    Each evaluates the conditioner once (an autoregressive inverse: once in each pass) and gives its log-determinant.
-    Data beyond the bounds of f's domain have the density 0, and noise that no datum is mapped to gives NaN: zuko's
-    ``NAF``, ``UNAF``, ``SOSPF`` and ``GF`` do not reach all noise, so their densities integrate to less than 1.
-    In eval mode zuko cuts the weights of ``MNN``, ``UMNN`` and ``FFJTransform`` out of the graph. Here gradients reach
-    them in either mode: these three are always in training mode, which changes nothing else in them.
+    Either direction evaluates the conditioner once and gives the log-determinant, too. Only the inverse of an
+    autoregressive transform evaluates it once in each of its passes.
+
+    Data beyond the bounds of f's domain have the density 0. Noise that no datum is mapped to gives NaN: zuko's ``NAF``,
+    ``UNAF``, ``SOSPF`` and ``GF`` do not reach all noise, so that their densities integrate to less than 1.
+
+    In evaluation mode zuko cuts the weights of ``MNN``, ``UMNN`` and ``FFJTransform`` out of autograd's graph. Here
+    gradients reach them in either mode, because these three are always kept in training mode. That changes nothing else
+    in them.
 
     Args:
-        lazy: a module whose call on a context, or None, gives a torch ``Transform``.
-        backwards: whether the flow holds the inverse of f, so that ``forward`` calls that.
+        lazy: a module whose call on a context, or on ``None``, gives a torch ``Transform``.
+        backwards: whether the flow holds the inverse of f. Then ``forward`` calls the inverse, and ``inverse`` calls f.
 
     Raises:
         ValueError: in a call, for an input of another width.
+        NotImplementedError: under ``torch.jit.trace``, for a transform that it cannot trace.
     """
 
     def __init__(self, lazy: nn.Module, backwards: bool):
@@ -112,7 +119,7 @@ class ZukoTransform(Leaf):
         zuko = import_zuko().transforms
         layers: Any = [part for part in self.lazy.modules() if hasattr(part, "univariate") and hasattr(part, "shapes")]
         univariates = [layer.univariate(*map(torch.zeros, layer.shapes)) for layer in layers]
-        singles = [single for each in (transform, *univariates) for single in _singles(each)]
+        singles = [single for whole in (transform, *univariates) for single in _singles(whole)]
         if any(isinstance(single, zuko.MonotonicTransform | zuko.FreeFormJacobianTransform) for single in singles):
             raise NotImplementedError(
                 f"torch.jit cannot trace {self.name}, which solves an equation or differentiates within its pass: "
@@ -123,11 +130,14 @@ class ZukoTransform(Leaf):
 def _evaluate(transform: Any, values: Tensor, inverse: bool, scoring: bool) -> tuple[Tensor, Tensor]:
     """f(values), or f⁻¹(values), and its log|det| as ``(batch,)``. Each network of f is evaluated once.
 
-    zuko's own ``call_and_ladj`` would evaluate each network of an inverse twice, and check no bounds.
+    zuko's own ``call_and_ladj`` would evaluate each network of an inverse twice, and would check no bounds.
 
     Args:
-        transform: f, or what it is made of, as zuko builds it anew for each context and each univariate transform.
-        scoring: what values beyond the bounds mean: data of density 0, or noise of no datum (see ``within``).
+        transform: f, or one of the transforms that f is made of. zuko builds these anew for each context.
+        values: x, or y if it is the inverse that is wanted.
+        inverse: whether to compute f⁻¹ instead of f.
+        scoring: whether the values are data on their way to noise. Values beyond the bounds are data of density 0 if
+            they are, and else noise that belongs to no datum: see ``within``.
     """
     zuko, kind = import_zuko().transforms, type(transform)
     if isinstance(transform, _InverseTransform):
@@ -135,7 +145,7 @@ def _evaluate(transform: Any, values: Tensor, inverse: bool, scoring: bool) -> t
     if kind is zuko.DependentTransform:
         return _evaluate(transform.base, values, inverse, scoring)
     if kind is zuko.CouplingTransform:
-        # as ``split`` and ``merge`` of the transform do, but faster on large batches, above all backward
+        # The transform's own ``split`` and ``merge`` do the same, but slower on large batches, above all backward.
         unchanged, changed = (values.index_select(-1, index) for index in (transform.idx_a, transform.idx_b))
         changed, log_det = _evaluate(transform.meta(unchanged), changed, inverse, scoring)
         return values.index_copy(-1, transform.idx_b, changed), log_det
@@ -144,15 +154,17 @@ def _evaluate(transform: Any, values: Tensor, inverse: bool, scoring: bool) -> t
         if inverse:
             x = torch.zeros_like(values)
             for _ in range(transform.passes - 1):
-                x = _preimage(transform.meta(x), values, missed=0.0)  # NaN would make the network's every output NaN
-        return _evaluate(transform.meta(x), values, inverse, scoring)  # what a coordinate depends on is final by now
+                x = _preimage(transform.meta(x), values, missed=0.0)  # a NaN would make all outputs of the network NaN
+        return _evaluate(
+            transform.meta(x), values, inverse, scoring
+        )  # all coordinates that another one reads are final
     if kind is zuko.ComposedTransform:
         total = values.new_zeros(len(values))
         for part in reversed(transform.transforms) if inverse else transform.transforms:
             values, log_det = _evaluate(part, values, inverse, scoring)
             total = total + log_det
         return values, total
-    if inverse and isinstance(transform, zuko.FreeFormJacobianTransform):  # whose inverse is another of the kind
+    if inverse and isinstance(transform, zuko.FreeFormJacobianTransform):  # its inverse is of the same class
         transform, inverse = transform.inv, False
     limits = bounds(transform.codomain if inverse else transform.domain)
     evaluate = partial(_invert, transform, scoring) if inverse else partial(_call, transform)
@@ -160,11 +172,13 @@ def _evaluate(transform: Any, values: Tensor, inverse: bool, scoring: bool) -> t
 
 
 def _call(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x) and its log|det|, of a transform that is no composition."""
     y, log_det = transform.call_and_ladj(x)
     return y, per_row(log_det, x, transform.domain.event_dim)
 
 
 def _invert(transform: Any, scoring: bool, y: Tensor) -> tuple[Tensor, Tensor]:
+    """f⁻¹(y) and its log|det|, of a transform that is no composition."""
     x = _preimage(transform, y, missed=math.nan)
     missed = None
     if _bisects(transform):
@@ -175,7 +189,7 @@ def _invert(transform: Any, scoring: bool, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _preimage(transform: Any, y: Tensor, missed: float) -> Tensor:
-    """f⁻¹(y) alone; ``missed`` where f does not reach y."""
+    """f⁻¹(y) without its log-determinant. Where f does not reach y, it is the number ``missed``."""
     zuko, kind = import_zuko().transforms, type(transform)
     if kind is zuko.ComposedTransform:
         for part in reversed(transform.transforms):
@@ -186,19 +200,20 @@ def _preimage(transform: Any, y: Tensor, missed: float) -> Tensor:
     if _bisects(transform):
         return _bisect(transform, y, missed)
     own = getattr(kind, "_inverse", torch.distributions.Transform._inverse)
-    # torch's ComposeTransform, for one, has none of its own; others need no new object for each pass
+    # Some classes, such as torch's ComposeTransform, have no ``_inverse``. For all others it saves making ``.inv``.
     return transform.inv(y) if own is torch.distributions.Transform._inverse else own(transform, y)
 
 
 def _bisects(transform: Any) -> bool:
+    """Whether zuko computes this transform's inverse by bisection."""
     return getattr(type(transform), "_inverse", None) is import_zuko().transforms.MonotonicTransform._inverse
 
 
 def _bisect(transform: Any, y: Tensor, missed: float) -> Tensor:
-    """f⁻¹(y) of a ``MonotonicTransform``; ``missed`` where f does not reach y.
+    """f⁻¹(y) of a ``MonotonicTransform``. Where f does not reach y, it is the number ``missed``.
 
-    zuko looks in [−bound, bound] only, and gives the nearer end of that for all y beyond. Here the interval is widened
-    where it has to be, up to ``FAR``.
+    zuko searches the interval [−bound, bound] only. For every y beyond f of that interval it returns the nearer end.
+    Here the interval is widened until it is wide enough, or as wide as ``FAR``.
     """
     bound = transform.bound
     with torch.no_grad():
@@ -213,53 +228,53 @@ def _bisect(transform: Any, y: Tensor, missed: float) -> Tensor:
     return x.masked_fill(beyond, missed).masked_fill(y.isnan(), math.nan)
 
 
-FAR = 1e12  # sixteen untrained layers of a NAF, each of slope 0.3 far out, bring noise of 4 from 1e9
+FAR = 1e12  # wide enough: through sixteen untrained layers of a NAF, of slope 0.3 far out, 4 is reached from 1e9
 
 
-def transform_in(thing: Any) -> Transform | None:
-    """A lazy transform, or a transform that needs no call; an exported one comes back as it went.
+def transform_in(foreign: Any) -> Transform | None:
+    """A lazy transform, or a transform that is not lazy. For an exported transform, the one that was exported.
 
     Raises:
         InverseNotAvailable: for a transform that is no bijection.
         ValueError: for one whose log-determinant is random; for parts that disagree on the width of the context.
     """
-    if isinstance(thing, _exported()):
-        return thing.transform
-    if not isinstance(thing, torch.distributions.Transform | import_zuko().lazy.LazyTransform):
+    if isinstance(foreign, _exported()):
+        return foreign.transform
+    if not isinstance(foreign, torch.distributions.Transform | import_zuko().lazy.LazyTransform):
         return None
-    parts = _parts(thing)
+    parts = _parts(foreign)
     return _chain(parts, _context_width(parts))
 
 
-def flow_in(thing: Any) -> Flow | None:
-    """A lazy flow or another lazy distribution, such as ``GMM``, or a distribution that needs no call.
+def flow_in(foreign: Any) -> Flow | None:
+    """A lazy flow or another lazy distribution, such as ``GMM``, or a distribution that is not lazy.
 
-    The event shape and the width of the context are read off its parts. A flow none of whose parts says what context
-    it reads hands it on unchecked.
+    The event shape and the width of the context are read off the flow's parts. If no part says what context it reads,
+    the flow hands its context on unchecked.
 
     Raises:
         InverseNotAvailable, ValueError: as ``transform_in``; for a flow that a batch of contexts is already bound to.
     """
     zuko = import_zuko()
     parts = []
-    if isinstance(thing, zuko.lazy.Flow):
-        parts, base = _parts(thing.transform), thing.base
-    elif isinstance(thing, zuko.lazy.LazyDistribution):
-        base = thing
-    elif isinstance(thing, zuko.distributions.NormalizingFlow):
-        if thing.batch_shape:
+    if isinstance(foreign, zuko.lazy.Flow):
+        parts, base = _parts(foreign.transform), foreign.base
+    elif isinstance(foreign, zuko.lazy.LazyDistribution):
+        base = foreign
+    elif isinstance(foreign, zuko.distributions.NormalizingFlow):
+        if foreign.batch_shape:
             raise ValueError(
-                f"this NormalizingFlow has a batch shape of {tuple(thing.batch_shape)}: its context, if any, is bound "
-                "to it; as_flow takes the lazy flow that made it, and the context in each call"
+                f"this NormalizingFlow has a batch shape of {tuple(foreign.batch_shape)}: its context, if any, is "
+                "bound to it; as_flow takes the lazy flow that made it, and the context in each call"
             )
-        parts, base = _parts(thing.transform), AsModule(thing.base)
-    elif isinstance(thing, Distribution):
-        base = AsModule(thing)
+        parts, base = _parts(foreign.transform), AsModule(foreign.base)
+    elif isinstance(foreign, Distribution):
+        base = AsModule(foreign)
     else:
         return None
     width = _context_width([*_parts(base), *parts])
     transform = _chain(parts, width)
-    context = _a_context(thing if isinstance(thing, nn.Module) else base, width)
+    context = _a_context(foreign if isinstance(foreign, nn.Module) else base, width)
     try:
         distribution = base(context)
     except (AttributeError, RuntimeError, TypeError) as error:
@@ -273,7 +288,7 @@ def flow_in(thing: Any) -> Flow | None:
         shape = distribution.expand((1,)).event_shape
     noise = TorchBase(base, shape)
     for lazy, backwards in reversed(parts):
-        if width is not ... or isinstance(lazy, _exported()):  # others cannot be asked without a context
+        if width is not ... or isinstance(lazy, _exported()):  # all others can be called with their context only
             part = lazy(context)
             shape = part.forward_shape(shape) if backwards else part.inverse_shape(shape)
     if width is ...:
@@ -282,7 +297,9 @@ def flow_in(thing: Any) -> Flow | None:
 
 
 def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool) -> nn.Module:
-    """A ``zuko.lazy.LazyTransform``, for ``zuko.lazy.Flow``; any leading dimensions, broadcast with the context's.
+    """A ``zuko.lazy.LazyTransform``, for ``zuko.lazy.Flow``. Its inputs may have any leading dimensions.
+
+    The leading dimensions broadcast with those of the context.
 
     Raises:
         ValueError: for a transform that changes the shape, if nothing says the shapes.
@@ -292,7 +309,7 @@ def transform_out(transform: Transform, library: str, event_dim: EventDim, condi
 
 
 def native_log_prob(exported: nn.Module, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-    """Of ``zuko.lazy.Flow`` on a ``DiagNormal`` N(0, I)."""
+    """The log-density of a ``zuko.lazy.Flow`` whose base is a ``DiagNormal``, N(0, I)."""
     zuko = import_zuko()
     zero = torch.zeros_like(inputs[0])
     normal = zuko.distributions.DiagNormal
@@ -303,7 +320,7 @@ def native_log_prob(exported: nn.Module, inputs: Tensor, context: Tensor | None 
 @class_on_demand
 def _exported() -> type:
     class NflowsTransform(import_zuko().lazy.LazyTransform):
-        """An nflows transform, data → noise, as a lazy one."""
+        """An nflows transform, data → noise, as a lazy transform of zuko."""
 
         def __init__(self, transform: Transform, event_dim: EventDim):
             super().__init__()
@@ -316,23 +333,24 @@ def _exported() -> type:
     return NflowsTransform
 
 
-def _parts(thing: Any, backwards: bool = False) -> list[tuple[Any, bool]]:
+def _parts(foreign: Any, backwards: bool = False) -> list[tuple[Any, bool]]:
     """The single modules that a transform or a flow consists of, data side first, each with whether it runs backwards.
 
-    A transform that needs no call is one that is ``AsModule``. The parts of a flow's base are the last.
+    A transform that is not lazy is wrapped in ``AsModule``. The parts of a flow's base come last.
     """
-    zuko, kind = import_zuko(), type(thing)
+    zuko, kind = import_zuko(), type(foreign)
     if kind is zuko.lazy.LazyComposedTransform or kind is zuko.transforms.ComposedTransform:
-        parts = reversed(thing.transforms) if backwards else thing.transforms
+        parts = reversed(foreign.transforms) if backwards else foreign.transforms
         return [single for part in parts for single in _parts(part, backwards)]
     if kind is zuko.lazy.LazyInverse:
-        return _parts(thing.transform, not backwards)
-    if isinstance(thing, zuko.lazy.Flow):
-        return [*_parts(thing.transform), *_parts(thing.base)]
-    return [(AsModule(thing) if isinstance(thing, torch.distributions.Transform) else thing, backwards)]
+        return _parts(foreign.transform, not backwards)
+    if isinstance(foreign, zuko.lazy.Flow):
+        return [*_parts(foreign.transform), *_parts(foreign.base)]
+    return [(AsModule(foreign) if isinstance(foreign, torch.distributions.Transform) else foreign, backwards)]
 
 
 def _chain(parts: list[tuple[Any, bool]], context_features: Width) -> Chain:
+    """The parts as one transform of nflows, once each is known to be an exact bijection."""
     if context_features is not ...:
         for lazy, _ in parts:
             _check_exact(lazy(_a_context(lazy, context_features)))
@@ -346,8 +364,9 @@ def _context_width(parts: list[tuple[Any, bool]]) -> Width:
 def _widths(layer: Any) -> tuple[int | None, Width]:
     """The width of a layer's data, ``None`` if unknown, and that of its context.
 
-    The latter is ``None`` for what ignores whatever it is given, 0 for what must be given none, and ``...`` if it is
-    unknown: see ``one_width``. A layer of a user's own may say it by an attribute ``context_features``.
+    The width of the context is ``None`` for a layer that ignores any context, 0 for one that must be given none, and
+    ``...`` if it is unknown: see ``one_width``. A layer of a user's own may have an attribute ``context_features`` that
+    says it.
     """
     zuko = import_zuko()
     flows, lazy = zuko.flows, zuko.lazy
@@ -368,14 +387,14 @@ def _widths(layer: Any) -> tuple[int | None, Width]:
             return len(layer.phi[0]), 0
         if isinstance(layer, zuko.mixtures.GMM):
             return None, layer.hyper.in_features if hasattr(layer, "hyper") else 0
-    except AttributeError:  # another network in the place of zuko's own: it need not say its widths
+    except AttributeError:  # the user has replaced zuko's network by another, which need not say its widths
         return None, ...
     width = getattr(layer.transform if isinstance(layer, _exported()) else layer, "context_features", ...)
     return None, 0 if width is None else width
 
 
 def _a_context(module: nn.Module, width: Width) -> Tensor | None:
-    """One row of context, to ask for shapes with."""
+    """One row of context, by which a module can be called to find out shapes; ``None`` if it reads no context."""
     return like(module).new_zeros(1, width) if isinstance(width, int) else None
 
 
@@ -390,6 +409,7 @@ def _singles(transform: Any) -> list[Any]:
 
 
 def _check_exact(transform: Any) -> None:
+    """Raise for a transform that is no bijection, or whose log-determinant is random."""
     for single in _singles(transform):
         if not single.bijective:
             raise InverseNotAvailable(f"{type(single).__name__} is no bijection, so no flow can use it")
@@ -398,7 +418,10 @@ def _check_exact(transform: Any) -> None:
 
 
 def _takes_any_row(layer: Any) -> bool:
-    """Whether it is a layer of which zuko computes each number on its own, by a formula without a check or a loop."""
+    """Whether a row that is not finite harms no other row: zuko computes each number by a formula of its own.
+
+    Other layers search or integrate for all rows together, or check them together.
+    """
     transforms = import_zuko().transforms
     univariate = getattr(layer, "univariate", None)
     return getattr(univariate, "func", univariate) in (

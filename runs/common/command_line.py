@@ -13,13 +13,17 @@ INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 Options = TypeVar("Options", bound=Checked)
 
 
-def cli(main: Callable[..., Any], kind: type[Checked]) -> None:
-    """Run ``main`` with the options that the command line asks for; a user's mistake is one clear line, no traceback.
+def cli(main: Callable[..., Any], kind: type[Checked], arguments: Sequence[str] | None = None) -> None:
+    """Run ``main`` with the options that a command line asks for. A user's mistake is one clear line, no traceback.
 
-    The exit status is 0, 1 after an error, and 130 after Ctrl-C, even if the run has ended well after it.
+    The exit status is 0 for a run that ended well and 1 after an error. After Ctrl-C it is 130, even if the run could
+    still write down all that it had by then.
+
+    Args:
+        main, kind, arguments: as for ``run``.
     """
     try:
-        figures = run(main, kind)
+        figures = run(main, kind, arguments)
         if was_interrupted(figures):
             sys.exit(INTERRUPTED)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
@@ -35,17 +39,17 @@ def run(main: Callable[..., Any], kind: type[Checked], arguments: Sequence[str] 
     """What ``main`` returns for the options that a command line asks for.
 
     Args:
-        main: of a script: it takes its options, all in one.
-        kind: the class of these options.
+        main: the script's function, which takes all options as one object.
+        kind: the class of that object.
         arguments: the words of the command line; by default those of this process.
-        seams: what else ``main`` takes, beside its options: for tests.
+        seams: other arguments of ``main``, which tests give.
     """
     description = (main.__doc__ or "").partition("\n")[0]
     return main(parse(kind, arguments, description), **seams)
 
 
 def was_interrupted(figures: Any) -> bool:
-    """Whether a run's figures say ``interrupted``: Ctrl-C or a scheduler ended it early, if with all it had by then."""
+    """Whether a run's figures say ``interrupted``: Ctrl-C or a scheduler ended a training before its time."""
     if not isinstance(figures, dict):
         return False
     return bool(figures.get("interrupted")) or any(map(was_interrupted, figures.values()))

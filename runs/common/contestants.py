@@ -90,11 +90,11 @@ def build(
         )
     make = load(name)
     masks = [masks[i % len(masks)] for i in range(layers)]
-    given = {"features": features, "hidden_features": tuple(hidden_features)}
+    size = {"features": features, "hidden_features": tuple(hidden_features)}
     if _is_layer(make):
-        made = CompositeTransform([_call(name, make, given | {"mask": mask}) for mask in reversed(masks)])
+        made = CompositeTransform([_call(name, make, size | {"mask": mask}) for mask in reversed(masks)])
     else:
-        made = _call(name, make, given | {"layers": layers, "masks": masks})
+        made = _call(name, make, size | {"layers": layers, "masks": masks})
     try:
         flow = as_flow(made)
         transform, base = transform_of(flow), base_of(flow)
@@ -131,8 +131,9 @@ def match_parameters(
 ) -> tuple[int, ...]:
     """Hidden widths at which ``make(widths)`` has about ``target`` parameters: all equal, or one of them different.
 
-    The number grows with the widths, so the common width is found by bisection; then, where the flow takes unequal
-    widths, the first or the last one is moved for what is left. Widths that change nothing are given back as they are.
+    The number of parameters grows with the widths, so a common width is found by bisection. If the flow takes unequal
+    widths, the first or the last one is then changed to come closer. If the widths of a flow do not change its number
+    of parameters, they are returned as they are.
     """
     depth = len(hidden_features)
 

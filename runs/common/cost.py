@@ -25,8 +25,8 @@ KINDS = ("step", "log_prob", "sample")
 class TimedFlow:
     """A flow and a batch, ready to be timed in each of ``KINDS``.
 
-    A step is timed in training mode, log_prob and sampling are timed in evaluation mode, as they are used: a layer may
-    compute something else in training, and batch normalisation can't be inverted there.
+    Each is timed in the mode in which it is used: a step in training mode, log_prob and sampling in evaluation mode. A
+    layer may compute something else in training, where batch normalisation, for one, can't be inverted.
 
     Attributes:
         parameters: what a step changes.
@@ -75,9 +75,9 @@ def time_kind(
 
 
 def peak(step: Callable[[], object], parameters: list[Tensor]) -> float:
-    """MiB that the second call of ``step`` allocates at most, on a CPU from the allocator's own record.
+    """The most memory that the second call of ``step`` has allocated at any moment, in MiB.
 
-    NaN on a device that keeps no record of it.
+    On a CPU PyTorch's profiler records it. It is NaN on a device that keeps no record of its memory.
     """
     step()
     for parameter in parameters:
@@ -93,18 +93,18 @@ def peak(step: Callable[[], object], parameters: list[Tensor]) -> float:
         return (module.max_memory_allocated(device) - before) / 2**20
     with _no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    held = most = 0
+    allocated = largest = 0
     kineto: Any = record.profiler  # has no types
     for event in kineto.kineto_results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most / 2**20
+            allocated += event.nbytes()  # negative where memory is freed
+            largest = max(largest, allocated)
+    return largest / 2**20
 
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """The profiler greets and complains from C++, where only the file descriptor stops it."""
+    """Within, nothing is written to stderr. The profiler writes there from C++, past Python's ``sys.stderr``."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -117,7 +117,7 @@ def _no_stderr() -> Iterator[None]:
 
 
 def compile_gain(flow: TimedFlow, device: torch.device, stopwatch: Stopwatch) -> dict[str, float | str]:
-    """How many times faster a step is under ``--compile``, and that step's milliseconds; or why it can't be."""
+    """How many times as fast a step is under ``--compile``, and its milliseconds; or why it can't be compiled."""
     flow.train()
     torch._dynamo.reset()
     try:

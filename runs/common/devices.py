@@ -1,4 +1,4 @@
-"""Where a run computes: the one decision about the device, and what differs from one kind of device to another."""
+"""Where a run computes: the device is chosen here, and whatever differs from one kind of device to another is here."""
 
 import os
 from collections.abc import Iterator
@@ -41,10 +41,10 @@ def choose_device(name: str) -> torch.device | None:
 
 
 def make_accelerator(device: str = "auto", precision: str = "no", **options) -> Accelerator:
-    """Device, precision and processes: what was asked for, and else what accelerate finds.
+    """Device, precision and processes, as they were asked for, or else as accelerate finds them.
 
-    Left alone, accelerate takes each of torchrun's processes on a machine without a GPU for the only one, and its own
-    launcher starts a single process there, whatever it was asked for.
+    On a machine without a GPU accelerate needs help: it would take each of torchrun's processes for the only one. Its
+    own launcher starts a single process there, however many are asked for.
 
     Args:
         device: ``auto`` for the fastest that there is, or one of ``available_devices``, with or without its number.
@@ -81,11 +81,11 @@ def make_accelerator(device: str = "auto", precision: str = "no", **options) -> 
         raise ValueError(f"precision {precision} can't be had on {state.device} ({error}); precision no can") from error
 
 
-def device_of(thing: Any) -> torch.device:
-    """Where something computes: a module's weights or buffers, or what says its ``device`` itself."""
-    if isinstance(thing, nn.Module):
-        return next((tensor.device for tensor in (*thing.parameters(), *thing.buffers())), torch.device("cpu"))
-    return thing.device
+def device_of(model: Any) -> torch.device:
+    """Where a model computes: the device of a module's weights or buffers, or else its own attribute ``device``."""
+    if isinstance(model, nn.Module):
+        return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    return model.device
 
 
 def module_of(device: torch.device) -> Any:
@@ -99,7 +99,7 @@ def can_fuse(device: torch.device) -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it; a CPU has, always."""
+    """Wait until the device has done all work that was queued for it. A CPU queues none."""
     if device.type != "cpu":
         module_of(device).synchronize()
 
@@ -110,7 +110,7 @@ def random_state(device: torch.device) -> Tensor | None:
 
 
 def set_random_state(state: Tensor | None, device: torch.device) -> None:
-    """Go on from that state."""
+    """Put the device's source of random numbers in that state, which ``random_state`` gave."""
     if state is not None and device.type != "cpu":
         _of_one_device(module_of(device).set_rng_state, device, state)
 

@@ -44,29 +44,32 @@ def fit(
 ) -> Fitted:
     """Train the parameters of ``loss`` in place.
 
-    With several processes each one computes the gradient of its own batches, the mean over processes is followed, and
-    all processes see the same losses and the same time: they end at the same step. Only the first one writes.
+    With several processes each one computes the gradient of its own batches, and the optimiser gets the mean over the
+    processes. All processes see the same losses and the same time, so that they end at the same step. Only the first
+    one writes files.
 
-    A CPU says each step's loss at once. Any other device works behind the program, which would have to wait for it, so
-    it is asked once in ``ASK_EVERY`` steps. A loss that is not finite is then seen up to so many steps later. This
-    costs the time of these steps and no more: the weights that the module ends with are from before that loss.
+    On a CPU each loss is read at once. Any other device computes while the program runs ahead, and reading a loss would
+    make the program wait. So losses are read once in ``ASK_EVERY`` steps. A loss that is not finite may then be seen up
+    to that many steps late. This costs the time of these steps and no more: the weights that the module ends with are
+    from before that loss.
 
-    The first Ctrl-C, or a scheduler's SIGTERM, ends the training after the step at hand; a second Ctrl-C, at once.
+    The first Ctrl-C, or a scheduler's SIGTERM, ends the training after the current step. A second Ctrl-C ends it at
+    once.
 
     Args:
         loss: ``loss(batch)`` is the scalar to minimise.
-        batch: ``batch(i)`` is the i-th batch (i = 0, 1, …): one function of i and the random state, so that a resumed
-            training sees the batches that an uninterrupted one would have seen. It is moved to the device for you.
+        batch: ``batch(i)`` is the i-th batch, i = 0, 1, …, which is moved to the device for you. It may depend on
+            nothing but i and the random state: a resumed training then sees the same batches as an uninterrupted one.
         recipe: how to train.
         validate: the loss on held-out data; lower is better.
         describe: words for the progress bar, from a loss.
         observe: called before each step with the number of steps done, for pictures of the training.
         directory: where checkpoints go; ``None`` for none. One is written before the first step.
         resume: go on from the checkpoint in ``directory``.
-        identity: what the training depends on beside the code (plain numbers, strings, lists); it is kept in the
-            checkpoint, and a training of another identity is not resumed.
-        save_weights: called when the loss stops being finite, with the module back at its last good weights: it writes
-            them, and says where.
+        identity: what the training depends on beside the code, as plain numbers, strings and lists. The checkpoint
+            keeps it, and a training with another identity is not resumed.
+        save_weights: called when the loss stops being finite, once the module has its last good weights again. It
+            writes them to a file, and returns the file's path.
         accelerator: device, precision and processes; by default one made from the recipe.
         quiet: show no progress bar, for one of many short trainings.
 
@@ -79,8 +82,8 @@ def fit(
     device = accelerator.device
     module = accelerator.prepare(loss)
     parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-    how = {"betas": recipe.betas, "weight_decay": recipe.weight_decay, "fused": can_fuse(device)}
-    optimizer = accelerator.prepare(torch.optim.AdamW(parameters, recipe.lr, **how))
+    adamw = {"betas": recipe.betas, "weight_decay": recipe.weight_decay, "fused": can_fuse(device)}
+    optimizer = accelerator.prepare(torch.optim.AdamW(parameters, recipe.lr, **adamw))
     if not accelerator.is_main_process:
         save_weights = None
     where = directory if accelerator.is_main_process else None
@@ -89,25 +92,25 @@ def fit(
         if directory is None:
             raise ValueError("resume needs the directory in which the training began")
         training.load(directory)
-    if not accelerator.is_main_process:  # what is random within the module (dropout) differs between processes
+    if not accelerator.is_main_process:  # random numbers within the module (dropout) differ between processes
         torch.manual_seed(torch.initial_seed() + 1_000_003 * accelerator.process_index + training.fitted.steps)
     bar = _progress_bar(recipe, training.fitted.steps, shown=accelerator.is_main_process and not quiet)
 
-    def say(text: str) -> None:
+    def write(text: str) -> None:
         if accelerator.is_main_process and not quiet:
             bar.write(text)
 
     if not resume and training.directory is not None:
-        if said := set_aside(training.directory):
-            say(said)
+        if message := set_aside(training.directory):
+            write(message)
         training.save()
 
     def note(text: str) -> None:
         training.fitted.notes.append(text)
-        say(text)
+        write(text)
 
     if recipe.compile:
-        say("compiling the training step, which takes a minute or so; Ctrl-C waits until it is done")
+        write("compiling the training step, which takes a minute or so; Ctrl-C waits until it is done")
 
     def batches(step: int) -> list[Any]:
         return [_to(batch(step * recipe.accumulate + i), device) for i in range(recipe.accumulate)]
@@ -167,9 +170,9 @@ def fit(
                     shown, window = elapsed + started, []
                 if validate is not None and (due or training.done()):
                     with torch.compiler.set_stance("force_eager") if recipe.compile else nullcontext():
-                        value = training.validate(validate)  # else its batches would be compiled for, too
+                        value = training.validate(validate)  # not compiled, which would take long for its batches
                     accelerator.log({"validation": value}, training.fitted.steps)
-                    say(f"step {training.fitted.steps}: validation {describe(value)}")
+                    write(f"step {training.fitted.steps}: validation {describe(value)}")
                 if time.monotonic() - saved > recipe.save_every:
                     training.save()
                     saved = time.monotonic()
@@ -180,7 +183,7 @@ def fit(
     except KeyboardInterrupt:
         training.fitted.interrupted = True
         training.fitted.losses += [(training.fitted.steps, sum(window) / len(window))] if window else []
-        say(f"interrupted at step {training.fitted.steps}: ending with what is trained so far")
+        write(f"interrupted at step {training.fitted.steps}: ending with what is trained so far")
     finally:
         bar.close()
     if pending:
@@ -222,8 +225,8 @@ def _explained_in_mixed_precision(precision: str, step: int) -> Iterator[None]:
 class Interrupt:
     """Notes the first Ctrl-C or SIGTERM instead of acting, so that no step is cut in two; a second Ctrl-C raises.
 
-    Between ``hold`` and ``release`` a second one has to wait, too: the weights have changed, and their step does not
-    count yet.
+    Between ``hold`` and ``release`` a second Ctrl-C has to wait, too. There the weights have changed already, but
+    their step has not been counted yet.
     """
 
     def __enter__(self) -> "Interrupt":
@@ -255,8 +258,11 @@ class Interrupt:
 
 
 def _agree(accelerator: Accelerator, losses: Tensor, seconds: float, stop: bool) -> tuple[list[float], float, bool]:
-    """The losses as numbers, the time, and whether anyone was asked to stop: of several processes the mean, so that
-    all of them decide alike. Here the program waits for the device."""
+    """The losses as numbers, the time, and whether any process was asked to stop.
+
+    Here the program waits for the device. With several processes the losses and the time are means over them, so that
+    all processes decide alike.
+    """
     if accelerator.num_processes == 1:
         return losses.tolist(), seconds, stop
     own = torch.cat((losses, losses.new_tensor([seconds, stop])))
@@ -267,7 +273,10 @@ def _agree(accelerator: Accelerator, losses: Tensor, seconds: float, stop: bool)
 
 
 def _to(batch: Any, device: torch.device) -> Any:
-    """On the device. Only CUDA is sure to have read the CPU's memory before that is used for something else."""
+    """The batch on the device. The copy runs in the background on CUDA only.
+
+    Other devices may read the CPU's memory late, when it holds something else already.
+    """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=device.type == "cuda")
     return tuple(None if part is None else _to(part, device) for part in batch)

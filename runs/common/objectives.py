@@ -25,7 +25,7 @@ class NegativeLogLikelihood(nn.Module):
 
 
 class BitsPerDim(nn.Module):
-    """The mean bits per dimension of a batch ``(x, context)``: what is minimised."""
+    """The mean bits per dimension of a batch ``(x, context)``: maximum likelihood for images minimises it."""
 
     def __init__(self, flow: Flow):
         super().__init__()
@@ -37,9 +37,11 @@ class BitsPerDim(nn.Module):
 
 
 class NegativeELBO(nn.Module):
-    """−ELBO of a batch ``(x, kl_weight)``, in nats per image: what is minimised. ``None`` is a weight of 1.
+    """−ELBO of a batch ``(x, kl_weight)``, in nats per image. A weight of ``None`` is 1.
 
-    ``compiled_parts`` are the networks and the flow, where the time goes: Pyro's own Python can't be compiled.
+    Attributes:
+        compiled_parts: the networks and the flow, which ``--compile`` compiles. They take most of the time, and Pyro's
+            own Python can't be compiled.
     """
 
     def __init__(self, vae: VAE):
@@ -56,13 +58,13 @@ class NegativeELBO(nn.Module):
 
 @contextmanager
 def without_argument_checks() -> Iterator[None]:
-    """Within, Pyro and torch.distributions check no arguments, which saves time; afterwards they do as they did before.
+    """Within, Pyro and torch.distributions check no arguments, which saves time. Afterwards they check as before.
 
-    ``pyro.validation_enabled`` alone would leave torch's switch as Pyro's own is, which need not be as it was found.
+    ``pyro.validation_enabled`` alone would set torch's switch to the state of Pyro's, which may have been another.
     """
-    found = Distribution._validate_args
+    before = Distribution._validate_args
     try:
         with pyro.validation_enabled(False):
             yield
     finally:
-        Distribution.set_default_validate_args(found)
+        Distribution.set_default_validate_args(before)

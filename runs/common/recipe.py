@@ -18,8 +18,8 @@ class Recipe:
         weight_decay: of AdamW.
         betas: of AdamW.
         warmup: share of the training over which the rate rises from 0 to its peak.
-        decay: share of the training, at its end, over which the rate falls to 0 by half a cosine; all that is left
-            after the warm-up by default.
+        decay: share of the training, at its end, over which the rate falls to 0 along half a cosine. By default the
+            rate falls as soon as the warm-up is over.
         clip: the gradient's largest norm; ``None`` for no clipping.
         average: decay of the exponential moving average of the weights, which is what a training ends with; ``None``
             to end with the last weights.
@@ -55,10 +55,10 @@ class Recipe:
         """The learning rate when the share ``progress`` of the training is done."""
         if progress < self.warmup:
             return self.lr * progress / self.warmup
-        held = max(self.warmup, 1 - self.decay)
-        if progress <= held:
+        peak_end = max(self.warmup, 1 - self.decay)
+        if progress <= peak_end:
             return self.lr
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (progress - held) / (1 - held)))
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (progress - peak_end) / (1 - peak_end)))
 
 
 def check_recipe(values: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ def check_recipe(values: dict[str, Any]) -> None:
     They call this function themselves, so that a bad value is refused before that work.
 
     Args:
-        values: some or all of a recipe's values by their names. Other names, and what is ``None``, are left alone.
+        values: some or all of a recipe's values by their names. Other names, and values of ``None``, are ignored.
     """
     values = {name: value for name, value in values.items() if value is not None}
     positive = ("steps", "lr", "accumulate", "validate_every", "save_every", "clip", "patience", "seconds")

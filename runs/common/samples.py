@@ -16,7 +16,7 @@ CHUNK = 500  # images made at once
 
 
 class Sampling(NamedTuple):
-    """Which samples of a flow are asked for: how many, the factor on the base's noise, and the seed of that noise."""
+    """Which samples of a flow are wanted: how many, the factor on the base's noise, and the seed of that noise."""
 
     samples: int
     temperature: float
@@ -29,7 +29,7 @@ def decode(flow: Flow, noise: Tensor, context: Tensor | None) -> Tensor:
     device = device_of(flow)
     contexts = itertools.repeat(None) if context is None else context.to(device).split(CHUNK)
     parts = zip(noise.to(device).split(CHUNK), contexts, strict=False)
-    images = [flow.decode(part, given).cpu() for part, given in parts]
+    images = [flow.decode(chunk, chunk_context).cpu() for chunk, chunk_context in parts]
     return torch.cat(images).clamp(0, 1).view(-1, *SHAPE)
 
 

@@ -22,7 +22,7 @@ EVALUATION_SEED = 0  # of the noise on validation and test images: always the sa
 CHUNK = 500  # images scored at once
 ELBO_DRAWS = 10  # of z for each test image
 ROWS = 5_000  # draws of z scored at once, for the importance weights
-MATCHED = 10_000  # draws of prior and posterior that the classifier tells apart
+MATCHED = 10_000  # draws of the prior, and as many of the posterior, for the classifier of the two-sample test
 
 
 # Densities in the plane
@@ -85,10 +85,11 @@ def log_likelihoods(
 ) -> Tensor:
     """log p of each image in nats: bytes ``(n, height, width)`` → ``(n,)``, with dequantisation noise fixed in advance.
 
-    With K ``draws`` of the noise u it is log (1/K) Σ_k p((x + u_k) / 255), which from below approaches log p of the
-    image's bin times 255^D, its exact discrete probability: ``bits_per_dim`` counts the 255^D.
+    With K ``draws`` of the noise u it is log (1/K) Σ_k p((x + u_k) / 255). As K grows, its mean rises to the logarithm
+    of 255^D times the image's exact discrete probability; ``bits_per_dim`` accounts for the factor 255^D.
 
-    With ``share`` (k, P), only those of the k-th of P processes, with the noise that they would have had without it.
+    With ``share`` (k, P) only every P-th image from the k-th on is scored, for the k-th of P processes. The noise is
+    the same as without it.
     """
     device = device_of(flow)
     generator = torch.Generator(device).manual_seed(EVALUATION_SEED)
@@ -96,14 +97,14 @@ def log_likelihoods(
     contexts = itertools.repeat(None) if context is None else context.split(CHUNK)
     mine = slice(share[0], None, share[1])
     with progress(draws * len(images), "scoring", "image", quiet=share[0] > 0) as bar:
-        for chunk, given in zip(images.split(CHUNK), contexts, strict=False):
+        for chunk, chunk_context in zip(images.split(CHUNK), contexts, strict=False):
             chunk = chunk.to(device)
-            given = None if given is None else given[mine].to(device)
-            each = []
+            chunk_context = None if chunk_context is None else chunk_context[mine].to(device)
+            log_probs = []
             for _ in range(draws):
-                each.append(flow.log_prob(dequantize(chunk, generator)[mine], given))
+                log_probs.append(flow.log_prob(dequantize(chunk, generator)[mine], chunk_context))
                 bar.update(len(chunk))
-            scores.append(torch.stack(each).logsumexp(0) - math.log(draws))
+            scores.append(torch.stack(log_probs).logsumexp(0) - math.log(draws))
     return torch.cat(scores)
 
 
@@ -168,8 +169,8 @@ def score_vae(
     """
     reconstruction, kl = elbo_terms(vae, test, ELBO_DRAWS, doing="scoring: ELBO")
     elbo = reconstruction - kl
-    some = torch.linspace(0, len(test) - 1, min(importance_images, len(test))).round().long()
-    gaps = importance_gaps(vae, test[some], importance_samples)
+    chosen = torch.linspace(0, len(test) - 1, min(importance_images, len(test))).round().long()
+    gaps = importance_gaps(vae, test[chosen], importance_samples)
     elbo_train = mean_elbo(vae, train)
     posterior, prior = draws_of_both(vae, test)
     return {
@@ -179,7 +180,7 @@ def score_vae(
         "kl": kl.mean().item(),
         "log_likelihood": (elbo.mean() + gaps.mean()).item(),
         "importance_samples": importance_samples,
-        "importance_images": len(some),
+        "importance_images": len(chosen),
         "prior_match": two_sample_accuracy(posterior, prior),
         "elbo_train": elbo_train,
     }
@@ -201,7 +202,7 @@ def mean_over_seeds(metrics: list[dict[str, float]]) -> dict[str, float]:
 def elbo_terms(vae: VAE, images: Tensor, draws: int = 1, doing: str | None = None) -> tuple[Tensor, Tensor]:
     """Reconstruction and KL of each image in nats, ``(n,)``, means over ``draws`` of z, with noise fixed in advance.
 
-    If it takes long, a progress bar says what is being done, if ``doing`` does.
+    If ``doing`` says what is being done, a progress bar with these words appears when it takes long.
     """
     device = device_of(vae)
     terms = []
@@ -210,8 +211,8 @@ def elbo_terms(vae: VAE, images: Tensor, draws: int = 1, doing: str | None = Non
         progress(len(images), doing or "", "image", quiet=doing is None) as bar,
     ):
         for chunk in images.split(CHUNK):
-            each = [torch.stack(vae.terms(chunk.to(device))) for _ in range(draws)]
-            terms.append(torch.stack(each).mean(0).cpu())
+            drawn = [torch.stack(vae.terms(chunk.to(device))) for _ in range(draws)]
+            terms.append(torch.stack(drawn).mean(0).cpu())
             bar.update(len(chunk))
     reconstruction, kl = torch.cat(terms, dim=1).double()
     return reconstruction, kl
@@ -249,20 +250,21 @@ def draws_of_both(vae: VAE, test: Tensor) -> tuple[Tensor, Tensor]:
         return posterior, vae.prior().sample((len(posterior),)).cpu()
 
 
-def two_sample_accuracy(one: Tensor, other: Tensor, epochs: int = 30) -> float:
-    """Held-out accuracy of a network that tells draws of two distributions apart: 0.5 if they are the same, at most 1.
+def two_sample_accuracy(first: Tensor, second: Tensor, epochs: int = 30) -> float:
+    """Held-out accuracy of a network that classifies draws by their distribution, 0.5 to 1: 0.5 if these are the same.
 
-    A classifier two-sample test (Lopez-Paz & Oquab, 2017): half of the draws train it, the other half are judged.
+    This is a classifier two-sample test (Lopez-Paz & Oquab, 2017): half of the draws train the network, and the other
+    half measure its accuracy.
     """
-    x = torch.cat((one, other))
+    x = torch.cat((first, second))
     x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
-    y = torch.cat((torch.ones(len(one)), torch.zeros(len(other))))
+    y = torch.cat((torch.ones(len(first)), torch.zeros(len(second))))
     with (
         seeded(EVALUATION_SEED, x.device),
         torch.enable_grad(),
         progress(epochs, "scoring: prior and posterior", "epoch") as bar,
     ):
-        train, judged = torch.randperm(len(x)).tensor_split(2)
+        train, held_out = torch.randperm(len(x)).tensor_split(2)
         network = nn.Sequential(
             nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1), nn.Flatten(0)
         )
@@ -273,4 +275,4 @@ def two_sample_accuracy(one: Tensor, other: Tensor, epochs: int = 30) -> float:
                 binary_cross_entropy_with_logits(network(x[rows]), y[rows]).backward()
                 optimizer.step()
             bar.update()
-        return ((network(x[judged]) > 0).float() == y[judged]).double().mean().item()
+        return ((network(x[held_out]) > 0).float() == y[held_out]).double().mean().item()

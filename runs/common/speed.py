@@ -143,20 +143,21 @@ def time_in_turn(
         if failed:
             name, error = next(iter(failed.items()))
             raise RuntimeError(f"{name}: {kind} fails: {error}") from error
-        for name, each in times.items():
-            rows[name][f"{kind}_ms"] = statistics.median(each)
-            rows[name][f"{kind}_ours"] = ratio(times[REFERENCE], each)
+        for name, milliseconds in times.items():
+            rows[name][f"{kind}_ms"] = statistics.median(milliseconds)
+            rows[name][f"{kind}_ours"] = ratio(times[REFERENCE], milliseconds)
             if kind == "step":
-                rows[name]["step_to_bare"] = ratio(each, times[BARE])
+                rows[name]["step_to_bare"] = ratio(milliseconds, times[BARE])
     for name, flow in timed.items():
         rows[name]["memory_mib"] = flow.memory()
     return rows
 
 
 def time_compiled(timed: dict[str, TimedFlow], device: torch.device, stopwatch: Stopwatch) -> dict[str, dict[str, Any]]:
-    """Each one's step under ``--compile``: milliseconds, and ratios to the bare conditioners', ours and its own step.
+    """Each flow's step under ``--compile``: its milliseconds, and how it compares with other steps.
 
-    The first two are made faster alike, and a ratio is NaN where that can't be; the last is the plain step, in turn.
+    ``to_bare`` and ``ours`` compare with the bare conditioners and with ours, which are compiled, too; they are NaN if
+    those can't be compiled. ``to_eager`` compares with the flow's own plain step. All are timed in turn.
     """
     torch._dynamo.reset()
     with warnings.catch_warnings(), torch._dynamo.config.patch(cache_size_limit=2 * len(timed)):

@@ -12,17 +12,21 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from runs.common.devices import random_state, set_random_state
 
-# How a step is compiled. At each call the compiler asks whether anything has changed that it took for granted. It need
-# not ask so of torch's own modules inside a flow, of which a training changes the weights alone: that is 1 % of a step.
+# How a step is compiled. In each call a compiled function checks whether anything has changed that the compiler took
+# for granted. It need not check torch's own modules in a flow, since a training changes only their weights: this saves
+# 1 % of a step.
 COMPILE: dict[str, Any] = {
     "dynamic": False,
     "options": {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe},
 }
-WARMUP = 3  # steps before one is recorded: in them the libraries choose their algorithms and allocate what lasts
+WARMUP = 3  # steps before one is recorded, in which CUDA's libraries choose algorithms and allocate their memory
 
 
 def backward(module: nn.Module, optimizer: Any, batches: Sequence[Any], accelerator: Accelerator) -> Tensor:
-    """Leave the mean gradient over the batches; the mean of their losses, on the device: nothing here waits for it."""
+    """Compute the mean gradient over the batches, and return the mean of their losses, a tensor on the device.
+
+    Nothing here waits for the device.
+    """
     optimizer.zero_grad()
     total = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
@@ -34,14 +38,14 @@ def backward(module: nn.Module, optimizer: Any, batches: Sequence[Any], accelera
 
 
 def update(parameters: Sequence[Tensor], optimizer: Any, clip: float | None, accelerator: Accelerator) -> None:
-    """Clip the gradient, and follow it."""
+    """Clip the gradient, and let the optimiser change the parameters."""
     if clip is not None:
         accelerator.clip_grad_norm_(parameters, clip)
     optimizer.step()
 
 
 def set_rate(optimizer, rate: float) -> None:
-    """Set the learning rate; where it is a tensor, a graph reads it from there."""
+    """Set the learning rate. If it is a tensor, a recorded graph reads it, so its value is changed in place."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -50,7 +54,7 @@ def set_rate(optimizer, rate: float) -> None:
 
 
 class Recorded(NamedTuple):
-    """A recorded step, the tensors that it reads its batches from, and the one that it leaves its loss in."""
+    """A recorded step, with the tensors that it reads its batches from and the tensor that it writes its loss to."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor | None]
@@ -60,15 +64,17 @@ class Recorded(NamedTuple):
 class GraphedStep:
     """A step that is recorded once, as a CUDA graph, and replayed: the GPU is handed one launch instead of hundreds.
 
-    The first calls run the step as it is, the last of them held to wait for nothing; then one records it. From then on
-    a call copies its tensors to where the recorded step reads them. A step that can't be recorded goes on as it is.
+    The first calls run the step as it is. The last of these also checks that the step never waits for the GPU, which
+    a graph can't do. The next call records the step. From then on a call copies its batches to the memory that the
+    recorded step reads, and replays it. A step that can't be recorded goes on running as it is.
 
     Args:
-        step: a function of batches (tensors, ``None``, and tuples and lists of them) that gives a tensor. It reads no
-            value of a tensor, and what else it needs stays in its place: weights, the optimiser's state, the rate.
-        forget: is called before the recording: see ``before_recording``.
-        hold: is called before each replay, in which the weights change.
-        say: is told, in one line, why the step can't be recorded.
+        step: a function of batches (tensors, ``None``, and tuples and lists of them) that gives a tensor. It must not
+            read a tensor's value into Python. Whatever else it uses must stay at its place in memory: the weights, the
+            optimiser's state and the learning rate.
+        forget: called before the recording: see ``before_recording``.
+        hold: called before each replay, in which the weights change.
+        note: called with one line that says why the step can't be recorded.
         device: the CUDA device that the step runs on.
     """
 
@@ -77,23 +83,26 @@ class GraphedStep:
         step: Callable[[Sequence[Any]], Tensor],
         forget: Callable[[], None],
         hold: Callable[[], None],
-        say: Callable[[str], None],
+        note: Callable[[str], None],
         device: torch.device,
     ):
-        self.step, self.forget, self.hold, self.say, self.device = step, forget, hold, say, device
+        self.step, self.forget, self.hold, self.note, self.device = step, forget, hold, note, device
         self.calls, self.waits = 0, False
         self.recorded: Recorded | None = None
 
     def _tried(self, batches: Sequence[Any]) -> Tensor:
-        """The step as it is, in which CUDA raises if anything waits: a recording that fails can't be undone on all
-        versions of PyTorch, so it is not begun. A step cut short so is done again."""
+        """Run the step as it is, while CUDA raises an error if anything in it waits for the GPU.
+
+        Such a step is not recorded, since not all versions of PyTorch recover from a recording that fails. It is run
+        once more from its beginning, because the error has cut it short.
+        """
         mode, random = torch.cuda.get_sync_debug_mode(), (torch.get_rng_state(), random_state(self.device))
         torch.cuda.set_sync_debug_mode("error")
         try:
             return self._beside_the_default_stream(batches)
         except RuntimeError as error:
             self.waits = True
-            self.say(f"the step runs without a CUDA graph: {_reason(error)}")
+            self.note(f"the step runs without a CUDA graph: {_reason(error)}")
             torch.set_rng_state(random[0])
             set_random_state(random[1], self.device)
         finally:
@@ -119,7 +128,7 @@ class GraphedStep:
         return self.recorded.output.clone()
 
     def _beside_the_default_stream(self, batches: Sequence[Any]) -> Tensor:
-        """The step as it is, on another stream, as CUDA wants it before a recording."""
+        """Run the step as it is on another stream, which CUDA requires before a recording."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -136,21 +145,21 @@ class GraphedStep:
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # back to it, come what may
                 output = self.step(tree_unflatten(inputs, shape))
         except Exception as error:  # any operation that can't be recorded, of any library
-            self.say(f"the step runs without a CUDA graph: {_reason(error.__context__ or error)}")
+            self.note(f"the step runs without a CUDA graph: {_reason(error.__context__ or error)}")
             self.forget()
         else:
             self.recorded = Recorded(graph, inputs, output)
 
 
 def can_be_graphed(accelerator: Accelerator) -> bool:
-    """On CUDA, by one process, and not in fp16, whose loss scale is read in every step."""
+    """Whether a step can be a CUDA graph: on CUDA, by one process, and not in fp16, which reads its loss scale."""
     return (
         accelerator.device.type == "cuda" and accelerator.num_processes == 1 and accelerator.mixed_precision != "fp16"
     )
 
 
 def before_recording(optimizer: Any) -> None:
-    """Drop the gradients, which a graph keeps in memory of its own, and let it hold the optimiser's step."""
+    """Drop the gradients, as a graph allocates its own, and tell the optimiser that its step will be recorded."""
     optimizer.zero_grad(set_to_none=True)
     for group in optimizer.param_groups:
         group["capturable"] = True
@@ -165,41 +174,42 @@ def faster_step(
     batch: Callable[[], Any],
     accelerator: Accelerator,
     hold: Callable[[], None],
-    say: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> Iterator[Callable[[Sequence[Any]], Tensor]]:
     """Within, ``step`` as fast as this device allows: compiled and, by one process on CUDA, as one graph.
 
     Args:
         step: zero_grad, forward, backward and update, on a list of batches.
-        loss: the objective, and ``module``, the same as accelerate has prepared it.
+        loss: the objective.
+        module: the objective as accelerate has prepared it.
         optimizer: the step's own.
-        batch: makes any batch, on the device, for the compiler to try.
+        batch: makes a batch on the device, with which the compiler works.
         accelerator: for device, precision and processes.
-        hold: is called before the weights change by a graph.
-        say: is told, in one line each, what can't be had.
+        hold: called before a graph changes the weights.
+        note: called with one line for each of these two that can't be had, which says why.
     """
     device = accelerator.device
     with compiled(loss, lambda: accelerator.backward(module(batch())), device) as failed:
         if failed is not None:
-            say(f"the step is not compiled: {failed}")
+            note(f"the step is not compiled: {failed}")
         if can_be_graphed(accelerator):
             for group in optimizer.param_groups:
                 group["lr"] = torch.tensor(float(group["lr"]), device=device)
-            step = GraphedStep(step, lambda: before_recording(optimizer), hold, say, device)
+            step = GraphedStep(step, lambda: before_recording(optimizer), hold, note, device)
         yield step
 
 
 @contextmanager
 def compiled(loss: nn.Module, try_it: Callable[[], object], device: torch.device) -> Iterator[str | None]:
-    """Within, the objective runs under ``torch.compile``; the value is ``None``, or the reason why it does not.
+    """Within, the objective runs under ``torch.compile``. The value is ``None``, or the reason why it does not.
 
-    The compiler works at once, in a try that leaves no trace: neither in gradients and buffers nor in the random
-    numbers to come. What can't be compiled runs as it is.
+    The compiler works at once, in a trial run. The trial leaves gradients, buffers and the state of the random numbers
+    as they were. An objective that can't be compiled runs as it is.
 
     Args:
-        loss: the objective. It is compiled in place, so that its names and its ``state_dict`` stay. If it has
-            ``compiled_parts``, a list of modules, only these are.
-        try_it: runs the objective forward and backward, once.
+        loss: the objective. It is compiled in place, so that the names in its ``state_dict`` stay. If it has an
+            attribute ``compiled_parts``, a list of modules, only these are compiled.
+        try_it: runs the objective forward and backward once.
         device: where it runs.
     """
     parts = getattr(loss, "compiled_parts", [loss])
@@ -209,12 +219,12 @@ def compiled(loss: nn.Module, try_it: Callable[[], object], device: torch.device
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                torch._dynamo.reset()  # else the objectives of one process after another would count as variants of one
+                torch._dynamo.reset()  # otherwise the process's next objective would count as a variant of this one
                 for part in parts:
                     part.compile(**COMPILE)
                 try_it()
             failed = None
-        except Exception as error:  # whatever a compiler says: there are many, and the training can do without
+        except Exception as error:  # compilers fail in many ways, and the training can do without one
             for part in parts:
                 part._compiled_call_impl = None
             failed = _reason(error)
@@ -236,5 +246,6 @@ def _shape(value: Tensor | None) -> torch.Size | None:
 
 
 def _reason(error: BaseException) -> str:
+    """An error's class and the first line of its message."""
     first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
     return f"{type(error).__name__}: {first.strip()}"

@@ -24,7 +24,7 @@ from runs.common.recipe import Recipe
 
 STATE = "training.pt"
 FORMAT = 2  # of that file
-AVERAGE_EVERY = 10  # steps; the moving average of the weights is moved once in so many, with the decay to that power
+AVERAGE_EVERY = 10  # steps between two moves of the weights' moving average, whose decay is taken to that power
 
 
 class NotFinite(RuntimeError):
@@ -73,7 +73,7 @@ class TrainingState:
         self.module = module
         self.parameters = parameters
         self.optimizer = optimizer
-        self.scaler = getattr(optimizer, "scaler", None)  # what accelerate multiplies a loss in fp16 by, and adapts
+        self.scaler = getattr(optimizer, "scaler", None)  # the factor on losses in fp16, which accelerate adapts
         self.recipe = recipe
         self.directory = directory
         self.identity = identity
@@ -95,11 +95,15 @@ class TrainingState:
         return self.progress() >= 1 or (patience is not None and self.since_best >= patience)
 
     def take_snapshot(self) -> None:
-        """Keep the weights as they are before a step; they count once that step's loss is known: see ``trust``."""
+        """Copy the weights before a step. The copy counts as good once that step's loss is known: see ``trust``."""
         self.candidate = _copy(self.module.state_dict().values()), self.fitted.steps
 
     def trust(self, losses: list[float]) -> None:
-        """Raise NotFinite, with the last good weights, unless all losses of the last steps are finite."""
+        """Count the snapshot as good if the losses of the last steps are finite; else restore the last good weights.
+
+        Raises:
+            NotFinite: if one of the losses is not finite.
+        """
         for step, value in enumerate(losses, self.fitted.steps - len(losses)):
             if not math.isfinite(value):
                 if self.candidate[1] < step:
@@ -117,7 +121,10 @@ class TrainingState:
         return NotFinite(". ".join(parts))
 
     def average_weights(self) -> None:
-        """Move the average; its decay grows from 0 as (1 + n) / (10 + n): the first weights are soon forgotten."""
+        """Move the average towards the weights. So that it soon forgets the first ones, its decay grows from 0.
+
+        After n moves the decay is (1 + n) / (10 + n), until that exceeds the recipe's.
+        """
         if self.average is None or self.recipe.average is None:
             return
         if self.fitted.steps < AVERAGE_EVERY:
@@ -206,7 +213,9 @@ class TrainingState:
                 self.scaler.load_state_dict(state["scaler"])
             for name in ("average", "best"):
                 kept = state[name]
-                if kept is not None and [tensor.shape for tensor in kept] != [one.shape for one in self.parameters]:
+                if kept is not None and [tensor.shape for tensor in kept] != [
+                    parameter.shape for parameter in self.parameters
+                ]:
                     raise ValueError(f"{name} has other shapes")
                 setattr(self, name, None if kept is None else [tensor.to(device) for tensor in kept])
             self.best_validation, self.since_best = state["best_validation"], state["since_best"]
@@ -231,7 +240,7 @@ def check_resumable(directory: Path) -> Path:
 
 
 def set_aside(directory: Path) -> str | None:
-    """Keep an unfinished training's checkpoint from being overwritten by a new one; words for what was done, if any."""
+    """Rename the checkpoint of an unfinished training, which a new one would overwrite; say so if there was one."""
     path = directory / STATE
     if not path.is_file():
         return None
@@ -246,7 +255,7 @@ def set_aside(directory: Path) -> str | None:
 
 def _header(path: Path) -> dict | None:
     """The first line of a checkpoint; ``None`` if it is not as ``save`` writes it."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return _parse_header(file.readline(1000))
 
 
@@ -260,13 +269,13 @@ def _parse_header(line: bytes) -> dict | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What ``save`` has written, to the bit, or a ValueError.
+    """The state that ``save`` has written; a ValueError unless every bit of it is as it was.
 
-    The file is opened once: a training that still runs may put the next
-    checkpoint in its place meanwhile, and the two must not be mixed.
+    The file is opened once: a training that still runs may put the next checkpoint in its place meanwhile, and the two
+    must not be mixed.
     """
     damaged = f"{path} is damaged, or not of this version; start again without --resume"
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         header, payload = _parse_header(file.readline(1000)), file.read()
     if header is None or _sha256(payload) != header["sha256"]:
         raise ValueError(damaged)

@@ -49,7 +49,7 @@ def benchmark(vae: VAE, batch_size: int, rounds: int = ROUNDS) -> dict[str, floa
     with without_argument_checks():
         times = interleaved(steps, rounds, device, warmup=min(20, rounds))
     found = {"step_ratio": ratio(times["pyro"], times["plain"])}
-    found |= {f"{name}_ms": statistics.median(each) for name, each in times.items()}
+    found |= {f"{name}_ms": statistics.median(milliseconds) for name, milliseconds in times.items()}
     print(
         f"a training step of {batch_size} images: {found['pyro_ms']:.2f} ms by Trace_ELBO, {found['plain_ms']:.2f} ms "
         f"in plain PyTorch, {found['step_ratio']:.3f} times as long (median of {rounds} pairs)"

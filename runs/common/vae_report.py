@@ -7,7 +7,7 @@ TITLES = {"gaussian": "Gaussian", "mog": "mixture", "vamp": "Vamp"}
 
 
 def title(prior: str) -> str:
-    """A prior's name in prose, which is its own name unless it has another."""
+    """A prior's name in prose: its entry in ``TITLES``, or else its own name."""
     return TITLES.get(prior, prior)
 
 
@@ -24,10 +24,10 @@ def report(metrics: dict[str, dict[str, float]], comparable: bool) -> None:
     for prior, found in metrics.items():
         label = title(prior) + (" (interrupted)" if found.get("interrupted") else "")
         print(f"{label:<22}" + "".join(f"{cell(found, column):>18}" for column in COLUMNS))
-    some = next(iter(metrics.values()))
+    first = next(iter(metrics.values()))
     several = any("elbo_std" in found for found in metrics.values())
     print(
-        f"log_likelihood from {some['importance_samples']} importance samples on {some['importance_images']} images; "
+        f"log_likelihood from {first['importance_samples']} importance samples on {first['importance_images']} images; "
         + ("mean ± standard deviation over the seeds" if several else "one seed; --seeds 3 for the spread")
     )
     finished = {prior: found for prior, found in metrics.items() if not found.get("interrupted")}
@@ -43,11 +43,11 @@ def report(metrics: dict[str, dict[str, float]], comparable: bool) -> None:
         )
 
 
-def cell(found: dict[str, float], column: str) -> str:
+def cell(figures: dict[str, float], column: str) -> str:
     """A figure, and its standard deviation over the seeds if there are several."""
     digits = 3 if column == "prior_match" else 2
-    deviation = f" ± {found[f'{column}_std']:.{digits}f}" if f"{column}_std" in found else ""
-    return f"{found[column]:.{digits}f}{deviation}"
+    deviation = f" ± {figures[f'{column}_std']:.{digits}f}" if f"{column}_std" in figures else ""
+    return f"{figures[column]:.{digits}f}{deviation}"
 
 
 def better(metrics: dict[str, dict[str, float]], comparable: bool) -> list[str]:

@@ -1,1 +1,1 @@
-"""What bridges share. Nothing here is a bridge: only the files of ``adapters.bridges`` itself are taken for one."""
+"""What bridges share. These files are no bridges: each file of ``adapters.bridges`` itself is one."""

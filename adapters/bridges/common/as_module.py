@@ -36,20 +36,22 @@ class Place(NamedTuple):
 class AsModule(nn.Module):
     """A transform or distribution of torch as a module; calling it gives the transform or distribution.
 
-    Modules inside it become submodules. Leaf tensors that require a gradient become parameters (these very tensors),
-    and other tensors become buffers. What ``.to`` makes of them is put back where they were.
+    Modules inside it become submodules. Leaf tensors that require a gradient become parameters: these very tensors, not
+    copies. Other tensors become buffers. When ``.to`` replaces a tensor, the new one is put where the old one was.
 
-    Some transforms keep something from their last call, and that knows nothing of parameters that have changed or of
-    other threads. So each call makes shallow copies of such a transform, and of whatever holds it: they have the same
-    tensors and modules, and nothing is kept yet. A trained matrix that is to be triangular is cut to a triangle there.
+    Some transforms keep a result of their last call, which is wrong once parameters have changed or another thread has
+    called them. So each call makes a shallow copy of such a transform, and of every object that holds it. The copies
+    have the same tensors and modules, and keep nothing yet. In a copy, a trained matrix that is meant to be triangular
+    is cut to its lower triangle.
 
     Args:
         native: a transform or distribution, itself a module or not.
-        kinds: the classes to look into, beside lists, tuples, dictionaries, partial functions and methods.
+        kinds: the classes whose attributes may hold tensors. Lists, tuples, dictionaries, partial functions and methods
+            are always searched.
 
     Raises:
-        ValueError: for a tensor that was computed from parameters: it would not follow them, and its graph is good for
-            one backward pass only; for parameters that only a function inside knows, where they cannot be found.
+        ValueError: for a tensor that was computed from parameters, because it would not follow them, and its graph is
+            good for one backward pass only; for parameters that lie inside a function, where they cannot be found.
     """
 
     def __init__(self, native: Any, kinds: tuple[type, ...] = (Transform, Distribution)):
@@ -87,8 +89,9 @@ class AsModule(nn.Module):
         return {**super().__getstate__(), "plan": None}  # its keys are addresses, which differ in a copy
 
     def _register(self, owner, key, name: str, value: Tensor) -> None:
+        """Make the tensor a parameter or a buffer. Of a view of a parameter, that parameter is registered."""
         leaf, geometry = value, None
-        if value.grad_fn is not None:  # Normal(loc, 1.0) broadcasts its arguments: views of parameters are made anew
+        if value.grad_fn is not None:  # such as Normal(loc, 1.0), which holds a broadcast view of its parameter
             leaf, geometry = value._base, (value.size(), value.stride(), value.storage_offset())
             if leaf is None or not leaf.is_leaf:
                 raise ValueError(
@@ -110,7 +113,10 @@ class AsModule(nn.Module):
             _put(owner, key, tensor if geometry is None else tensor.as_strided(*geometry))
 
     def _forget(self, kind: type = object) -> None:
-        """Drop what was computed on demand from tensors that may now change, such as ``Permute.inv_permutation``."""
+        """Drop what objects of this class have computed on demand, such as ``Permute.inv_permutation``.
+
+        It was computed from tensors that may have changed since, and is computed again when it is asked for.
+        """
         registered = {(id(place.owner), place.key) for place in self.places}
         for owner, key, _, value in list(_members(self.native, self.kinds)):
             lazy = isinstance(getattr(type(owner), str(key), None), lazy_property)
@@ -133,7 +139,10 @@ class AsModule(nn.Module):
         self._fill()
 
     def __deepcopy__(self, memo: dict) -> "AsModule":
-        """Views and caches cannot be copied, and an inverse forgets what it inverts: each is made anew in the copy."""
+        """A copy in which views, caches and inverses are made anew.
+
+        PyTorch copies no views of parameters, and a copied inverse of torch's forgets the transform that it inverts.
+        """
         _clear_caches(self.caching)
         for place in self.places:
             if place.geometry is not None:
@@ -148,13 +157,13 @@ class AsModule(nn.Module):
 
 
 def _clear_caches(transforms: Iterable[Transform]) -> None:
-    """Forget what these transforms keep from their last call: ``_cached_x_y``, ``_cached_log_scale`` and so on."""
+    """Empty what these transforms keep from their last call: ``_cached_x_y``, ``_cached_log_scale`` and so on."""
     for transform in transforms:
         vars(transform).update((key, EMPTY.get(key)) for key in list(vars(transform)) if _is_cache(key))
 
 
 def _is_own_inverse(owner, key: str) -> bool:
-    """Whether a transform keeps its own inverse there, which is made of it when asked for."""
+    """Whether this attribute is a transform's own inverse, which torch makes when it is first asked for."""
     return key == "_inv" and isinstance(owner, Transform) and not isinstance(owner, _InverseTransform)
 
 
@@ -163,7 +172,7 @@ def _is_cache(key: str) -> bool:
 
 
 def _members(native: Any, kinds: tuple[type, ...]) -> Iterator[tuple[Any, Any, str, Tensor | nn.Module]]:
-    """(owner, key, name, value) for every tensor and module inside, down to modules that are of none of these kinds."""
+    """(owner, key, name, value) for every tensor and module inside. Modules of other classes are not searched."""
     for owner, path in _walk(native, kinds):
         for key, value in _entries(owner):
             if isinstance(value, Tensor | nn.Module):
@@ -171,7 +180,7 @@ def _members(native: Any, kinds: tuple[type, ...]) -> Iterator[tuple[Any, Any, s
 
 
 def _check_no_closures(native: Any, kinds: tuple[type, ...]) -> None:
-    """Raise a ValueError for trained tensors that only a function inside knows, one that was defined in another."""
+    """Raise a ValueError if a function inside holds trained tensors as variables of the function that defined it."""
     entries = ((owner, value) for owner, _ in _walk(native, kinds) for _, value in _entries(owner))
     for owner, function in ((owner, value) for owner, value in entries if isinstance(value, FunctionType)):
         known = [cell.cell_contents for cell in function.__closure__ or ()]
@@ -189,7 +198,7 @@ def _is_trained(value: nn.Module | Tensor) -> bool:
 
 
 def _walk(native: Any, kinds: tuple[type, ...]) -> Iterator[tuple[Any, str]]:
-    """It and everything inside it that may hold tensors, each with the path to it."""
+    """``native`` and all objects inside it that may hold tensors, each with the path to it."""
     todo, seen = [(native, "")], set()
     while todo:
         owner, path = todo.pop()
@@ -201,7 +210,7 @@ def _walk(native: Any, kinds: tuple[type, ...]) -> Iterator[tuple[Any, str]]:
 
 
 def _entries(owner: Any) -> list[tuple[Any, Any]]:
-    """(key, value) of all that lies in a container or an object; a module's own tensors it has registered itself."""
+    """(key, value) of all entries of a container or attributes of an object, but for a module's own tensors."""
     match owner:
         case list() | tuple():
             return list(enumerate(owner))
@@ -222,12 +231,13 @@ class Copying(NamedTuple):
     """How to copy an object so that the copy keeps nothing from earlier calls.
 
     Attributes:
-        caches: the keys of what it keeps, which are emptied.
-        inner: the keys of what is to be copied with it.
-        lazy: the names of what it computes on demand, which is computed first, so that all copies share it.
-        triangles: the keys of trained matrices that are cut to their lower triangle. They are those of
-            ``LowerCholeskyAffine``, ``MultivariateNormal`` and their like: the whole matrix makes the samples, and its
-            lower triangle alone scores them, so that gradients through samples would fill the upper one.
+        caches: the keys of its caches, which are emptied.
+        inner: the keys of the objects inside it that are copied, too.
+        lazy: the names of properties that it computes on demand. They are computed before copying, so that all copies
+            share them.
+        triangles: the keys of trained matrices that are cut to their lower triangle, such as a ``MultivariateNormal``
+            has. torch samples with the whole matrix, but scores with its lower triangle alone. Gradients through
+            samples would make the upper triangle differ from 0.
     """
 
     caches: list[str]
@@ -237,17 +247,19 @@ class Copying(NamedTuple):
 
 
 def _what_to_copy(native: Any, kinds: tuple[type, ...]) -> dict[int, Copying]:
-    """What has to be copied for a call that finds nothing kept: each object by its address, with how to copy it.
+    """The objects that must be copied so that a call finds nothing kept: by their addresses, how each is copied.
 
-    That is every transform that keeps something, everything with a trained triangular matrix, and whatever inside
-    ``native`` holds one of these.
+    They are the transforms that keep something, the objects with a trained triangular matrix, and all objects inside
+    ``native`` that hold one of these.
     """
     found: dict[int, Copying | None] = {}
 
     def visit(owner: Any) -> bool:
         if id(owner) not in found:
             caches = [key for key in vars(owner) if _is_cache(key)] if isinstance(owner, Transform) else []
-            found[id(owner)] = Copying([], [], [], [])  # for now, so that a method bound to its owner finds it copied
+            found[id(owner)] = Copying(
+                [], [], [], []
+            )  # for now, because an object may hold a method that is bound to it
             inside = [(key, value) for key, value in _entries(owner) if isinstance(value, (*kinds, *CONTAINERS))]
             inner = [key for key, value in inside if not _is_own_inverse(owner, key) and visit(value)]
             lazy = [key for key in dir(type(owner)) if caches and isinstance(getattr(type(owner), key), lazy_property)]
@@ -261,7 +273,7 @@ def _what_to_copy(native: Any, kinds: tuple[type, ...]) -> dict[int, Copying]:
 
 
 def _fresh(owner: Any, plan: dict[int, Copying], copies: dict[int, Any]) -> Any:
-    """The owner itself, or its copy with empty caches if the plan of ``_what_to_copy`` says how."""
+    """A copy of the owner with empty caches if the plan has an entry for it, else the owner itself."""
     if id(owner) not in plan or id(owner) in copies:
         return copies.get(id(owner), owner)
     caches, inner, lazy, triangles = plan[id(owner)]
@@ -276,7 +288,7 @@ def _fresh(owner: Any, plan: dict[int, Copying], copies: dict[int, Any]) -> Any:
             function, *arguments = (_fresh(value, plan, copies) for value in (owner.func, *owner.args))
             return partial(function, *arguments, **{k: _fresh(v, plan, copies) for k, v in owner.keywords.items()})
     for key in lazy:
-        with suppress(NotImplementedError):  # as torch's transforms without a sign raise
+        with suppress(NotImplementedError):  # torch's transforms without a sign raise it
             getattr(owner, key)
     copied = copies[id(owner)] = object.__new__(type(owner))
     state = vars(copied)
@@ -293,7 +305,7 @@ def _fresh(owner: Any, plan: dict[int, Copying], copies: dict[int, Any]) -> Any:
 
 
 def _put(owner: Any, key: Any, value: Tensor | None) -> None:
-    """Make this the owner's attribute, entry or argument of this key."""
+    """Set the owner's attribute, entry or argument of this key."""
     if isinstance(owner, partial):
         arguments: dict[Any, Any] = {**dict(enumerate(owner.args)), **owner.keywords, key: value}
         positional = tuple(arguments.pop(i) for i in range(len(owner.args)))

@@ -1,4 +1,4 @@
-"""The bounds of what a transform of torch's takes, and what a flow says of values that lie beyond them."""
+"""The bounds of the values that a transform of torch takes, and what a flow makes of values beyond them."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Limits = tuple[float | Tensor | None, float | Tensor | None]
 
 
 def bounds(constraint: constraints.Constraint) -> Limits | None:
-    """The lower and the upper bound of every number by itself; ``None`` for a constraint of no such kind."""
+    """The lower and the upper bound that a constraint sets to every number; ``None`` if it sets no such bounds."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     limits = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
@@ -20,13 +20,16 @@ def bounds(constraint: constraints.Constraint) -> Limits | None:
 
 
 def within(limits: Limits | None, values: Tensor, scoring: bool, function: Callable) -> tuple[Tensor, Tensor]:
-    """``function(values)``, which is outputs and log-determinants ``(batch,)``, where all values lie within the limits.
+    """``function(values)``, outputs and log-determinants ``(batch,)``, for rows whose values all lie within the limits.
 
-    The function never sees a value beyond them, and a row that has one is ``nowhere``. The limits themselves lie
-    within, and so does NaN.
+    The function never sees a value beyond the limits. A row that has such a value gets the results of ``nowhere``.
+    Values at a limit lie within, and so does NaN.
 
     Args:
+        limits: the bounds of every value; ``None`` for none.
+        values: ``(batch, *event)``.
         scoring: whether the values are data, on their way to noise.
+        function: a transform, or its inverse.
     """
     if limits is None:
         return function(values)
@@ -43,10 +46,10 @@ def within(limits: Limits | None, values: Tensor, scoring: bool, function: Calla
 
 
 def nowhere(beyond: Tensor, outputs: Tensor, log_det: Tensor, scoring: bool) -> tuple[Tensor, Tensor]:
-    """The outputs and log-determinants, but for rows in which something is marked as beyond the limits.
+    """The outputs and log-determinants, replaced in all rows with a value that is marked as beyond the limits.
 
-    If these are data (``scoring``), their density is 0: the log-determinant is −∞, beside any finite noise (0). If they
-    are noise, no datum is made of it: both are NaN.
+    Data beyond the limits (``scoring``) have density 0: their log-determinant becomes −∞, and their noise 0, which is
+    as good as any finite number. Noise beyond the limits belongs to no datum: outputs and log-determinant become NaN.
     """
     rows = beyond.reshape(len(beyond), -1).any(1)
     every = rows.view(-1, *[1] * (outputs.dim() - 1))

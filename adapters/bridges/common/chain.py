@@ -15,8 +15,8 @@ class Leaf(Transform):
 
     Attributes:
         name: what errors call it.
-        has_inverse: whether it runs noise → data, too.
-        takes_any_row: whether a row that is not finite spoils no other.
+        has_inverse: whether it also runs noise → data.
+        takes_any_row: whether a row that is not finite leaves the results of all other rows as they are.
     """
 
     name: str
@@ -25,11 +25,11 @@ class Leaf(Transform):
 
 
 class Chain(CompositeTransform):
-    """nflows' ``CompositeTransform`` of leaves, which checks once what concerns all of them.
+    """nflows' ``CompositeTransform`` of leaves. It checks the context once for all of them.
 
     Args:
         leaves: the first one runs first in ``forward``, data → noise.
-        context_features: width of the one context that goes to all of them, whether they read it or not.
+        context_features: width of the context. Every leaf is given it, whether it reads it or not.
 
     Raises:
         InverseNotAvailable: in ``inverse``, if a leaf has none.

@@ -1,4 +1,4 @@
-"""What context a flow of a library reads, put together from what its parts say about theirs."""
+"""The width of the context that a library's flow reads, found from the widths that its parts read."""
 
 from collections.abc import Iterable
 from types import EllipsisType
@@ -18,11 +18,12 @@ def one_width(widths: Iterable[Width], what: str) -> Width:
     """The width of the one context that goes to every part of a flow.
 
     Args:
-        widths: what each part says; 0 for a part that fails when it is given a context, which ``None`` does not.
+        widths: of each part. ``None`` is for a part that ignores a context, 0 for one that fails if it is given one.
         what: the context, as the error names it.
 
     Returns:
-        The width that parts agree on; ``...`` if some may read a context and none says how wide; ``None`` if none does.
+        The width that the parts agree on; ``...`` if some part may read a context and none tells how wide; ``None`` if
+        no part reads one.
 
     Raises:
         ValueError: if two parts want contexts of different widths.
@@ -37,11 +38,11 @@ def one_width(widths: Iterable[Width], what: str) -> Width:
 
 
 class AnyContextFlow(Flow):
-    """A ``Flow`` whose parts do not say how wide a context they read: one of any shape is handed on to them.
+    """A ``Flow`` whose parts do not tell how wide a context they read. A context of any shape is handed on to them.
 
     Args:
         transform, distribution, event_shape: as for ``Flow``.
-        needs_context: whether it is sure that something reads a context, so that a missing one is an error.
+        needs_context: whether some part is known to read a context. A missing context is then an error.
     """
 
     def __init__(

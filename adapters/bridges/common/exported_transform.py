@@ -1,4 +1,4 @@
-"""An nflows transform as a ``Transform`` of torch's: what the bridges of zuko and Pyro give out."""
+"""An nflows transform as a ``Transform`` of torch's, to which zuko's and Pyro's bridges export."""
 
 import copy
 import math
@@ -15,22 +15,25 @@ from adapters.last_result import LastResult
 
 
 class ExportedTransform(Transform, nn.Module):
-    """An nflows transform as torch's: noise → data, or data → noise as zuko has it, with any leading dimensions.
+    """An nflows transform as one of torch's. It runs noise → data or, for zuko, data → noise.
 
-    torch computes a log_prob by ``x = t.inv(y)`` and ``t.log_abs_det_jacobian(x, y)``. Both come of one pass: the
-    inverse keeps its log-determinant for that next question, which takes it away, see ``LastResult``.
+    Inputs may have any number of leading dimensions.
+
+    torch computes a log_prob by two calls, ``x = t.inv(y)`` and ``t.log_abs_det_jacobian(x, y)``. Both need the same
+    pass of the networks. So the inverse keeps its log-determinant, and the second call takes it: see ``LastResult``.
 
     Args:
         transform: an nflows transform, data → noise.
-        event_dim: dimensions of one datum, which is noise of the same shape; or both shapes, the datum's and its
-            noise's, if they differ.
+        event_dim: how many dimensions a datum has, if its noise has the same shape; else the shapes of a datum and of
+            its noise.
         context: ``(*batch, C)``, broadcast with the batch of the input; ``None`` for no context.
         data_to_noise: which way ``__call__`` runs.
 
     Raises:
-        TypeError, ValueError: for a wrong ``event_dim``, see ``check_event_dim``; in a call, for an input of fewer
-            dimensions, a transform that changes the shape though nothing has said so, or a context that is missing or
-            of another width, where the transform says which, or whose batch does not broadcast with the inputs.
+        TypeError, ValueError: for a wrong ``event_dim``: see ``check_event_dim``. In a call: for an input of too few
+            dimensions; for a transform that changes the shape although ``event_dim`` is one number; for a context that
+            is missing, is of another width than the transform's ``context_features``, or does not broadcast with the
+            inputs.
     """
 
     bijective = True
@@ -103,7 +106,7 @@ class ExportedTransform(Transform, nn.Module):
         return torch.Size((*shape[:cut], *after))
 
     def with_cache(self, cache_size: int = 1) -> "ExportedTransform":
-        """Itself: torch's cache knows nothing of parameters that change."""
+        """Itself, without a cache: torch's cache would not notice that parameters have changed."""
         return self
 
     def __getstate__(self) -> dict:
@@ -125,7 +128,7 @@ class ExportedTransform(Transform, nn.Module):
             flat = value.expand(*batch, *event).reshape(math.prod(batch), *event)
         try:
             outputs, log_det = (self.transform if to_noise else self.transform.inverse)(flat, context)
-        except RuntimeError as error:  # from deep below, as of matrices whose shapes do not fit
+        except RuntimeError as error:  # such as PyTorch's own for matrices whose shapes do not fit
             _explain(self.transform, context, error)
             raise
         if outputs.shape[1:] != (event if self.shapes is None else self.shapes[1 if to_noise else 0]):
@@ -148,7 +151,7 @@ class ExportedInverse(_InverseTransform):
 
 
 def _explain(transform: nn.Module, context: Tensor | None, error: RuntimeError) -> None:
-    """Raise a ValueError instead if some part of the transform says that it takes another context."""
+    """Raise a ValueError if a part of the transform wants another context, which then explains the error."""
     widths = (getattr(module, "context_features", None) for module in transform.modules())
     width = next((width for width in widths if width is not None), None)
     if not isinstance(width, int):

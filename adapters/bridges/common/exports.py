@@ -1,4 +1,4 @@
-"""What ``to_library`` has to know of what it exports: the shape of its data, and what of a whole flow goes out."""
+"""What ``to_library`` has to know: the shapes of a transform's data and noise, and a whole flow's transform."""
 
 from collections.abc import Iterator, Sequence
 
@@ -26,7 +26,7 @@ def check_event_dim(event_dim: EventDim) -> None:
 
 
 def check_shapes_known(transform: Transform, event_dim: EventDim) -> None:
-    """Raise a ValueError for a transform that surely changes the shape of a datum, if ``event_dim`` is one number."""
+    """Raise a ValueError if ``event_dim`` is one number, and the transform is known to change the shape of a datum."""
     changes = list(_changes(transform))
     if len(changes) == 1 and isinstance(event_dim, int):
         raise ValueError(
@@ -44,7 +44,7 @@ def _changes(transform: Transform) -> Iterator[str]:
         yield from _changes(inner_of(transform))
     elif isinstance(transform, transforms.SqueezeTransform | transforms.MultiscaleCompositeTransform):
         yield type(transform).__name__
-    elif not getattr(transform, "keeps_shape", True):  # a bridge's
+    elif not getattr(transform, "keeps_shape", True):  # of a library's transform that a bridge has adapted
         yield str(transform.name)
 
 
@@ -64,7 +64,7 @@ def event_dim_of(flow: Flow) -> EventDim:
 
 
 def reads_context(flow: Flow) -> bool:
-    """Whether the flow says that it takes a context or, where it does not know, something in it does."""
+    """Whether the flow takes a context: as it says itself or, if it does not say, as any module in it says."""
     width = getattr(flow, "context_features", ...)
     if width is not ...:
         return width is not None
@@ -73,15 +73,15 @@ def reads_context(flow: Flow) -> bool:
 
 
 def whole_transform(flow: Flow) -> Transform:
-    """The flow's transform, of the context as the flow takes it: behind its embedding network, if it has one."""
+    """The flow's transform. It takes the context that the flow takes, which an embedding network may change first."""
     transform, embedding_net = transform_of(flow), embedding_of(flow)
     return transform if isinstance(embedding_net, nn.Identity) else EmbeddedContext(transform, embedding_net)
 
 
 class EmbeddedContext(Transform):
-    """A conditional transform that sees its context through a network, as in an nflows ``Flow`` with one."""
+    """A conditional transform with the embedding network of its flow, which maps the context before it is used."""
 
-    context_features = ...  # the network need not say what it takes
+    context_features = ...  # unknown, since a network need not tell the width of its inputs
 
     def __init__(self, transform: Transform, embedding_net: nn.Module):
         super().__init__()

@@ -8,9 +8,10 @@ from typing import Any
 def class_on_demand(make: Callable[[], type]) -> Callable[[], type]:
     """A decorator for a function that imports a library and returns a class that derives from one of the library's.
 
-    The class is made in the first call, and the same one comes back in every other. Its objects can be pickled and
-    copied: pickle, which looks for a class by its name in a module, finds this one by calling the function, so that an
-    object can be loaded in a process that has not made the class yet.
+    The first call makes the class, and every later call returns the same class.
+
+    Its objects can be pickled and copied. Usually pickle finds a class by its name in a module, which fails for a class
+    that is not made yet. For this one pickle calls the function, so that any process can load such an object.
     """
 
     @cache

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class TorchBase(nflows.distributions.Distribution):
-    """A torch distribution as the base of an nflows ``Flow``, differentiable in its samples where torch's is.
+    """A torch distribution as the base of an nflows ``Flow``. Its samples are differentiable if torch's are.
 
     Args:
         source: a module whose call on a context (or None) gives the torch distribution.
