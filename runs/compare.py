@@ -58,10 +58,10 @@ class EqualOptions(Deciding):
     """width, all with the same hidden widths, or parameters, all with as many as masked-affine, within 2 %."""
 
     layers: int | None = None
-    """layers of each flow; where the default is None, it is the task's."""
+    """layers of each flow; by default the task's own number."""
 
     hidden: tuple[int, ...] | None = None
-    """hidden widths of each conditioner."""
+    """hidden widths of the networks in each layer; by default the task's own."""
 
     limit: int | None = None
     """use only so many images, for a quick look."""

@@ -123,7 +123,7 @@ class MnistTrainingOptions(EpochOptions):
     """How the weights are trained."""
 
     weight_decay: float = 1e-3
-    """of AdamW."""
+    """the weight decay of the optimiser, AdamW."""
 
     clip: float | None = 1.0
     """largest norm of the gradient of the bits per dimension; None for no clipping."""
@@ -132,7 +132,7 @@ class MnistTrainingOptions(EpochOptions):
     """batches in a step."""
 
     seed: int = 0
-    """of weights, masks, order and noise."""
+    """the seed of weights, masks, order and noise."""
 
     def in_steps(self, batches: int, run: ImageRunOptions) -> Recipe:
         """How ``fit`` trains when an epoch has so many batches."""

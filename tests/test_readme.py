@@ -56,12 +56,13 @@ def parse(script: str, arguments: str) -> None:
 
 
 @each_document
-def test_the_examples_run_in_order(document):
-    """In a process of their own: what they import changes it."""
+def test_each_example_runs_by_itself(document):
+    """A reader may copy any of them alone. They run in a process of their own: what they import changes it."""
     blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
     blocks = [block for block in blocks if not block.startswith(FRAGMENT)]
     assert blocks
-    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True, check=False)
+    alone = f"for block in {blocks!r}:\n    exec(block, {{'__name__': '__main__'}})"
+    done = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     checked = "\n".join(blocks).count("print(torch.allclose(")
     assert done.stdout.splitlines().count("True") == checked and "False" not in done.stdout, done.stdout

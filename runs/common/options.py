@@ -204,7 +204,7 @@ class TrainingOptions(Deciding):
     """end after so much training time instead, if that comes first; the schedule is shortened to match."""
 
     seed: int = 0
-    """of weights, order and noise."""
+    """the seed of weights, order and noise."""
 
     def check(self) -> None:
         check_positive(batch_size=self.batch_size)
@@ -230,7 +230,7 @@ class EpochOptions(TrainingOptions):
     """passes over the training images."""
 
     weight_decay: float = 0.0
-    """of AdamW."""
+    """the weight decay of the optimiser, AdamW."""
 
     clip: float | None = None
     """largest norm of the gradient; None for no clipping."""

@@ -1,5 +1,6 @@
 """The pictures of runs/compare.py, from compare.json and from what it keeps of each flow in ``learned``."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from runs.common.pictures import figures
 from runs.common.table import Table, mean_score
 
 NAMED = 8  # curves in the legend
+NARROWEST = 5  # an axis of times goes to at least so many times its start: differences of a few percent look small
 
 
 def draw(table: Table, names: list[str], directory: Path, out: Path) -> list[Path]:
@@ -64,11 +66,12 @@ def draw_gallery(table: Table, learned: dict[str, np.ndarray | None], path: Path
     true = table.task.true_picture()
     if true is not None:
         panels = {"true density": true} | panels
-        style = {"cmap": figures.DENSITY, "vmin": 0, "vmax": 1.3 * true.max(), "origin": "lower"}
+        style = {"cmap": figures.DENSITY, "vmin": 0, "vmax": figures.HEADROOM * true.max(), "origin": "lower"}
     columns = min(range(4, 8), key=lambda n: -len(panels) % n)  # the last row as full as it can be
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    with figures.figure(path, rows, columns, size=(1.6 * columns, 1.98 * rows), squeeze=False) as (drawing, axes):
+    size = 1.6 * columns, 1.98 * rows + 0.15
+    with figures.figure(path, rows, columns, size, squeeze=False) as (drawing, axes):
         drawing.get_layout_engine().set(w_pad=0.03, h_pad=0.03, hspace=0.02, wspace=0.02)
         for axis in axes.flat:
             axis.set_axis_off()
@@ -83,6 +86,10 @@ def draw_gallery(table: Table, learned: dict[str, np.ndarray | None], path: Path
                 score = "fails a gate" if "gate_failures" in row else f"{mean_score(row)[0]:#.3g} {table.task.unit}"
                 title = f"{name}\n{score}"
             axis.set_title(title, fontsize=7.5, pad=3)
+        highest = max((picture.max() for picture in panels.values() if picture is not None), default=0)
+        if true is not None and highest > style["vmax"]:
+            note = f"light blue: more than {figures.HEADROOM:g} times the true maximum"
+            drawing.supxlabel(note, fontsize=7, color=figures.FAINT)
     return path
 
 
@@ -152,6 +159,10 @@ def draw_times(table: Table, names: list[str], path: Path) -> Path:
                 )  # fmt: skip
             axis.tick_params(axis="y", length=0)
             axis.margins(x=0.18)
+            low, high = axis.get_xlim()
+            if high < NARROWEST * low:
+                middle = math.sqrt(low * high)
+                axis.set_xlim(middle / math.sqrt(NARROWEST), middle * math.sqrt(NARROWEST))
             figures.log_ticks(axis.xaxis)
         axes[0].set_ylim(len(names) - 0.4, -0.6)
     return path

@@ -15,7 +15,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from adapters.checkpoint import write_atomically
 
@@ -25,7 +25,9 @@ FAINT = "#5d6b75"
 SERIES = (INK, "#4f8a8b", "#c9973f", ACCENT)  # one colour for each of several curves
 # For more curves than that; ``ACCENT`` stays apart from all of them.
 MANY = ("#22303c", "#2a9d9d", "#c9973f", "#7a5ea8", "#3f7fd0", "#7d9a3a", "#c67fb0", "#8c6d5a", "#58b5e0", "#9aa5ad")
-DENSITY = "magma"
+OVER = "#3fc1c9"  # a colour that the map of the densities has not, for what lies above its end
+DENSITY = matplotlib.colormaps["magma"].with_extremes(over=OVER)
+HEADROOM = 1.3  # the colours of densities end at so many times the true maximum
 OUTLINED = {  # a label among points
     "color": INK, "fontsize": 10, "fontweight": "bold", "ha": "center", "va": "center",
     "path_effects": [withStroke(linewidth=2.5, foreground="white")],
@@ -76,8 +78,11 @@ def unit_square(axes: Axes, title: str) -> None:
 
 
 def density(axes: Axes, values: np.ndarray, top: float, title: str) -> AxesImage:
-    """A density on a grid over (0, 1)², ``values[row, column]`` with row along the second coordinate."""
-    unit_square(axes, title)
+    """A density on a grid over (0, 1)², ``values[row, column]`` with row along the second coordinate.
+
+    What lies above ``top`` has the colour ``OVER``, and the title says how high the density goes.
+    """
+    unit_square(axes, f"{title} (up to {values.max():.3g})")
     return axes.imshow(
         values, origin="lower", extent=(0, 1, 0, 1), cmap=DENSITY, vmin=0, vmax=top, interpolation="nearest"
     )
@@ -90,21 +95,31 @@ def scatter(axes: Axes, points: np.ndarray, title: str) -> None:
 
 
 def curve(axes: Axes, steps: Sequence[int], values: Sequence[float], smooth: int, label: str) -> None:
-    """A noisy training curve, faint, under its running median."""
+    """A noisy training curve, faint, under its running median; of a very short training a point."""
     axes.plot(steps, values, color=INK, alpha=0.2, linewidth=0.6)
     half = smooth // 2
     median = [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-    axes.plot(steps, median, color=INK, linewidth=1.2, label=label)
+    marker = "o" if len(values) == 1 else ""  # a line through a single point would not be seen
+    axes.plot(steps, median, marker=marker, color=INK, markersize=3, linewidth=1.2, label=label)
+
+
+def steps_axis(axes: Axes) -> None:
+    """Steps of a training are whole numbers."""
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def save_animation(path: Path, densities: list[np.ndarray], top: float) -> Path:
-    """Densities on a grid as a GIF, on one colour scale, that holds its last frame for two seconds."""
+    """Densities on a grid as a GIF, on one colour scale, that holds its last frame for two seconds.
+
+    What lies above ``top`` has the colour ``OVER``, which is the last one of the palette.
+    """
     from PIL import Image
 
-    colours = (255 * matplotlib.colormaps[DENSITY](np.linspace(0, 1, 256))[:, :3]).astype(np.uint8)
+    colours = np.rint(255 * DENSITY([*np.linspace(0, 1, 255), 2.0])[:, :3]).astype(np.uint8)
     images = []
     for values in densities:
-        indices = (255 * np.clip(values / top, 0, 1)).astype(np.uint8)[::-1]
+        indices = np.where(values > top, 255, 254 * np.clip(values / top, 0, 1)).astype(np.uint8)[::-1]
         image = Image.fromarray(indices, mode="P")
         image.putpalette(colours.tobytes())
         images.append(image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST))

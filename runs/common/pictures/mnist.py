@@ -164,7 +164,8 @@ class MnistRecord(SampleRecord):
             every = torch.tensor([*values, *(value for _, value in self.validation)])
             low, high = every.min().item(), torch.quantile(every, 0.95).item()
             margin = 0.15 * (high - low) + 0.02
-            axes.set(xlabel="step", ylabel="bits/dim", ylim=(low - margin, high + margin))
+            figures.steps_axis(axes)
+            axes.set(ylabel="bits/dim", ylim=(low - margin, high + margin))
             for name, value in PUBLISHED.get(self.dataset, {}).items():
                 if low - margin < value < high + margin:
                     figures.reference(axes, value, name)

@@ -177,9 +177,11 @@ class VAERecord(Record):
                 label = f"{prior.title}, test {prior.elbo:.1f}"
                 axes.plot(steps, elbos, line, marker="o", color=colour, markersize=3, linewidth=1, label=label)
                 every += elbos
-            low, high = np.quantile(every, 0.15), max(every)
+            ends = [-prior.validation[-1][1] for prior in self.priors.values() if prior.validation]
+            low, high = min([np.quantile(every, 0.15), *ends]), max(every)
             margin = 0.2 * (high - low) + 1
-            axes.set(xlabel="step", ylabel="ELBO (nats per image)", ylim=(low - margin, high + 1.5 * margin))
+            figures.steps_axis(axes)
+            axes.set(ylabel="ELBO (nats per image)", ylim=(low - margin, high + 1.5 * margin))
             axes.legend(title="validation (training faint)", loc="lower right")
         return path
 
@@ -190,7 +192,7 @@ class VAERecord(Record):
         with figures.figure(path, 3, columns, size=(2.7 * columns + 0.5, 8.4), squeeze=False) as (_, axes):
             for column, prior in zip(axes.T, self.priors.values(), strict=True):
                 prior.show_posterior(column[0], f"{prior.title}: ELBO {prior.elbo:.1f}")
-                prior.show_prior(column[1], f"told apart: {100 * prior.prior_match:.0f} %")
+                prior.show_prior(column[1], f"told apart: {100 * prior.prior_match:.0f} % (a match: 50 %)")
                 for place in column[:2]:
                     place.set_xlabel(prior.axes[0], fontsize=7)
                     place.set_ylabel(prior.axes[1], fontsize=7)

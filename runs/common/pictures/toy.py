@@ -57,14 +57,15 @@ class ToyRecord(Record):
     @property
     def top(self) -> float:
         """Where the colour scale ends, of all densities alike."""
-        return self.true_density.numpy().max()
+        return figures.HEADROOM * self.true_density.max().item()
 
     def draw_densities(self, path: Path) -> Path:
         """True and learned density, and samples of both below them."""
         with figures.figure(path, 2, 2, size=(6.6, 6)) as (drawing, axes):
             figures.density(axes[0, 0], self.true_density.numpy(), self.top, "true density")
             image = figures.density(axes[0, 1], self.learned_density.numpy(), self.top, "learned density")
-            drawing.colorbar(image, ax=axes[0], shrink=0.85, label="density")
+            above = "max" if self.learned_density.max() > self.top else "neither"
+            drawing.colorbar(image, ax=axes[0], shrink=0.85, label="density", extend=above)
             figures.scatter(axes[1, 0], self.true_samples.numpy(), "samples of the true density")
             figures.scatter(axes[1, 1], self.learned_samples.numpy(), "samples of the flow")
         return path
@@ -77,7 +78,8 @@ class ToyRecord(Record):
             axes.axhline(self.entropy, color=figures.ACCENT, linewidth=1, linestyle="--", label="entropy: the floor")
             lowest, highest = np.quantile(losses, [0, 0.98])
             margin = 0.1 * (highest - self.entropy)
-            axes.set(xlabel="step", ylabel="NLL (nats)", ylim=(min(lowest, self.entropy) - margin, highest + margin))
+            figures.steps_axis(axes)
+            axes.set(ylabel="NLL (nats)", ylim=(min(lowest, self.entropy) - margin, highest + margin))
             axes.legend()
         return path
 
