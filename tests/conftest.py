@@ -13,7 +13,8 @@ import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes that run tests side by side share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that the tests start
+    torch.set_num_threads(1)
 
 from adapters.bridges import bridges, installed
 from adapters.discovery import file_name
