@@ -36,7 +36,7 @@ from runs.common.images import (
 )
 from runs.common.objectives import BitsPerDim
 from runs.common.pictures.mnist import nearest_images
-from runs.common.pictures.record import FILE
+from runs.common.results import RECORD
 from runs.common.samples import base_noise, slerp
 from runs.common.scores import EVALUATION_SEED, log_likelihoods, score_images
 from runs.common.training_state import STATE, NotFinite, read_checkpoint
@@ -387,7 +387,7 @@ def test_a_flow_whose_training_left_no_record_is_sampled(run, tmp_path):
     with pytest.raises(NotFinite, match=r"at step \d+.*saved in .*flow.safetensors"):
         run(out=tmp_path, conditional=True, lr=1e30, weight_decay=0.0, epochs=20)
     assert all(parameter.isfinite().all() for parameter in load_flow(tmp_path).parameters())  # the last good weights
-    assert not (tmp_path / FILE).exists()
+    assert not (tmp_path / RECORD).exists()
     scripts.run("mnist", load=tmp_path, samples=5)
     assert pictures_in(tmp_path / "again").keys() == {"samples.png", "classes.png"}
 

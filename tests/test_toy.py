@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from adapters import flow_names, load_flow
 from runs.common.densities import DENSITIES, TwoGaussians
-from runs.common.pictures.record import FILE
+from runs.common.results import RECORD
 from runs.common.training_state import NotFinite
 from tests.scripts import pictures_in, run
 
@@ -132,11 +132,11 @@ def test_nan_keeps_the_last_good_weights(tmp_path):
 
 def test_no_earlier_results_stand_beside_the_weights_of_a_run_that_ends_by_nan(tmp_path, capsys):
     run("toy", out=tmp_path, **TINY)
-    assert (tmp_path / "metrics.json").is_file() and (tmp_path / FILE).is_file()
+    assert (tmp_path / "metrics.json").is_file() and (tmp_path / RECORD).is_file()
     capsys.readouterr()
     with pytest.raises(NotFinite):
         run("toy", out=tmp_path, **TINY | {"lr": 1e30, "steps": 50})
-    assert not (tmp_path / "metrics.json").exists() and not (tmp_path / FILE).exists()
+    assert not (tmp_path / "metrics.json").exists() and not (tmp_path / RECORD).exists()
     assert "removed" in capsys.readouterr().out
     load_flow(tmp_path)
 

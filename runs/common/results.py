@@ -17,6 +17,8 @@ from adapters.bridges import bridges
 from adapters.checkpoint import write_atomically
 from runs.common.devices import module_of
 
+RECORD = "pictures.pt"  # what a run's pictures are drawn from: see pictures/record.py
+
 
 def open_directory(out: Path) -> Path:
     """Make the run's directory, and make sure now, before any work, that results can be written there.
@@ -101,7 +103,7 @@ def replacing_results(weights: Path, out: Path) -> Path:
     Returns:
         the path of the weights, as it came.
     """
-    found = [path for path in (out / "metrics.json", out / "pictures.pt") if path.is_file()]
+    found = [path for path in (out / "metrics.json", out / RECORD) if path.is_file()]
     for path in found:
         path.unlink()
     if found:
@@ -144,7 +146,8 @@ def versions() -> dict[str, str]:
 def where(device: torch.device) -> str:
     """The device in words, for a table's heading: a processor with its threads, or a GPU's name."""
     if device.type == "cpu":
-        return f"{_processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
     module = module_of(device)
     return module.get_device_name(device) if hasattr(module, "get_device_name") else str(device)
 

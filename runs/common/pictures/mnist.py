@@ -15,8 +15,8 @@ from runs.common.devices import device_of, make_accelerator
 from runs.common.images import CLASSES, LEVELS, SHAPE, Images, context_for, dequantize
 from runs.common.options import RunOptions
 from runs.common.pictures import figures
-from runs.common.pictures.record import FILE, Record
-from runs.common.results import newest_run, open_directory
+from runs.common.pictures.record import Record
+from runs.common.results import RECORD, newest_run, open_directory
 from runs.common.samples import Sampling, base_noise, decode, in_turn, slerp
 from runs.common.scores import EVALUATION_SEED
 from runs.common.training_state import Fitted
@@ -247,7 +247,7 @@ def draw_again(run: RunOptions, sampling: Sampling) -> None:
         raise ValueError(
             f"the flow in {directory} is not one of runs/mnist.py: its data have shape {tuple(flow.event_shape)}"
         )
-    own = MnistRecord.load(directory) if (directory / FILE).is_file() else None
+    own = MnistRecord.load(directory) if (directory / RECORD).is_file() else None
     if own is not None and own.sampling == sampling:
         record, out = own, directory
     else:

@@ -9,9 +9,8 @@ import torch
 
 from adapters.checkpoint import write_atomically
 from runs.common.options import RunOptions
-from runs.common.results import newest_run, open_directory
+from runs.common.results import RECORD, newest_run, open_directory
 
-FILE = "pictures.pt"
 # What is raised when a file is read that is damaged, or of another version.
 DAMAGED = (RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError, pickle.UnpicklingError)
 
@@ -32,7 +31,7 @@ class Record:
     def save(self, directory: Path) -> Path:
         """Write it beside the run's other results, whole or not at all."""
         content = {"kind": type(self).__name__, "values": asdict(self)}
-        return write_atomically(directory / FILE, lambda unfinished: torch.save(content, unfinished))
+        return write_atomically(directory / RECORD, lambda unfinished: torch.save(content, unfinished))
 
     @classmethod
     def load(cls, directory: Path) -> Self:
@@ -42,9 +41,9 @@ class Record:
             FileNotFoundError: if there is none.
             ValueError: if it is damaged, or another script's.
         """
-        path = directory / FILE
+        path = directory / RECORD
         if not path.is_file():
-            raise FileNotFoundError(f"no {FILE} in {directory}: give the directory of a run that has ended")
+            raise FileNotFoundError(f"no {RECORD} in {directory}: give the directory of a run that has ended")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
             kind, values = content["kind"], content["values"]
@@ -58,6 +57,6 @@ class Record:
 def draw_again(kind: type[Record], run: RunOptions) -> None:
     """Draw all pictures of the run in ``--load``, or of the newest run right below it, into ``--out`` or beside it."""
     assert run.load is not None
-    directory = newest_run(run.load, FILE)
+    directory = newest_run(run.load, RECORD)
     pictures = kind.load(directory).draw(open_directory(run.out or directory))
     print("\n".join([f"the pictures of {directory}", *(f"  {path}" for path in pictures)]))
