@@ -110,10 +110,11 @@ def test_law_1_contract_of_a_flow(name):
 @each_flow
 def test_laws_2_and_3_of_a_flow_in_every_library(name):
     conditional, x, context = flow(name, 4, CONTEXT, True), batch(ROWS, 4), context_for(CONTEXT, ROWS)
-    for bridge, library in [(bridge, name) for bridge in filter(installed, bridges()) for name in bridge.LIBRARIES]:
-        exported = to_library(library, conditional.transform, event_dim=1, conditional=True)
-        law_2_round_trip(conditional.transform, as_transform(exported), x, context)
-        law_3_direction(conditional, bridge.native_log_prob(exported, x, context), x, context)
+    for bridge in filter(installed, bridges()):
+        for library in bridge.LIBRARIES:
+            exported = to_library(library, conditional.transform, event_dim=1, conditional=True)
+            law_2_round_trip(conditional.transform, as_transform(exported), x, context)
+            law_3_direction(conditional, bridge.native_log_prob(exported, x, context), x, context)
 
 
 @each_flow
