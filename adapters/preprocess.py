@@ -6,6 +6,7 @@ checkpoint, so that it can be made again.
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Standardize(PointwiseAffineTransform):
         return cls(data.mean(0), data.std(0))
 
 
-class UnitInterval(Transform):
+class UnitInterval(Transform, ABC):
     """y = g(α + (1 − 2α) x / high) for data in [0, high], with g: (0, 1) → ℝ.
 
     α keeps y finite at both ends of the interval. The inverse maps ℝ to an interval that is larger by α high / (1 − 2α)
@@ -91,19 +92,19 @@ class UnitInterval(Transform):
         return (math.log(self.slope) - self.log_squash_slope(y)).flatten(1).sum(1)
 
     @staticmethod
+    @abstractmethod
     def stretch(p: Tensor) -> Tensor:
         """g(p)."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def squash(y: Tensor) -> Tensor:
         """g⁻¹(y)."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def log_squash_slope(y: Tensor) -> Tensor:
         """log dg⁻¹(y)/dy."""
-        raise NotImplementedError
 
 
 class Logit(UnitInterval):

@@ -1,6 +1,7 @@
 """What a run saves for its pictures, so that they can be drawn again without any training."""
 
 import pickle
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -16,7 +17,7 @@ DAMAGED = (RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeErr
 
 
 @dataclass
-class Record:
+class Record(ABC):
     """All that the pictures of a run are drawn from: losses, densities, samples, latents, frames, …
 
     A subclass declares what its pictures need, as tensors on the CPU, numbers, strings, and tuples, lists and
@@ -24,9 +25,9 @@ class Record:
     file as a dictionary.
     """
 
+    @abstractmethod
     def draw(self, out: Path) -> list[Path]:
         """Draw every picture into the directory, and say where they are."""
-        raise NotImplementedError
 
     def save(self, directory: Path) -> Path:
         """Write it beside the run's other results, whole or not at all."""
