@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
+from nflows.transforms import Transform
 from torch import Tensor
 
 from adapters import checkerboard_mask, random_mask, save_flow
@@ -53,7 +54,12 @@ TRACKERS = tuple(str(kind.value) for kind in LoggerType if kind != LoggerType.AL
 LAYERS = 8  # unless the masks say how many
 HIDDEN = {"mlp": (512, 512), "conv": (64, 64, 64)}  # widths or channels
 USUAL = {"activation": "gelu", "dropout": 0.1}  # where the flow has them and nothing else is asked for
-PREPROCESS = {"logit": lambda images: Logit(alpha=1e-6, high=HIGH), "affine": standardize, "marginals": Marginals.of}
+PREPROCESS: dict[str, Callable[[Tensor], Transform | None]] = {
+    "none": lambda images: None,
+    "affine": standardize,
+    "logit": lambda images: Logit(alpha=1e-6, high=HIGH),
+    "marginals": Marginals.of,
+}
 
 
 def checker_masks(layers: int, seed: int) -> list[Tensor]:
@@ -82,8 +88,8 @@ class MnistFlowOptions(FlowOptions):
     """the networks of a hand-written flow: mlp or conv."""
 
     preprocess: str = "marginals"
-    """the flow's first transform: logit, affine (zero mean and unit deviation over all pixels)
-    or marginals (each pixel's histogram to a normal)."""
+    """the flow's first transform: none (the dequantised pixels as they are), affine (zero mean and unit deviation over
+    all pixels), logit or marginals (each pixel's histogram to a normal)."""
 
     conditional: bool = False
     """model p(image | class) instead of p(image)."""
