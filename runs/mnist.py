@@ -290,6 +290,8 @@ def main(options: Options, *, read: Callable[..., Images] = load_images, draw: b
     record.save(out)
     if draw:
         print("\n".join(f"  {path}" for path in record.draw(out)))
+    if not fitted.interrupted:
+        options.run.remove_states(out)
     accelerator.end_training()
     return metrics
 

@@ -50,7 +50,7 @@ from runs.common.pictures.pyro_vae import PriorRecord, VAERecord
 from runs.common.pictures.record import draw_again
 from runs.common.recipe import Recipe
 from runs.common.results import open_directory, parameter_count, replacing_results, write_metrics
-from runs.common.scores import EVALUATION_SEED, mean_elbo, mean_over_seeds, score_vae
+from runs.common.scores import EVALUATION_SEED, gain, mean_elbo, mean_over_seeds, score_vae
 from runs.common.training_state import STATE, Fitted, check_resumable
 from runs.common.vae_benchmark import ROUNDS, benchmark
 from runs.common.vae_report import report, title
@@ -59,6 +59,7 @@ PIXELS = math.prod(SHAPE)
 RESULTS = Path("results/pyro_vae")
 BINARIZE = {"threshold": threshold, "dynamic": binarize}
 POSTERIORS = ("gaussian", "flow")
+TEST_IMAGES = 10_000  # of MNIST: fewer, by --limit, are scored with less effort
 
 
 class Ingredients(NamedTuple):
@@ -102,6 +103,10 @@ class VAEImageOptions(ImageOptions):
         super().check()
         check_known(BINARIZE, binarize=self.binarize)
         check_none_or_positive(augment=self.augment)
+
+    def of_the_exercise(self) -> bool:
+        """Whether they are all of MNIST, pixels > 0.5."""
+        return (self.dataset, self.binarize, self.limit) == ("MNIST", "threshold", None)
 
     def prepare(self, images: Tensor, seed: int) -> Tensor:
         """Binarised once: bytes ``(n, 28, 28)`` → floats ``(n, D)``."""
@@ -197,15 +202,25 @@ class VAETrainingOptions(EpochOptions):
 class EvaluationOptions(Checked):
     """How a trained VAE is scored."""
 
-    importance_samples: int = 500
-    """draws of z for an image's importance-weighted log p(x)."""
+    importance_samples: int | None = None
+    """draws of z for an image's importance-weighted log p(x); by default 500, and fewer under --limit."""
 
-    importance_images: int = 1000
-    """test images that tell by how much log p(x) exceeds the ELBO."""
+    importance_images: int | None = None
+    """test images that tell by how much log p(x) exceeds the ELBO; by default 1,000, and fewer under --limit."""
 
     def check(self) -> None:
-        check_positive(importance_samples=self.importance_samples, importance_images=self.importance_images)
-        check_at_most(100_000, importance_samples=self.importance_samples)
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        check_positive(**given)
+        check_at_most(100_000, importance_samples=self.importance_samples or 0)
+
+    def completed(self, limit: int | None) -> "EvaluationOptions":
+        """The same with what suits so many test images, in proportion to their number, in place of None."""
+        share = 1.0 if limit is None else min(1.0, limit / TEST_IMAGES)
+        return replace(
+            self,
+            importance_samples=self.importance_samples or max(50, round(500 * share)),
+            importance_images=self.importance_images or max(10, round(1_000 * share)),
+        )
 
 
 @dataclass(frozen=True)
@@ -268,10 +283,11 @@ def main(
         draw: whether to draw the pictures.
         rounds: of the benchmark.
     """
-    model, training, evaluation, run = options.model, options.training, options.evaluation, options.run
-    if run.load is not None:
-        draw_again(VAERecord, run)
+    if options.run.load is not None:
+        draw_again(VAERecord, options.run)
         return {}
+    options = replace(options, evaluation=options.evaluation.completed(options.images.limit))
+    model, training, evaluation, run = options.model, options.training, options.evaluation, options.run
     for prior in model.priors():
         model.trial_vae(prior)  # what can't be made says so now, not after the trainings of other priors
     accelerator = make_accelerator(run.device, training.precision)
@@ -282,24 +298,36 @@ def main(
     out = run.out or RESULTS / "-".join([model.prior] + [model.flow] * with_flow)
     trainings = options.trainings()
     if run.resume:
-        check_resumable(out / trainings[0].name())
+        check_resumable(out, trainings[0].name())
     open_directory(out)
     with accelerator.local_main_process_first():  # the others find the files that the first one fetched
         images = read(options.images.dataset, run.data_dir).first(options.images.limit)
     train_part = images.train[: len(images.validation)]
     test, train_part = (options.images.prepare(part, EVALUATION_SEED) for part in (images.test, train_part))
 
+    if options.images.limit is not None:
+        accelerator.print(
+            f"--limit {options.images.limit}: {len(test):,} test images, and log p(x) by "
+            f"{evaluation.importance_samples} importance samples on {evaluation.importance_images} of them"
+        )
+
     by_prior: dict[str, list[dict[str, float]]] = {}  # metrics, for one seed after the other
+    reference: Tensor | None = None  # the ELBO of each test image under the Gaussian prior, which is the first one
     record = VAERecord({})
     for single in trainings:
         vae, fitted = train(single, images, out / single.name(), accelerator)
         if accelerator.is_main_process:
             prior, seed = single.model.prior, single.training.seed
-            metrics = score_vae(vae, test, train_part, evaluation.importance_samples, evaluation.importance_images)
+            metrics, elbo = score_vae(vae, test, train_part, **vars(evaluation))
             metrics |= training_metrics(vae, fitted, training.batch_size)
+            if prior == "gaussian":
+                reference = elbo
+            elif reference is not None:
+                metrics |= gain(elbo, reference)
             by_prior.setdefault(prior, []).append(metrics)
             print(
-                f"elbo {metrics['elbo']:.2f}   reconstruction {metrics['reconstruction']:.2f}   "
+                f"elbo {metrics['elbo']:.2f} ± {metrics['elbo_stderr']:.2f}   "
+                f"reconstruction {metrics['reconstruction']:.2f}   "
                 f"kl {metrics['kl']:.2f}   prior_match {metrics['prior_match']:.3f}   "
                 f"({metrics['train_seconds']:.0f} s of training, {metrics['images_per_second']:,.0f} images/s)"
             )
@@ -314,10 +342,12 @@ def main(
 
     means = {prior: mean_over_seeds(metrics) for prior, metrics in by_prior.items()}
     write_metrics(out, "pyro_vae", flat(options) | {"out": out}, training.seed, means)
-    report(means, options.images.binarize == "threshold" and options.images.dataset == "MNIST")
+    report(means, comparable=options.images.of_the_exercise())
     record.save(out)
     if draw:
         print("\n".join(f"  {path}" for path in record.draw(out)))
+    if not any(found.get("interrupted") for found in means.values()):
+        run.remove_states(*(out / single.name() for single in trainings))
     return means
 
 

@@ -174,6 +174,8 @@ def main(options: Options, *, test_points: int = TEST_POINTS, draw: bool = True)
     record.save(out)
     if draw:
         print("\n".join(f"  {path}" for path in record.draw(out)))
+    if not fitted.interrupted:
+        options.run.remove_states(out)
     return metrics
 
 

@@ -1,5 +1,6 @@
 """The VAE, its priors and runs/pyro_vae.py: against closed forms, with every prior and library, and with bad input."""
 
+import itertools
 import json
 import math
 import os
@@ -10,13 +11,13 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
+from matplotlib.text import Text
 from PIL import Image, ImageColor
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
@@ -32,10 +33,11 @@ from runs.common import progress, scores
 from runs.common.command_line import cli, was_interrupted
 from runs.common.images import Batches, Images, binarize, threshold, warped
 from runs.common.objectives import without_argument_checks
-from runs.common.pictures.pyro_vae import STYLES, VAERecord, kept_apart
+from runs.common.pictures.pyro_vae import STYLES, VAERecord, figures
 from runs.common.recipe import Recipe
 from runs.common.training_state import STATE, NotFinite
 from runs.common.vae_benchmark import plain_loss, pyro_loss
+from runs.common.vae_report import report
 from tests.laws import batch, randomise
 from tests.scripts import pictures_in, run
 
@@ -361,8 +363,10 @@ def test_command_line_says_a_mistake_in_one_line(tmp_path):
     ("prior", "options", "said"),
     [
         ("gaussian", {}, "this is the prior to compare with"),
-        ("flow", {}, "with a Gaussian prior (-81.76)"),
-        ("flow", {"binarize": "dynamic"}, "--prior all trains the Gaussian prior too"),
+        ("flow", {"limit": None}, "with a Gaussian prior (-81.76)"),
+        ("flow", {}, "--prior all trains the Gaussian prior too"),  # under --limit
+        ("flow", {"limit": None, "binarize": "dynamic"}, "--prior all trains the Gaussian prior too"),
+        ("flow", {"limit": None, "dataset": "KMNIST"}, "--prior all trains the Gaussian prior too"),
     ],
 )
 def test_the_first_question_always_has_an_answer(prior, options, said, tmp_path, capsys):
@@ -381,9 +385,15 @@ def test_end_to_end_with_all_priors(tmp_path, capsys):
         assert found["importance_samples"] == 4 and found["steps"] == 4 and found["parameters"] > 0
         assert found["train_seconds"] > 0 and found["elbo_std"] > 0
     printed = capsys.readouterr().out
-    assert "Is the test ELBO better?" in printed and "than the Gaussian prior" in printed
-    assert printed.count("than the Gaussian prior") == len(metrics) - 1  # than itself it is not
-    assert "Do prior and aggregate posterior match?" in printed and "±" in printed
+    assert "Is the test ELBO better?" in printed
+    assert printed.count("the Gaussian prior\n") == len(metrics) - 1  # with itself it is not compared
+    assert "Do prior and aggregate posterior match?" in printed and "± is the standard error over 2 seeds" in printed
+    assert "64 test images; log_likelihood from 4 importance samples on 6 of them" in printed
+    for prior, found in metrics.items():
+        assert found["seeds"] == 2 and found["elbo_stderr"] == pytest.approx(found["elbo_std"] / 2**0.5)
+        assert ("elbo_gain" in found) == (prior != "gaussian")
+        if prior != "gaussian":
+            assert found["elbo_gain"] == pytest.approx(found["elbo"] - metrics["gaussian"]["elbo"])
     names = [f"{kind}-{prior}" for kind in ("samples", "reconstructions", "match") for prior in pyro_vae.PRIORS]
     for picture in (*names, "elbo", "priors"):
         assert f"{picture}.png" in printed
@@ -414,7 +424,7 @@ def test_a_prior_of_ones_own_is_a_line_in_the_table(tmp_path, monkeypatch, capsy
         assert list(metrics) == [*pyro_vae.PRIORS] == ["gaussian", "mog", "vamp", "flow", "laplace"]
     printed = capsys.readouterr().out
     assert "laplace prior, seed 0" in printed and re.search(r"^laplace +-", printed, re.M)
-    assert "  laplace: a classifier" in printed and re.search(r"  laplace: .* than the Gaussian prior", printed)
+    assert re.search(r"laplace \d+\.\d ± \d", printed) and re.search(r"  laplace: .* the Gaussian prior", printed)
     drawn = pictures_in(tmp_path)
     assert drawn.keys() == {"elbo.png", "priors.png"} | {
         f"{kind}-{prior}.png" for kind in ("samples", "reconstructions", "match") for prior in metrics
@@ -461,14 +471,26 @@ def test_what_a_load_can_not_draw_is_said(tmp_path):
             run("pyro_vae", load=tmp_path)
 
 
-def test_numbers_in_a_picture_are_kept_apart_and_within():
-    generator = np.random.default_rng(0)
-    for places in (np.zeros((10, 2)), 0.1 * generator.normal(size=(10, 2)), np.full((3, 2), 0.99)):
-        moved = kept_apart(places, 0.2, 1.0)
-        gaps = np.linalg.norm(moved[:, None] - moved, axis=2)[~np.eye(len(places), dtype=bool)]
-        assert gaps.min() > 0.19 and np.abs(moved).max() <= 0.9
-    far = np.array([[-0.5, 0.5], [0.5, 0.5]])
-    assert np.abs(kept_apart(far, 0.2, 1.0) - far).max() < 1e-3  # what is far enough stays where it is
+def test_the_classes_have_colours_of_their_own_and_the_pictures_a_legend(tmp_path, monkeypatch):
+    tiny(prior="all", epochs=1, out=tmp_path)
+    texts: dict[str, list[str]] = {}
+
+    def look(drawing, path, **_):
+        drawing.draw_without_rendering()
+        texts[path.name] = [text.get_text() for text in drawing.findobj(Text) if text.get_text()]
+        boxes = [text.get_window_extent() for text in drawing.legends[0].get_texts()] if drawing.legends else []
+        boxes.sort(key=lambda box: box.x0)
+        assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
+
+    monkeypatch.setattr(figures, "save", look)
+    run("pyro_vae", load=tmp_path)
+    assert len(set(figures.CLASSES)) == 10
+    for name in ("priors.png", "match-flow.png"):
+        assert {*"0123456789"} < {*texts[name]} and "first principal component" in texts[name]
+        assert "aggregate posterior: z of test images" in texts[name]
+    assert "draws of the prior" in texts["priors.png"] and "images decoded from such draws" in texts["priors.png"]
+    elbos = [text for text in (*texts["priors.png"], *texts["elbo.png"]) if re.search(r"(ELBO|test) .\d", text)]
+    assert len(elbos) == 2 * len(pyro_vae.PRIORS) and all("−" in text and "±" in text for text in elbos)
 
 
 def test_scoring_shows_its_progress(tmp_path, monkeypatch, capsys):
@@ -476,6 +498,45 @@ def test_scoring_shows_its_progress(tmp_path, monkeypatch, capsys):
     tiny(prior="gaussian", out=tmp_path)
     shown = capsys.readouterr().err
     assert all(f"scoring: {what}" in shown for what in ("ELBO", "log p(x)", "prior and posterior"))
+
+
+def test_a_limit_shrinks_the_evaluation_and_what_is_asked_for_stays(capsys):
+    shrunk = {limit: pyro_vae.EvaluationOptions().completed(limit) for limit in (None, 60_000, 10_000, 3_000, 1_000, 5)}
+    found = [(options.importance_images, options.importance_samples) for options in shrunk.values()]
+    assert found == [(1_000, 500), (1_000, 500), (1_000, 500), (300, 150), (100, 50), (10, 50)]
+    asked = pyro_vae.EvaluationOptions(importance_images=7, importance_samples=9)
+    assert asked.completed(100) == asked == asked.completed(None)
+
+
+def found(match, elbo=-80.0, gain=None, error=0.1):
+    """Metrics of a prior, as far as the report needs them."""
+    figures = {"elbo": elbo, "reconstruction": elbo + 20, "kl": 20.0, "log_likelihood": elbo + 5, "prior_match": match}
+    errors = {f"{name}_stderr": 0.005 if name == "prior_match" else error for name in figures}
+    compared = {} if gain is None else {"elbo_gain": gain, "elbo_gain_stderr": error}
+    counts = {"seeds": 1, "test_images": 10_000, "importance_samples": 500, "importance_images": 1_000}
+    return figures | errors | compared | counts
+
+
+def test_priors_that_can_not_be_told_apart_are_named_together(capsys):
+    metrics = {
+        "gaussian": found(0.628), "mog": found(0.548, gain=2.7), "vamp": found(0.521, gain=0.1),
+        "flow": found(0.550, gain=-4.8),
+    }  # fmt: skip
+    report(metrics, comparable=True)
+    printed = capsys.readouterr().out
+    assert "mixture: 2.70 ± 0.10 nats better than the Gaussian prior" in printed
+    assert "Vamp: not told apart (+0.10 ± 0.10 nats) from the Gaussian prior" in printed
+    assert "flow: 4.80 ± 0.10 nats worse than the Gaussian prior" in printed
+    groups = printed.split("50: they match)\n")[1].splitlines()
+    assert [group.strip() for group in groups] == [
+        "Vamp 52.1 ± 0.5", "mixture 54.8 ± 0.5, flow 55.0 ± 0.5: within the error of each other",
+        "Gaussian 62.8 ± 0.5", "best: Vamp",
+    ]  # fmt: skip
+    report({"mog": found(0.548), "flow": found(0.55)}, comparable=False)
+    printed = capsys.readouterr().out
+    assert "no prior matches better than another" in printed and "-81.76" not in printed
+    report({"flow": found(0.55, elbo=-81.7)}, comparable=True)
+    assert "flow: not told apart (+0.06 ± 0.10 nats) from the best published" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -603,7 +664,12 @@ def test_resumed_training_ends_where_an_uninterrupted_one_does(batches_seen, tmp
         safetensors.torch.load_file(tmp_path / name / "flow-0" / "vae.safetensors") for name in ("whole", "parts")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert (tmp_path / "parts" / "flow-0" / STATE).exists()
+    assert not list(tmp_path.rglob(STATE))  # both have ended
+    with pytest.raises(FileNotFoundError, match=r"nothing to resume: the run in .*parts has ended\. Without --resume"):
+        tiny(out=tmp_path / "parts", resume=True, **arguments)
+    tiny(out=tmp_path / "kept", keep_state=True, **arguments)
+    tiny(out=tmp_path / "kept", keep_state=True, resume=True, seeds=2, **arguments)
+    assert len(list(tmp_path.rglob(STATE))) == 2
 
 
 def test_two_processes_train_one_prior_after_the_other(tmp_path):
@@ -666,12 +732,13 @@ def test_ctrl_c_ends_the_run_after_the_prior_at_hand_and_is_not_compared(batches
     assert list(metrics) == ["gaussian", "mog"] and metrics["mog"]["interrupted"] and was_interrupted(metrics)
     assert "interrupted" not in metrics["gaussian"] and metrics["mog"]["steps"] < metrics["gaussian"]["steps"]
     printed = capsys.readouterr().out
-    assert "mixture (interrupted)" in printed and "than the Gaussian prior" not in printed
+    assert "mixture (interrupted)" in printed and "the Gaussian prior\n" not in printed
     record = json.loads((tmp_path / "metrics.json").read_text())
-    assert record["metrics"]["mog"]["interrupted"] is True
+    assert record["metrics"]["mog"]["interrupted"] is True and len(list(tmp_path.rglob(STATE))) == 2
     whole = tiny(prior="all", epochs=3, out=tmp_path, resume=True)
     assert list(whole) == list(pyro_vae.PRIORS) and not was_interrupted(whole)
     assert {found["steps"] for found in whole.values()} == {metrics["gaussian"]["steps"]}
+    assert not list(tmp_path.rglob(STATE))
 
 
 def test_the_command_line_says_that_it_was_interrupted():

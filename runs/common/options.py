@@ -22,7 +22,7 @@ from runs.common.devices import choose_device
 from runs.common.images import DATASETS
 from runs.common.recipe import Recipe, check_recipe
 from runs.common.results import open_directory, to_plain
-from runs.common.training_state import check_resumable
+from runs.common.training_state import STATE, check_resumable
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,10 @@ class RunOptions(Checked):
     resume: bool = False
     """go on with the training in that directory, after a crash or Ctrl-C."""
 
+    keep_state: bool = False
+    """keep training.pt, several times as large as the weights, also when the run has ended well and needs it no
+    more."""
+
     load: Path | None = None
     """train nothing; draw the pictures of the run in this directory again, there or in --out."""
 
@@ -173,6 +177,15 @@ class RunOptions(Checked):
         if self.resume:
             check_resumable(out)
         return open_directory(out)
+
+    def remove_states(self, *directories: Path) -> None:
+        """Remove the checkpoints of trainings in these directories, whose run has ended well, unless they shall stay.
+
+        To be called last: until a run has its results and pictures, ``--resume`` may still be needed.
+        """
+        if not self.keep_state:
+            for directory in directories:
+                (directory / STATE).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from adapters.bridges import bridges
 from adapters.checkpoint import write_atomically
 from runs.common.devices import module_of
 
+METRICS = "metrics.json"
 RECORD = "pictures.pt"  # what a run's pictures are drawn from: see pictures/record.py
 
 
@@ -70,7 +71,7 @@ def write_metrics(out: Path, run: str, arguments: dict[str, Any], seed: int, met
         "metrics": metrics,
     }
     text = json.dumps(without_nan(record), indent=2, default=str, allow_nan=False)
-    return write_text(out / "metrics.json", text + "\n")
+    return write_text(out / METRICS, text + "\n")
 
 
 def read_metrics(directory: Path, run: str) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def read_metrics(directory: Path, run: str) -> dict[str, Any]:
     Raises:
         ValueError: if the file is damaged, or another script's.
     """
-    path = directory / "metrics.json"
+    path = directory / METRICS
     try:
         record = json.loads(path.read_text())
         kind, metrics = record["run"], record["metrics"]
@@ -103,7 +104,7 @@ def replacing_results(weights: Path, out: Path) -> Path:
     Returns:
         the path of the weights, as it came.
     """
-    found = [path for path in (out / "metrics.json", out / RECORD) if path.is_file()]
+    found = [path for path in (out / METRICS, out / RECORD) if path.is_file()]
     for path in found:
         path.unlink()
     if found:

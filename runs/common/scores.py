@@ -144,9 +144,10 @@ def shared_bits_per_dim(flow: Flow, images: Tensor, labels: Tensor, accelerator:
     return bits_per_dim(-total.item() / len(images), images[0].numel())
 
 
-def standard_error(scores: Tensor, dimensions: int) -> float:
-    """Of the mean of log-likelihoods in nats, in bits per dimension."""
-    return scores.std(correction=0).item() / math.sqrt(len(scores)) / (dimensions * math.log(2))
+def standard_error(scores: Tensor, dimensions: int | None = None) -> float:
+    """Of the mean of scores in nats: in nats, or in bits per dimension if their number is given."""
+    nats = scores.std(correction=0).item() / math.sqrt(len(scores))
+    return nats if dimensions is None else nats / (dimensions * math.log(2))
 
 
 # The VAE
@@ -154,8 +155,10 @@ def standard_error(scores: Tensor, dimensions: int) -> float:
 
 def score_vae(
     vae: VAE, test: Tensor, train: Tensor, importance_samples: int, importance_images: int
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Tensor]:
     """Test ELBO and its terms, log p(x), all in nats per image, and how well prior and aggregate posterior match.
+
+    Each comes with its standard error: over the test images, or over the draws that the classifier has not seen.
 
     log p(x) is the ELBO over all images plus the mean gap over some of them, evenly spaced in the test set. The gap
     differs little from image to image, unlike log p(x) itself, so few images give its mean.
@@ -166,6 +169,9 @@ def score_vae(
         train: training images, for their ELBO.
         importance_samples: draws of z for an image's log p(x).
         importance_images: how many test images say how large the gap is.
+
+    Returns:
+        the metrics, and the ELBO of each test image.
     """
     reconstruction, kl = elbo_terms(vae, test, ELBO_DRAWS, doing="scoring: ELBO")
     elbo = reconstruction - kl
@@ -173,29 +179,49 @@ def score_vae(
     gaps = importance_gaps(vae, test[chosen], importance_samples)
     elbo_train = mean_elbo(vae, train)
     posterior, prior = draws_of_both(vae, test)
-    return {
+    match = two_sample_accuracy(posterior, prior)
+    metrics = {
         "elbo": elbo.mean().item(),
-        "elbo_stderr": elbo.std(correction=0).item() / math.sqrt(len(elbo)),
+        "elbo_stderr": standard_error(elbo),
         "reconstruction": reconstruction.mean().item(),
+        "reconstruction_stderr": standard_error(reconstruction),
         "kl": kl.mean().item(),
+        "kl_stderr": standard_error(kl),
         "log_likelihood": (elbo.mean() + gaps.mean()).item(),
+        "log_likelihood_stderr": math.hypot(standard_error(elbo), standard_error(gaps)),
+        "test_images": len(test),
         "importance_samples": importance_samples,
         "importance_images": len(chosen),
-        "prior_match": two_sample_accuracy(posterior, prior),
+        "prior_match": match,
+        "prior_match_stderr": math.sqrt(match * (1 - match) / len(posterior)),  # half of both draws are held out
         "elbo_train": elbo_train,
     }
+    return metrics, elbo
+
+
+def gain(elbo: Tensor, reference: Tensor) -> dict[str, float]:
+    """By how much one VAE's ELBOs exceed another's on the same images, in nats, and the mean's standard error.
+
+    An image that is hard for one is hard for the other, so that this error is smaller than either ELBO's own.
+    """
+    return {"elbo_gain": (elbo - reference).mean().item(), "elbo_gain_stderr": standard_error(elbo - reference)}
 
 
 def mean_over_seeds(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the seeds and, for what is estimated, standard deviations; ``interrupted`` if any seed was."""
+    """Means over the seeds; ``interrupted`` if any seed was.
+
+    For what is estimated there are also, of several seeds, the standard deviation over them, and the mean's standard
+    error over them in place of that over the test images.
+    """
     interrupted = any(found.get("interrupted") for found in metrics)
     metrics = [{key: value for key, value in found.items() if key != "interrupted"} for found in metrics]
     means = {key: statistics.fmean(found[key] for found in metrics) for key in metrics[0]}
     means = {key: int(mean) if isinstance(metrics[0][key], int) else mean for key, mean in means.items()}
     if len(metrics) > 1:
-        for key in ("elbo", "reconstruction", "kl", "log_likelihood", "prior_match"):
-            means[f"{key}_std"] = statistics.stdev(found[key] for found in metrics)
-    return means | ({"interrupted": True} if interrupted else {})
+        for key in [key for key in means if f"{key}_stderr" in means]:
+            deviation = statistics.stdev(found[key] for found in metrics)
+            means |= {f"{key}_std": deviation, f"{key}_stderr": deviation / math.sqrt(len(metrics))}
+    return means | {"seeds": len(metrics)} | ({"interrupted": True} if interrupted else {})
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from adapters.checkpoint import write_atomically
 from runs.common.devices import random_state, set_random_state
 from runs.common.recipe import Recipe
+from runs.common.results import METRICS
 
 STATE = "training.pt"
 FORMAT = 2  # of that file
@@ -231,12 +232,21 @@ class TrainingState:
         self.trust([])
 
 
-def check_resumable(directory: Path) -> Path:
-    """The checkpoint in ``directory``, or a FileNotFoundError."""
-    path = directory / STATE
-    if not path.is_file():
-        raise FileNotFoundError(f"nothing to resume: no {STATE} in {directory}")
-    return path
+def check_resumable(directory: Path, training: str = "") -> Path:
+    """The checkpoint of a training in ``directory``, or in the directory of that name below it.
+
+    Raises:
+        FileNotFoundError: if there is none, because the run has ended well or for another reason.
+    """
+    path = directory / training / STATE
+    if path.is_file():
+        return path
+    if (directory / METRICS).is_file():
+        raise FileNotFoundError(
+            f"nothing to resume: the run in {directory} has ended. Without --resume it starts anew, and --load "
+            f"{directory} draws its pictures again; with --keep-state a run can be resumed after its end, too"
+        )
+    raise FileNotFoundError(f"nothing to resume: no {STATE} in {path.parent}")
 
 
 def set_aside(directory: Path) -> str | None:

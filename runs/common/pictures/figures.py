@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from adapters.checkpoint import write_atomically
@@ -25,13 +24,11 @@ FAINT = "#5d6b75"
 SERIES = (INK, "#4f8a8b", "#c9973f", ACCENT)  # one colour for each of several curves
 # For more curves than that; ``ACCENT`` stays apart from all of them.
 MANY = ("#22303c", "#2a9d9d", "#c9973f", "#7a5ea8", "#3f7fd0", "#7d9a3a", "#c67fb0", "#8c6d5a", "#58b5e0", "#9aa5ad")
+# For ten classes of points on grey.
+CLASSES = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#f27ccf", "#111111", "#c2b500", "#17c3d9")
 OVER = "#3fc1c9"  # a colour that the map of the densities has not, for what lies above its end
 DENSITY = matplotlib.colormaps["magma"].with_extremes(over=OVER)
 HEADROOM = 1.3  # the colours of densities end at so many times the true maximum
-OUTLINED = {  # a label among points
-    "color": INK, "fontsize": 10, "fontweight": "bold", "ha": "center", "va": "center",
-    "path_effects": [withStroke(linewidth=2.5, foreground="white")],
-}  # fmt: skip
 GAP = 2  # pixels between the images of a grid
 LABEL = 11
 STYLE: dict[Any, Any] = {
@@ -68,6 +65,11 @@ def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float
             save(drawing, path)
         finally:
             plt.close(drawing)
+
+
+def signed(value: float) -> str:
+    """A number to one decimal place, with the minus sign that the axes have, too."""
+    return f"{value:.1f}".replace("-", "−")
 
 
 def unit_square(axes: Axes, title: str) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
 from adapters.vae import VAE
@@ -23,7 +25,8 @@ from runs.common.training_state import Fitted
 
 POINTS = 3_000  # draws shown of prior and posterior
 GRID = 120  # cells of the prior's density along either axis
-DENSITY_DRAWS = 20, 10_000  # of the prior, for its density: so many times so many
+POSTERIOR = "aggregate posterior: z of test images"
+DENSITY_DRAWS = 10_000  # of the prior at once, for its density
 COMPARED = 12  # test images shown with their reconstructions
 DRAWN = 49  # images that a column of priors.png shows
 STYLES = list(itertools.product(("-", "--", ":", "-."), dict.fromkeys(figures.SERIES + figures.MANY)))
@@ -37,8 +40,9 @@ class PriorRecord:
         title: the prior's name.
         losses: pairs (step, mean negative ELBO since the last pair), where the training minimises just that.
         validation: pairs (step, negative ELBO of the validation images).
-        elbo: of the test images, in nats per image.
-        prior_match: how often a classifier tells draws of prior and aggregate posterior apart; 0.5 if they match.
+        elbo, elbo_stderr: of the test images, in nats per image, and its standard error.
+        prior_match, prior_match_stderr: how often a classifier tells draws of prior and aggregate posterior apart, and
+            the standard error of that; 0.5 if they match.
         samples: means of p(x | z) at draws of the prior, ``(n, 28, 28)``.
         reconstructions: test images, then the means of p(x | z) with z a draw of q(z | x), ``(2, n, 28, 28)``.
         posterior, prior: draws of aggregate posterior and prior in a plane, ``(n, 2)``: z itself where that has one or
@@ -54,7 +58,9 @@ class PriorRecord:
     losses: list[tuple[int, float]]
     validation: list[tuple[int, float]]
     elbo: float
+    elbo_stderr: float
     prior_match: float
+    prior_match_stderr: float
     samples: Tensor
     reconstructions: Tensor
     posterior: Tensor
@@ -84,8 +90,7 @@ class PriorRecord:
             title=title,
             losses=fitted.losses,
             validation=fitted.validation,
-            elbo=metrics["elbo"],
-            prior_match=metrics["prior_match"],
+            **{name: metrics[name] for name in ("elbo", "elbo_stderr", "prior_match", "prior_match_stderr")},
             samples=decoded_samples(vae, seed),
             reconstructions=reconstruct(vae, test),
             labels=labels[:POINTS],
@@ -94,15 +99,17 @@ class PriorRecord:
 
     def draw_match(self, path: Path) -> Path:
         """The aggregate posterior, and draws of the prior, each over the prior's density."""
-        with figures.figure(path, 1, 2, size=(7.6, 3.9), sharex=True, sharey=True) as (drawing, axes):
-            self.show_posterior(axes[0], "aggregate posterior, by class")
-            self.show_prior(axes[1], "prior")
-            drawing.supxlabel(self.axes[0], fontsize=9, color=figures.INK)
-            drawing.supylabel(self.axes[1], fontsize=9, color=figures.INK)
-            drawing.suptitle(
-                f"over the prior's density; a classifier tells them apart in {100 * self.prior_match:.1f} % of cases "
-                "(50 %: a match)",
-                fontsize=9, color=figures.FAINT,
+        with figures.figure(path, 1, 2, size=(7.6, 4.6), sharex=True, sharey=True) as (drawing, axes):
+            self.show_posterior(axes[0], POSTERIOR)
+            self.show_prior(axes[1], f"{self.title} prior: draws of it")
+            axes[0].set_ylabel(self.axes[1])
+            for place in axes:
+                place.set_xlabel(self.axes[0])
+            legend_of_classes(drawing)
+            drawing.supxlabel(
+                f"Grey: the prior's density. A classifier tells the draws apart in {self.told_apart} of cases.\n"
+                "At 50 % it can only guess: prior and posterior match.",
+                fontsize=8, color=figures.FAINT,
             )  # fmt: skip
         return path
 
@@ -111,33 +118,28 @@ class PriorRecord:
         columns = self.reconstructions.shape[1]
         return figures.image_grid(path, self.reconstructions.flatten(0, 1).numpy(), columns, ["x", "p(x | z)"])
 
+    @property
+    def told_apart(self) -> str:
+        """How often the classifier is right, in words."""
+        return f"{100 * self.prior_match:.1f} ± {100 * self.prior_match_stderr:.1f} %"
+
     def show_posterior(self, axes: Axes, title: str) -> None:
-        """Draws of the aggregate posterior, coloured by class, and each class's number near the middle of its draws."""
+        """Draws of the aggregate posterior, coloured by the class of their image."""
         self.show_density(axes, title)
-        points, labels = self.posterior.numpy(), self.labels.numpy()
-        axes.scatter(
-            points[:, 0], points[:, 1], s=2.2, alpha=0.6, linewidths=0, c=labels, cmap="tab10", vmin=-0.5, vmax=9.5
-        )
-        classes = np.unique(labels)
-        middles = np.array([np.median(points[labels == label], axis=0) for label in classes])
-        width, height = axes.get_window_extent().size / figures.STYLE["figure.dpi"]  # in inches
-        distance = 2 * self.reach * 0.2 / min(width, height)  # a number is 0.15 inches high
-        for label, middle, place in zip(classes, middles, kept_apart(middles, distance, self.reach), strict=True):
-            if np.linalg.norm(place - middle) > distance / 2:
-                axes.plot(*zip(middle, place, strict=True), color=figures.INK, linewidth=0.6)
-            axes.text(place[0], place[1], str(label), **figures.OUTLINED)
+        colours = [figures.CLASSES[label] for label in self.labels.tolist()]
+        axes.scatter(self.posterior[:, 0], self.posterior[:, 1], s=4, alpha=0.7, linewidths=0, c=colours)
 
     def show_prior(self, axes: Axes, title: str) -> None:
         """Draws of the prior over its density."""
         self.show_density(axes, title)
-        axes.scatter(self.prior[:, 0], self.prior[:, 1], s=2.2, alpha=0.6, linewidths=0, color=figures.ACCENT)
+        axes.scatter(self.prior[:, 0], self.prior[:, 1], s=3, alpha=0.6, linewidths=0, color=figures.ACCENT)
 
     def show_density(self, axes: Axes, title: str) -> None:
         """The prior's density in grey."""
         ends = (-self.reach, self.reach)
         axes.imshow(
             self.density.numpy(), origin="lower", extent=(*ends, *ends), cmap="Greys", interpolation="bilinear",
-            aspect="equal", vmin=0, vmax=1.6 * self.density.max().item(),
+            aspect="equal", vmin=0, vmax=2 * self.density.max().item(),
         )  # fmt: skip
         axes.set(xlim=ends, ylim=ends, title=title)
 
@@ -174,7 +176,7 @@ class VAERecord(Record):
                 steps, elbos = curve(prior.losses)
                 axes.plot(steps, elbos, line, color=colour, alpha=0.3, linewidth=0.7)
                 steps, elbos = curve(prior.validation)
-                label = f"{prior.title}, test {prior.elbo:.1f}"
+                label = f"{prior.title}, test {figures.signed(prior.elbo)} ± {prior.elbo_stderr:.1f}"
                 axes.plot(steps, elbos, line, marker="o", color=colour, markersize=3, linewidth=1, label=label)
                 every += elbos
             ends = [-prior.validation[-1][1] for prior in self.priors.values() if prior.validation]
@@ -188,22 +190,38 @@ class VAERecord(Record):
     def draw_priors(self, path: Path) -> Path:
         """A column for each prior: aggregate posterior over its density, its own draws, and what they decode to."""
         columns = len(self.priors)
-        rows = ("aggregate posterior", "draws of the prior", "p(x | z) at such draws")
-        with figures.figure(path, 3, columns, size=(2.7 * columns + 0.5, 8.4), squeeze=False) as (_, axes):
+        rows = (POSTERIOR, "draws of the prior", "images decoded from such draws")
+        with figures.figure(path, 3, columns, size=(2.7 * columns + 0.6, 9.2), squeeze=False) as (drawing, axes):
             for column, prior in zip(axes.T, self.priors.values(), strict=True):
-                prior.show_posterior(column[0], f"{prior.title}: ELBO {prior.elbo:.1f}")
-                prior.show_prior(column[1], f"told apart: {100 * prior.prior_match:.0f} % (a match: 50 %)")
+                elbo = f"{figures.signed(prior.elbo)} ± {prior.elbo_stderr:.1f}"
+                prior.show_posterior(column[0], f"{prior.title} prior\ntest ELBO {elbo} nats")
+                prior.show_prior(column[1], f"told apart: {prior.told_apart}")
                 for place in column[:2]:
-                    place.set_xlabel(prior.axes[0], fontsize=7)
-                    place.set_ylabel(prior.axes[1], fontsize=7)
+                    place.set_xlabel(prior.axes[0], fontsize=8)
                 column[2].imshow(mosaic(prior.samples[:DRAWN].numpy(), 7), cmap="gray", vmin=0, vmax=1)
                 column[2].set_axis_off()
-            for first, label in zip(axes[:, 0], rows, strict=True):
+            for first, name, label in zip(axes[:, 0], (*[prior.axes[1]] * 2, ""), rows, strict=True):
+                first.set_ylabel(name, fontsize=8)
                 first.annotate(
                     label, (-0.34, 0.5), xycoords="axes fraction", rotation=90, ha="center", va="center",
                     color=figures.INK, fontsize=figures.LABEL,
                 )  # fmt: skip
+            legend_of_classes(drawing)
+            drawing.supxlabel(
+                "Grey: the prior's density. Told apart: how often a classifier says rightly whether z was drawn from "
+                "the prior or\nfrom the aggregate posterior. At 50 % it can only guess: the two match.",
+                fontsize=9, color=figures.FAINT,
+            )  # fmt: skip
         return path
+
+
+def legend_of_classes(drawing: Figure) -> None:
+    """The colour of each class, in a row above the axes."""
+    spots = [Line2D([], [], color=colour, marker="o", linewidth=0, markersize=6) for colour in figures.CLASSES]
+    names = list(map(str, range(len(spots))))
+    title = "class of the image that a draw of the posterior belongs to"
+    options: dict[str, Any] = {"ncols": len(spots), "columnspacing": 0.8, "handletextpad": 0.1, "title": title}
+    drawing.legend(spots, names, loc="outside upper center", **options)
 
 
 # What is shown
@@ -242,12 +260,12 @@ def in_a_plane(vae: VAE, test: Tensor) -> dict[str, Any]:
         points = torch.stack((x.flatten(), y.flatten()), 1).to(device)
         density = vae.prior().log_prob(points).exp().view(GRID, GRID).cpu()
     else:
-        times, draws = DENSITY_DRAWS
+        times = min(20, max(5, len(test) // 500))  # so that few test images are shown quickly
         parts = []
-        with seeded(EVALUATION_SEED, device), progress(times * draws, "drawing from the prior", "draw") as bar:
+        with seeded(EVALUATION_SEED, device), progress(times * DENSITY_DRAWS, "drawing from the prior", "draw") as bar:
             for _ in range(times):
-                parts.append(project(vae.prior().sample((draws,)).cpu()))
-                bar.update(draws)
+                parts.append(project(vae.prior().sample((DENSITY_DRAWS,)).cpu()))
+                bar.update(DENSITY_DRAWS)
         many = torch.cat(parts).numpy()
         counts = np.histogram2d(many[:, 1], many[:, 0], bins=GRID, range=[(-reach, reach)] * 2)[0]
         density = torch.from_numpy(smooth(counts))
@@ -268,22 +286,3 @@ def smooth(values: np.ndarray, width: float = 1.6) -> np.ndarray:
 def curve(losses: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     """Steps and ELBOs, from pairs (step, negative ELBO)."""
     return [step for step, _ in losses], [-loss for _, loss in losses]
-
-
-def kept_apart(places: np.ndarray, distance: float, reach: float) -> np.ndarray:
-    """The places ``(n, 2)``, moved as little as it takes for all to be so far from each other, within (−reach, reach)².
-
-    Any two that are too close push each other away along the line between them, again and again.
-    """
-    turns = 2.4 * np.arange(len(places))[:, None]  # of places that coincide each moves in a direction of its own
-    places = places + 1e-3 * distance * np.concatenate((np.cos(turns), np.sin(turns)), 1)
-    for _ in range(200):
-        gaps = places[:, None] - places
-        lengths = np.linalg.norm(gaps, axis=2)
-        np.fill_diagonal(lengths, np.inf)
-        pushes = np.clip(1.02 * distance - lengths, 0, None) / 2
-        places = places + (gaps * (pushes / lengths)[:, :, None]).sum(1)
-        places = np.clip(places, distance / 2 - reach, reach - distance / 2)
-        if not pushes.any():
-            break
-    return places
