@@ -502,7 +502,11 @@ def test_ctrl_c_ends_cleanly_and_can_be_resumed(run, tmp_path, monkeypatch, capf
     assert "interrupted at step 8" in "".join(capfd.readouterr()) and (tmp_path / "parts" / "metrics.json").exists()
     with pytest.raises(ValueError, match=r"belongs to another training: lr was 0.001, not 0.5\. Resume"):
         run(out=tmp_path / "parts", resume=True, lr=0.5, **arguments)
+    assert [path.parent.name for path in tmp_path.rglob(STATE)] == ["parts"]
     run(out=tmp_path / "parts", resume=True, samples=3, **arguments)
+    assert not list(tmp_path.rglob(STATE))
+    with pytest.raises(FileNotFoundError, match=r"nothing to resume: the run in .*parts has ended\. Without --resume"):
+        run(out=tmp_path / "parts", resume=True, **arguments)
     assert_same(trained(tmp_path / "parts"), trained(tmp_path / "whole"))
 
 
@@ -541,14 +545,14 @@ def steps_of(out):
 def test_two_processes_have_the_gradients_of_one(run, tmp_path, data_dir):
     """The first moment of Adam after one step is a tenth of the gradient."""
     single = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    more = ["--epochs", "1", "--options", "activation", "relu", "dropout", "0.0", "--batch-size", "64"]
+    more = ["--keep-state", "--epochs", "1", "--options", "activation", "relu", "dropout", "0.0", "--batch-size", "64"]
     done = subprocess.run(
         [*single, *command(tmp_path / "two", data_dir, *more)],
         env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bits_per_dim") == 1
-    run(out=tmp_path / "one", epochs=1, batch_size=64, options={"activation": "relu", "dropout": 0.0})
+    run(out=tmp_path / "one", keep_state=True, epochs=1, batch_size=64, options={"activation": "relu", "dropout": 0.0})
     one, two = (read_checkpoint(tmp_path / name / STATE) for name in ("one", "two"))
     assert one["fitted"]["steps"] == two["fitted"]["steps"] == 1
     for index, state in one["optimizer"]["state"].items():

@@ -13,8 +13,10 @@ from torch.testing import assert_close
 
 from adapters import flow_names, load_flow
 from runs.common.densities import DENSITIES, TwoGaussians
+from runs.common.pictures import figures
+from runs.common.pictures.toy import ToyRecord
 from runs.common.results import RECORD
-from runs.common.training_state import NotFinite
+from runs.common.training_state import STATE, NotFinite
 from tests.scripts import pictures_in, run
 
 TINY = {"layers": 2, "hidden": (8,), "steps": 3, "batch_size": 16}
@@ -50,6 +52,28 @@ def test_toy_end_to_end(data, tmp_path, capsys):
         with Image.open(tmp_path / picture) as image:
             image.load()
             assert picture != "forming.gif" or getattr(image, "n_frames", 1) > 1
+
+
+def test_a_short_training_is_scored_on_fewer_points(tmp_path, capsys):
+    for steps, points in ((3, 10_000), (40, 16_384), (40, 12_000)):
+        seams = {"draw": False} | ({"test_points": 12_000} if points == 12_000 else {})
+        metrics = run("toy", out=tmp_path, **TINY | {"steps": steps, "batch_size": 4096}, seams=seams)
+        assert metrics["test_points"] == points and f"on {points:,} fresh points" in capsys.readouterr().out
+
+
+def test_what_lies_above_the_colours_is_said_in_words(tmp_path, monkeypatch):
+    def look(drawing, path, **_):
+        texts.append([axes.get_title() for axes in drawing.axes])
+
+    texts: list[list[str]] = []
+    run("toy", out=tmp_path, **TINY)
+    monkeypatch.setattr(figures, "save", look)
+    record = ToyRecord.load(tmp_path)
+    for factor in (0.0, 1.5):
+        record.learned_density = factor * record.true_density
+        record.draw_densities(tmp_path / "densities.png")
+    assert [any("light blue" in text for text in titles) for titles in texts] == [False, True]
+    assert f"light blue:\nabove {record.top:.3g}" in texts[1]
 
 
 def test_the_pictures_of_a_run_are_drawn_again_without_training(tmp_path, capsys):
@@ -153,7 +177,10 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(TwoGaussians, "sample", stops)
         assert run("toy", out=tmp_path / "parts", **arguments)["interrupted"]
-    resumed = run("toy", out=tmp_path / "parts", resume=True, **arguments)
+    assert [path.parent.name for path in tmp_path.rglob(STATE)] == ["parts"]
+    resumed = run("toy", out=tmp_path / "parts", resume=True, keep_state=True, **arguments)
     assert resumed["kl"] == whole["kl"] and resumed["steps"] == 20 and "interrupted" not in resumed
+    with pytest.raises(FileNotFoundError, match=r"nothing to resume: the run in .*whole has ended\. Without --resume"):
+        run("toy", out=tmp_path / "whole", resume=True, **arguments)
     with pytest.raises(ValueError, match="belongs to another training: lr was 0.005, not 0.1"):
         run("toy", out=tmp_path / "parts", resume=True, lr=0.1, **arguments)

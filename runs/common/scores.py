@@ -18,6 +18,7 @@ from runs.common.images import bits_per_dim, context_for, dequantize
 from runs.common.progress import progress
 
 TEST_POINTS = 100_000  # fresh points of a density in the plane
+POINTS = 10_000  # of them scored at once
 EVALUATION_SEED = 0  # of the noise on validation and test images: always the same
 CHUNK = 500  # images scored at once
 ELBO_DRAWS = 10  # of z for each test image
@@ -35,7 +36,12 @@ def divergence(true: Density, log_prob: Callable[[Tensor], Tensor], x: Tensor) -
     This is the test NLL minus the exact entropy, with log p as the control variate that takes most of the sampling
     noise out of it.
     """
-    gap = torch.cat([true.log_prob(chunk) - log_prob(chunk).cpu().double() for chunk in x.split(10_000)])
+    gaps = []
+    with progress(len(x), "scoring: KL", "point") as bar:
+        for chunk in x.split(POINTS):
+            gaps.append(true.log_prob(chunk) - log_prob(chunk).cpu().double())
+            bar.update(len(chunk))
+    gap = torch.cat(gaps)
     return gap.mean().item(), gap.std().item() / math.sqrt(len(gap))
 
 
@@ -43,8 +49,10 @@ def divergence(true: Density, log_prob: Callable[[Tensor], Tensor], x: Tensor) -
 def round_trip_errors(flow: Flow, points: Tensor) -> Tensor:
     """The largest error of any coordinate of x → noise → x, for each of the points: ``(n, D)`` → ``(n,)``."""
     errors = []
-    for x in points.split(10_000):
-        errors.append((flow.decode(flow.encode(x)) - x).abs().amax(1))
+    with progress(len(points), "scoring: round trip", "point") as bar:
+        for x in points.split(POINTS):
+            errors.append((flow.decode(flow.encode(x)) - x).abs().amax(1))
+            bar.update(len(x))
     return torch.cat(errors).cpu()
 
 
@@ -62,6 +70,7 @@ def score_density(flow: Flow, true: Density, test_points: int) -> dict[str, floa
         "nll_floor": true.entropy,
         "kl": kl,
         "kl_stderr": stderr,
+        "test_points": test_points,
         "round_trip": errors.median().item(),
         "round_trip_worst": errors.max().item(),
     }

@@ -90,6 +90,14 @@ def density(axes: Axes, values: np.ndarray, top: float, title: str) -> AxesImage
     )
 
 
+def density_scale(drawing: Figure, image: AxesImage, axes: Sequence[Axes], above: bool) -> None:
+    """The colours of a density beside it; if some of it lies above their end, also what shows that, in words."""
+    bar = drawing.colorbar(image, ax=axes, shrink=0.8, label="density", extend="max" if above else "neither")
+    if above:
+        top = image.get_clim()[1]
+        bar.ax.set_title(f"light blue:\nabove {top:.3g}", fontsize=8, color=INK, pad=14)
+
+
 def scatter(axes: Axes, points: np.ndarray, title: str) -> None:
     """Points over (0, 1)², as many as stay distinguishable."""
     unit_square(axes, title)

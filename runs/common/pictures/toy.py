@@ -64,8 +64,7 @@ class ToyRecord(Record):
         with figures.figure(path, 2, 2, size=(6.6, 6)) as (drawing, axes):
             figures.density(axes[0, 0], self.true_density.numpy(), self.top, "true density")
             image = figures.density(axes[0, 1], self.learned_density.numpy(), self.top, "learned density")
-            above = "max" if self.learned_density.max() > self.top else "neither"
-            drawing.colorbar(image, ax=axes[0], shrink=0.85, label="density", extend=above)
+            figures.density_scale(drawing, image, axes[0], above=self.learned_density.max().item() > self.top)
             figures.scatter(axes[1, 0], self.true_samples.numpy(), "samples of the true density")
             figures.scatter(axes[1, 1], self.learned_samples.numpy(), "samples of the flow")
         return path
