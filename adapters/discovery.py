@@ -4,7 +4,6 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-
 # The files that can't be imported, by module name, with the reason. None is tried twice.
 _failed: dict[str, str] = {}
 

@@ -8,8 +8,8 @@ The name is of a module or a file, and of something in it. That may be
   the layers itself. A function that takes ``mask`` makes one layer, as a class does;
 - a layer or a flow that is made already. Each flow gets a copy of it.
 
-A class or a function is called with what it asks for by the names of its parameters: see ``Offer``. A flow may be of any
-library, or the course's own, with ``base``, ``forward``, ``inverse``, ``log_prob`` and ``sample``.
+A class or a function is called with what it asks for by the names of its parameters: see ``Offer``. A flow may be of
+any library, or the course's own, with ``base``, ``forward``, ``inverse``, ``log_prob`` and ``sample``.
 
 Which way ``forward`` runs is known of a library's objects, and told by the ``log_prob`` of a flow. A layer alone is
 asked whether it computes the exercise's equation 15, noise → data, or 16. If neither, nflows' convention holds for its
@@ -209,7 +209,7 @@ def options_of(name: str) -> list[str]:
                 f"{name} is {kind(found)}; it must be a layer, a flow, or a class or function that makes one"
             )
         return ["direction"]
-    offered = ALWAYS + ("activation", "preprocess")
+    offered = (*ALWAYS, "activation", "preprocess")
     return ["direction", *(parameter for parameter in _parameters(name, found)[0] if parameter not in offered)]
 
 
@@ -254,8 +254,9 @@ def _arguments(name: str, found: Callable, offer: Offer, arguments: dict[str, An
             given[key] = values[key]()
         elif parameter.default is parameter.empty:
             raise TypeError(
-                f"{name} wants {key}: say {flag} {key} VALUE, or give it a default; without, a layer may want features, "
-                "mask, scale_net, translation_net, hidden_features and context_features, and a flow layers and masks"
+                f"{name} wants {key}: say {flag} {key} VALUE, or give it a default, or name a function that makes it "
+                "from what is at hand: features, mask or masks, layers, scale_net, translation_net, hidden_features, "
+                "context_features"
             )
     return given
 
@@ -351,25 +352,24 @@ def transform_and_base(
         raise ValueError(f"unknown direction {direction!r}; known: {', '.join(DIRECTIONS)}")
     with _sentences(name):
         parts = _parts(name, offer, arguments)
-        first = known(parts[0])
-        base: Distribution = StandardNormal(offer.event_shape)
+        first, base, chosen = known(parts[0]), StandardNormal(offer.event_shape), None
         if isinstance(first, nflows.flows.Flow):
             transforms, base = [whole_transform(first)], base_of(first)
         elif isinstance(first, Transform) and first is not parts[0]:  # of a library that has a bridge
             transforms = [known(part) for part in parts]
         else:
             tried = _Tried(parts[0], offer)
-            if tried.subject.is_flow:
-                base = _base_of_the_courses(parts[0], offer.event_shape)
             transforms = [part if isinstance(part, Transform) else OwnTransform(part) for part in parts]
-            chosen = tried.direction() if direction is None or tried.subject.is_flow else direction
-            if chosen == NOISE_TO_DATA:
+            if tried.subject.is_flow:
+                base, found = _base_of_the_courses(parts[0], offer.event_shape), tried.direction()
+            else:
+                found = chosen = direction or tried.direction()
+            if found == NOISE_TO_DATA:
                 transforms = [InverseTransform(transform) for transform in transforms]
-            if not tried.subject.is_flow:
-                return _composite(transforms), base, chosen
-        if direction is not None:
+        if direction is not None and chosen is None:
             raise Wrong("it says itself which way it runs: leave out direction")
-        return _composite(transforms), base, None
+    whole = transforms[0] if len(transforms) == 1 else CompositeTransform(transforms[::-1])
+    return whole, base, chosen
 
 
 def check_context(name: str, flow: Flow) -> None:
@@ -387,10 +387,6 @@ def check_context(name: str, flow: Flow) -> None:
             raise Wrong(f"it takes no context of width {flow.context_features} ({said(error)})") from error
         if torch.equal(one, other):
             raise Wrong("it takes a context, and its density is the same for any: hand the context to its networks")
-
-
-def _composite(transforms: list[Transform]) -> Transform:
-    return transforms[0] if len(transforms) == 1 else CompositeTransform(transforms[::-1])
 
 
 @contextmanager
@@ -427,9 +423,7 @@ class _Tried:
             raise Wrong(f"{kind(thing)} has no parameters to train: derive its class from nn.Module")
         parameters = [parameter for parameter in thing.parameters() if parameter.requires_grad]
         if not parameters:
-            raise Wrong(
-                "it has no parameters to train: keep its networks as attributes of the nn.Module, or in an nn.ModuleList"
-            )
+            raise Wrong("it has no parameters to train: keep its networks as attributes, or in an nn.ModuleList")
         self.offer = offer
         self.subject = Subject(copy.deepcopy(thing).eval(), SECONDS)
         self.subject.explain_signatures(offer.context_features)

@@ -450,7 +450,7 @@ FILES = [
     (
         "save_flow(flow, here, 'no_such:build')",
         ImportError,
-        "no_such:build: no_such can't be imported (ModuleNotFoundErr",
+        "no_such:build: no_such can't be imported (Module",
     ),
     ("save_flow(flow, here, 'adapters:build')", ValueError, "adapters:build: adapters has no build"),
     (

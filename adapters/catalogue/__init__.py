@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from numbers import Integral, Real
 from types import ModuleType, NoneType
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import torch
 from nflows.transforms import CompositeTransform, Transform
@@ -132,7 +132,7 @@ def build_flow(
     return flow
 
 
-def is_own(name: Any) -> bool:
+def is_own(name: Any) -> TypeGuard[str]:
     """Whether that is the name of somebody's own layer or flow, and none of the catalogue's.
 
     >>> is_own("my_layer.py:MyLayer"), is_own("masked-affine")
