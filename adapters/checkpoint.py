@@ -1,7 +1,8 @@
 """A flow on disk: its weights and the blueprint that rebuilds it, in one safetensors file. No code is ever unpickled.
 
 A blueprint is plain data that says how to build a flow, but for its weights. It is either the arguments that
-``build_flow`` was called with, or the name of a function that makes the flow, the maker, and its arguments.
+``build_flow`` was called with, or the name of a function that makes the flow, the maker, and its arguments. Where
+``build_flow`` was given somebody's own layer or flow, its name is that of a maker, too.
 
 The file's tensors are the blueprint's masks, the constants of its preprocessing, and the flow's ``state_dict``. Its
 metadata hold the rest of the blueprint, and a checksum of everything.
@@ -11,17 +12,15 @@ Before ``save_flow`` writes anything, it rebuilds the flow as ``load_flow`` will
 
 import glob
 import hashlib
-import importlib
 import inspect
 import json
 import os
-import re
 import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial, reduce
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
@@ -36,8 +35,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from adapters.bridges import as_flow
-from adapters.catalogue import build_flow, check_options
+from adapters.catalogue import build_flow, check_options, is_own
 from adapters.checks import shown
+from adapters.own import in_short, load
 from adapters.preprocess import PREPROCESSORS
 
 FILE = "flow.safetensors"
@@ -99,9 +99,10 @@ def load_flow(directory: str | Path, maker: str | None = None) -> Flow:
 
     Args:
         directory: where it was saved, or the file itself.
-        maker: for a flow that was saved with a maker, its name again, ``"my_module:my_function"``. Loading imports that
-            module and calls that function with the arguments in the file, which runs the module's code. A file alone
-            can't make Python import or run anything: it takes the name given here.
+        maker: for a flow that was saved with a maker, its name again, ``"my_module:my_function"``; for one that
+            ``build_flow`` made of your own layer, that layer's, ``"my_layer.py:MyLayer"``, wherever the file lies now.
+            Loading imports that module and calls that function with the arguments in the file, which runs the module's
+            code. A file alone can't make Python import or run anything: it takes the name given here.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -114,7 +115,10 @@ def load_flow(directory: str | Path, maker: str | None = None) -> Flow:
         raise FileNotFoundError(f"no {path.name} in {path.parent}: give the directory that a run wrote (its --out)")
     try:
         blueprint, tensors = _read(path)
-        _check_maker(path, blueprint.get("maker"), maker)
+        own = blueprint["name"] if is_own(blueprint.get("name")) else None
+        _check_maker(path, own or blueprint.get("maker"), maker)
+        if own is not None:
+            blueprint["name"] = maker
         flow = _rebuilt(blueprint, tensors)
         _check_finite(flow)
     except _Unusable as error:
@@ -323,7 +327,7 @@ def _built(blueprint: dict, budget: "_Budget", masks: dict[str, Tensor], preproc
         transform = PREPROCESSORS[transform["name"]](**transform["arguments"], **preprocess)
     elif preprocess:
         raise _Unusable("it holds tensors for a preprocess that its blueprint does not have")
-    with budget:
+    with nullcontext() if is_own(blueprint["name"]) else budget:
         return build_flow(**blueprint | {"masks": in_order, "preprocess": transform})
 
 
@@ -367,9 +371,10 @@ def _check_maker(path: Path, maker: str | None, given: str | None) -> None:
     if maker is not None and given is None:
         raise ValueError(
             f"the flow in {path} was saved with a maker: if you trust that function, give its name, "
-            f"load_flow(…, maker={maker!r:.200}), and loading will import and call it"
+            f"load_flow(…, maker={maker!r:.200}), and loading will import and call it; "
+            "to a script say it by --flow, beside --load"
         )
-    if maker != given:
+    if maker != given and not (is_own(maker) and is_own(given) and in_short(maker) == in_short(given)):
         raise ValueError(
             f"the flow in {path} was made by {'build_flow' if maker is None else repr(maker)[:200]}, not by {given!r}"
         )
@@ -377,17 +382,11 @@ def _check_maker(path: Path, maker: str | None, given: str | None) -> None:
 
 def _function(maker: str) -> Callable[..., Any]:
     """The function of that name, imported."""
-    if not isinstance(maker, str) or not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", maker):
+    if not isinstance(maker, str) or maker.count(":") != 1:
         raise ValueError(f"a maker is named as 'my_module:my_function', not {shown(maker)}")
-    module, _, attribute = maker.partition(":")
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"maker {maker!r}: {error}; run where Python finds it") from error
-    for part in attribute.split("."):
-        found = getattr(found, part, None)
+    found = load(maker)
     if not callable(found):
-        raise ValueError(f"maker {maker!r}: {module} has no function {attribute}")
+        raise ValueError(f"maker {maker!r} is no function, but {shown(found)}")
     return found
 
 

@@ -2,7 +2,7 @@
 
 python runs/compare.py --task chequerboard
 python runs/compare.py --task vae-prior --flows masked-affine nflows-affine zuko-realnvp --budget 120
-python runs/compare.py --flows my_module:my_flow masked-affine    your own flow, beside the rest
+python runs/compare.py --flows my_layer.py:MyLayer masked-affine    your own layer, beside the rest
 python runs/compare.py --task speed    no training: training steps against the conditioners' own
 python runs/compare.py --load results/compare/chequerboard    draw that comparison's table and pictures again
 """
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from adapters import flow_names
 from adapters.checks import check_positive
+from adapters.own import DIRECTIONS
 from runs.common.command_line import cli
 from runs.common.comparison import Comparison, Effort, make_recipe, parse_budget
 from runs.common.contestants import WIDEST, check_contestants
@@ -87,7 +88,12 @@ class ContestantOptions(Checked):
     """Who takes part, and how often. A resumed comparison may change this: the rows that are done stay as they are."""
 
     flows: tuple[str, ...] = ()
-    """names of adapters.flow_names(), and your own as my_module:my_flow; by default the whole catalogue."""
+    """names of adapters.flow_names(), and your own as my_layer.py:MyLayer or my_module:my_flow; by default the whole
+    catalogue."""
+
+    direction: str | None = None
+    """in which the forward of your own layers runs, noise-to-data or data-to-noise; by default each is asked whether it
+    computes equation 15 or 16."""
 
     seeds: int = 1
     """trainings of each flow."""
@@ -95,7 +101,9 @@ class ContestantOptions(Checked):
     def check(self) -> None:
         check_positive(seeds=self.seeds)
         check_at_most(1000, seeds=self.seeds)
-        check_contestants(self.flows)
+        if self.direction is not None:
+            check_known(DIRECTIONS, direction=self.direction)
+        check_contestants(self.flows, self.direction)
 
 
 @dataclass(frozen=True)
@@ -172,7 +180,9 @@ def main(
         f"{equal.task}: {len(names)} flows, {seeds} seed{'s' * (seeds > 1)} of {equal.budget} each, {layers} layers of "
         f"{'×'.join(map(str, hidden))}, {equal.match} matched, on {where(device)}"
     )
-    comparison = Comparison(task, table, layers, hidden, open_directory(out), accelerator, effort)
+    comparison = Comparison(
+        task, table, layers, hidden, open_directory(out), accelerator, effort, options.contestants.direction
+    )
     comparison.prepare(names, equal.match == "parameters")
     comparison.time(names, run.compile)
 

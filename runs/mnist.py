@@ -2,6 +2,7 @@
 
 python runs/mnist.py --mask checker
 python runs/mnist.py --mask random
+python runs/mnist.py --flow my_layer.py:MyLayer            your own layer
 python runs/mnist.py --load results/mnist                  draw the pictures of the newest run again
 python runs/mnist.py --load results/mnist --samples 36     the same with new samples, in its directory again/
 accelerate launch --num_processes 2 runs/mnist.py --mask checker    on two GPUs
@@ -21,7 +22,7 @@ from nflows.transforms import Transform
 from torch import Tensor
 
 from adapters import checkerboard_mask, random_mask, save_flow
-from adapters.catalogue import flow_options
+from adapters.catalogue import flow_options, is_own
 from adapters.checks import check_positive
 from adapters.masks import pyramid_masks
 from adapters.preprocess import Logit, Marginals
@@ -182,7 +183,8 @@ class MnistRunOptions(ImageRunOptions):
 
     load: Path | None = None
     """train nothing; draw the pictures of the run in this directory again, there or in --out.
-    With another --samples, --temperature or --seed than the run's own they go to its directory again/."""
+    With another --samples, --temperature or --seed than the run's own they go to its directory again/, and a flow of
+    your own is to be named by --flow again."""
 
     track: str | None = None
     """also log to one of accelerate's trackers, e.g. tensorboard, in that directory."""
@@ -214,11 +216,12 @@ class Options(Checked):
 
     def check(self) -> None:
         if self.run.load is not None:
-            check_load(self, "load", "out", "samples", "temperature", "seed", "device")
+            own = ["flow"] * is_own(self.flow.flow)  # whose code is imported, and no other's
+            check_load(self, "load", "out", "samples", "temperature", "seed", "device", *own)
 
     def name(self) -> str:
         """Of the directory that results go to unless ``--out`` names one."""
-        parts = [self.images.dataset, self.flow.mask, self.flow.flow, self.flow.net]
+        parts = [self.images.dataset, self.flow.mask, self.flow.file_name(), self.flow.net]
         return "-".join(parts + ["conditional"] * self.flow.conditional).lower()
 
 
@@ -233,9 +236,12 @@ def main(options: Options, *, read: Callable[..., Images] = load_images, draw: b
     training, seed = options.training, options.training.seed
     sampling = Sampling(options.evaluation.samples, options.evaluation.temperature, seed)
     if options.run.load is not None:
-        draw_again(options.run, sampling)
+        draw_again(options.run, sampling, options.flow.flow if is_own(options.flow.flow) else None)
         return {}
     options = replace(options, flow=options.flow.completed())
+    size = math.prod(SHAPE), CLASSES if options.flow.conditional else None
+    masks = MASKS[options.flow.mask](options.flow.layers, seed)
+    options.flow.try_own(*size, masks=masks)
     out = options.run.directory(RESULTS / options.name())
     accelerator = options.run.accelerator(training.precision, out)
     with accelerator.local_main_process_first():  # the others find the files that the first one fetched
@@ -243,9 +249,8 @@ def main(options: Options, *, read: Callable[..., Images] = load_images, draw: b
 
     torch.manual_seed(seed)
     flow = options.flow.build(
-        math.prod(SHAPE),
-        CLASSES if options.flow.conditional else None,
-        masks=MASKS[options.flow.mask](options.flow.layers, seed),
+        *size,
+        masks=masks,
         preprocess=PREPROCESS[options.flow.preprocess](images.train.flatten(1)),
         **({} if options.flow.net == "mlp" else {"net": options.flow.net}),
     ).to(accelerator.device)

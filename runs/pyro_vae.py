@@ -4,6 +4,7 @@ python runs/pyro_vae.py
 python runs/pyro_vae.py --prior all
 python runs/pyro_vae.py --prior gaussian --latent 2
 python runs/pyro_vae.py --flow zuko-nsf --layers 4
+python runs/pyro_vae.py --flow my_layer.py:MyLayer    your own layer
 python runs/pyro_vae.py --load results/pyro_vae    draw the pictures of the newest run again
 python runs/pyro_vae.py --benchmark                what Pyro costs
 """
@@ -121,7 +122,8 @@ class ModelOptions(FlowOptions):
     """gaussian, mog (a mixture of Gaussians), vamp, flow, or all of them one after the other."""
 
     flow: str = "masked-affine"
-    """the flow prior: any name of adapters.flow_names(), e.g. masked-affine, nflows-rqs, zuko-nsf."""
+    """the flow prior: any name of adapters.flow_names(), e.g. masked-affine, nflows-rqs, zuko-nsf, or your own layer or
+    flow as my_layer.py:MyLayer or my_module:MyLayer."""
 
     latent: int = 32
     """M, the width of z."""
@@ -163,6 +165,13 @@ class ModelOptions(FlowOptions):
         encoder = Encoder(self.latent, PIXELS, self.width, self.dropout, posterior_flow)
         made = PRIORS[prior](Ingredients(self.latent, encoder, partial(self.build, self.latent), images))
         return VAE(made, encoder, Decoder(self.latent, PIXELS, self.width[::-1], self.dropout))
+
+    def try_flows(self) -> None:
+        """Before any work: try somebody's own flow as what it is to be, a prior, a posterior or both."""
+        if "flow" in self.priors():
+            self.try_own(self.latent)
+        if self.posterior == "flow":
+            self.try_own(self.latent, 2 * self.latent)
 
     def trial_vae(self, prior: str) -> VAE:
         """The same, made of noise: it shows whether such a VAE can be made, and how long its steps take."""
@@ -288,6 +297,7 @@ def main(
         return {}
     options = replace(options, evaluation=options.evaluation.completed(options.images.limit))
     model, training, evaluation, run = options.model, options.training, options.evaluation, options.run
+    model.try_flows()
     for prior in model.priors():
         model.trial_vae(prior)  # what can't be made says so now, not after the trainings of other priors
     accelerator = make_accelerator(run.device, training.precision)
@@ -295,7 +305,7 @@ def main(
         torch.manual_seed(0)
         return benchmark(model.trial_vae("flow").to(accelerator.device), training.batch_size, rounds)
     with_flow = model.prior in ("flow", "all")
-    out = run.out or RESULTS / "-".join([model.prior] + [model.flow] * with_flow)
+    out = run.out or RESULTS / "-".join([model.prior] + [model.file_name()] * with_flow)
     trainings = options.trainings()
     if run.resume:
         check_resumable(out, trainings[0].name())

@@ -2,6 +2,7 @@
 
 python runs/toy.py
 python runs/toy.py --data chequerboard --flow masked-spline
+python runs/toy.py --flow my_layer.py:MyLayer    your own layer
 python runs/toy.py --load results/toy/chequerboard-masked-spline    draw that run's pictures again
 """
 
@@ -136,11 +137,12 @@ def main(options: Options, *, test_points: int = TEST_POINTS, draw: bool = True)
         return {}
     options = options.completed()
     recipe = options.training.recipe(options.run, betas=(0.9, 0.99), average=0.999)
+    options.flow.try_own(2)
     accelerator = make_accelerator(options.run.device)
     true = DENSITIES[options.density.data](accelerator.device)
     torch.manual_seed(options.training.seed)
     flow = options.flow.build(2, preprocess=true.preprocess()).to(accelerator.device)
-    out = options.run.directory(RESULTS / f"{options.density.data}-{options.flow.flow}")
+    out = options.run.directory(RESULTS / f"{options.density.data}-{options.flow.file_name()}")
     print(
         f"{options.flow.flow}: {options.flow.layers} layers, {parameter_count(flow):,} parameters, "
         f"on {options.density.data}, on {accelerator.device}"

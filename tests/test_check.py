@@ -22,9 +22,9 @@ from adapters import MaskedCouplingLayer, build_flow, check, checkerboard_mask, 
 from adapters.check import WrongLayer
 from adapters.check.__main__ import main
 from adapters.check.laws import LAWS
-from adapters.check.loading import Network, load, make
 from adapters.layers.spline import MaskedSplineCouplingLayer, spline_parameters
 from adapters.networks import MLP
+from adapters.own import Network, Offer, load, make
 from tests.examples import examples, models
 
 Net = Callable[[Tensor], Tensor]
@@ -55,7 +55,7 @@ class Hand(nn.Module):
 
     def __init__(self, event_shape: tuple[int, ...], forward: Direction = forward, inverse: Direction = inverse):
         super().__init__()
-        self.scale_net, self.translation_net = Network(event_shape, None, True), Network(event_shape, None, False)
+        self.scale_net, self.translation_net = Network(Offer(event_shape), True), Network(Offer(event_shape), False)
         self.register_buffer("mask", checkerboard_mask(*event_shape))
         self.directions = forward, inverse
 
@@ -840,9 +840,9 @@ def test_a_name_that_names_nothing_is_one_line(name, words):
 
 def test_what_a_class_wants_and_is_not_offered_is_one_line():
     with pytest.raises(TypeError, match=r"Hungry wants hunger: say --arguments hunger VALUE"):
-        make(type("Hungry", (), {"__init__": lambda self, hunger: None}), (2,), None)
+        make(type("Hungry", (), {"__init__": lambda self, hunger: None}), Offer((2,)), {}, "--arguments")
     with pytest.raises(TypeError, match=r"Shift has no argument width; it has features"):
-        make(Shift, (2,), None, {"width": "3"})
+        make(Shift, Offer((2,)), {"width": 3})
 
 
 def test_every_law_has_a_title_and_needs_what_comes_before():

@@ -271,10 +271,10 @@ def test_a_maker_may_do_what_build_flow_does_not(tmp_path):
     [
         ("make_stack", {"features": 4}, ValueError, "named as 'my_module:my_function', not 'make_stack'"),
         ("a:b:c", {}, ValueError, "named as 'my_module:my_function', not 'a:b:c'"),
-        (".relative:make", {}, ValueError, "named as 'my_module:my_function', not '.relative:make'"),
+        (".relative:make", {}, ValueError, "'.relative:make' names no layer or flow; write"),
         (make_stack, {}, ValueError, "named as 'my_module:my_function', not <function make_stack"),
-        ("no_such_module:make", {}, ImportError, "maker 'no_such_module:make': No module named 'no_such_module'"),
-        (f"{__name__}:make_stuck", {}, ValueError, f"{__name__} has no function make_stuck"),
+        ("no_such_module:make", {}, ImportError, "no_such_module can't be imported .*No module named"),
+        (f"{__name__}:make_stuck", {}, ValueError, f"{__name__} has no make_stuck; it has make_model,"),
         (f"{__name__}:make_stack", {}, ValueError, "missing 1 required positional argument: 'features'"),
         (f"{__name__}:make_stack", {"features": 3}, ValueError, r"out_features is 46, but the blueprint makes 23"),
         (

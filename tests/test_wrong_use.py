@@ -447,8 +447,12 @@ FILES = [
         ValueError,
         "a maker is named as 'my_module:my_function', not <function build_f",
     ),
-    ("save_flow(flow, here, 'no_such:build')", ImportError, "maker 'no_such:build': No module named 'no_such'"),
-    ("save_flow(flow, here, 'adapters:build')", ValueError, "maker 'adapters:build': adapters has no function build"),
+    (
+        "save_flow(flow, here, 'no_such:build')",
+        ImportError,
+        "no_such:build: no_such can't be imported (Module",
+    ),
+    ("save_flow(flow, here, 'adapters:build')", ValueError, "adapters:build: adapters has no build"),
     (
         "save_flow(flow, here, 'adapters:build_flow', {'name': 'masked-affine'})",
         ValueError,
@@ -619,7 +623,7 @@ COMMANDS = [
     ("pyro_vae --resume", "nothing to resume: no training.pt in"),
     ("compare --task cifar", "unknown task 'cifar'; known: two-gaussians, chequerboard, mnist, vae-prior, speed"),
     ("compare --flows maf", "unknown flow 'maf'; known: masked-affine,"),
-    ("compare --flows math:pi", "math:pi is a float; a flow is made by a function or a class"),
+    ("compare --flows math:pi", "math:pi is a float; it must be a layer, a flow, or a class or function"),
     ("compare --budget soon", "budget must be seconds or steps, at most 10⁹, such as 30s or 2000steps, not 'soon'"),
     ("compare --match depth", "unknown match 'depth'; known: width, parameters"),
     ("compare --hidden", "hidden needs at least one width"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from adapters.bridges import nflows as hub
 from adapters.bridges.common.exports import EventDim, check_event_dim, event_dim_of, reads_context, whole_transform
 from adapters.checks import shown
-from adapters.discovery import file_name, modules
+from adapters.discovery import failures, file_name, modules
 
 
 class Bridge(Protocol):
@@ -190,9 +190,8 @@ def _bridge_of(foreign) -> Bridge:
         for bridge in known_bridges
         if not installed(bridge)
     )
-    raise TypeError(
-        f"{_name(foreign)} is of no known library; known: {known}" + (f"; not installed: {missing}" if missing else "")
-    )
+    also = (f"; not installed: {missing}" if missing else "") + "".join(f"; {why}" for why in failures(__name__))
+    raise TypeError(f"{_name(foreign)} is of no known library; known: {known}{also}")
 
 
 def _name(foreign) -> str:

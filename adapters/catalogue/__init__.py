@@ -1,7 +1,8 @@
-"""Named, ready-made flows of every library and of our own layers, all built by the same arguments.
+"""Named, ready-made flows of every library and of our own layers, all built by the same arguments, and anybody's own.
 
 Each file in this folder has the flows of one library, or those of our own layers. The files are found by their
-presence; ``specification`` says what one holds.
+presence; ``specification`` says what one holds. A name with a colon, ``my_layer.py:MyLayer``, is of somebody's own
+layer or flow: ``adapters.own`` says what that may be.
 
 The arguments of ``build_flow`` are checked here, once, before anything is built: the kinds and ranges of all numbers,
 and the masks.
@@ -13,16 +14,17 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from numbers import Integral, Real
 from types import ModuleType, NoneType
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import torch
 from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor
 
+from adapters import own
 from adapters.bridges import Bridge, as_transform, bridges, check_installed, installed
 from adapters.catalogue.specification import NativeFlow, Specification
 from adapters.checks import shown
-from adapters.discovery import file_name, modules
+from adapters.discovery import failures, file_name, modules
 from adapters.flow import Flow, StandardNormal
 from adapters.masks import as_mask, check_mask, checkerboard_mask
 from adapters.networks import check_activation
@@ -70,7 +72,8 @@ def build_flow(
     CPU, so that they are the same for any device, and then moved to torch's default device.
 
     Args:
-        name: one of ``flow_names()``.
+        name: one of ``flow_names()``, or of your own layer or flow, ``my_module:MyLayer`` or ``my_file.py:MyLayer``,
+            whose code is then imported. A stack is made of a layer: see ``adapters.own``.
         features: D, the width of the data, ``(batch, D)``.
         context_features: width of the context, ``(batch, context_features)``; ``None`` for an unconditional flow.
         layers: how many layers.
@@ -80,19 +83,24 @@ def build_flow(
         activation: of the conditioners; a key of ``networks.ACTIVATIONS``.
         preprocess: a fixed transform between the data and the layers, e.g. ``Standardize.of(data)``. It stays on its
             device.
-        options: arguments that only this kind of flow has (``bins``, ``tail_bound``, …): see ``flow_options``.
+        options: arguments that only this kind of flow has (``bins``, ``tail_bound``, …): see ``flow_options``. A layer
+            of your own has ``direction``, in which its ``forward`` runs: ``"noise-to-data"``, as the exercise's does,
+            or ``"data-to-noise"``, as nflows' do.
 
     Raises:
-        ValueError: for a name that is not known, a number out of its range, or masks that no layer can use.
+        ValueError: for a name that is not known, a number out of its range, or masks that no layer can use; for a
+            layer of your own that can't be called as a layer, saying what to write.
         TypeError: for an option that this kind of flow does not have, or an argument of the wrong kind.
-        ImportError: for a library that is not installed, naming the extra that installs it.
+        ImportError: for a library that is not installed, naming the extra that installs it; for a module of your own
+            that can't be imported.
 
     >>> build_flow("masked-affine", features=2).sample(5).shape
     torch.Size([5, 2])
     """
     check_options(name, options)
-    parameters = inspect.signature(_maker(name), eval_str=True).parameters
-    options = {option: _option(parameters[option], value) for option, value in options.items()}
+    if not is_own(name):
+        parameters = inspect.signature(_maker(name), eval_str=True).parameters
+        options = {option: _option(parameters[option], value) for option, value in options.items()}
     features, layers = _count("features", features), _count("layers", layers)
     context_features = None if context_features is None else _count("context_features", context_features)
     hidden_features = _widths(hidden_features)
@@ -104,8 +112,8 @@ def build_flow(
         specification = Specification(
             features, layers, hidden_features, context_features, masks, activation, preprocess
         )
-        transform = as_transform(_maker(name)(specification, **options)).to(default)
-        base = StandardNormal([features]).to(default)
+        transform, base, chosen = _parts(name, specification, options)
+    transform, base = transform.to(default), base.to(default)
     if preprocess is not None:
         transform = CompositeTransform([preprocess, transform])
     flow = Flow(transform, base, (features,), context_features)
@@ -119,8 +127,18 @@ def build_flow(
         "activation": activation,
         "preprocess": preprocess,
         **options,
+        **chosen,
     }
     return flow
+
+
+def is_own(name: Any) -> TypeGuard[str]:
+    """Whether that is the name of somebody's own layer or flow, and none of the catalogue's.
+
+    >>> is_own("my_layer.py:MyLayer"), is_own("masked-affine")
+    (True, False)
+    """
+    return isinstance(name, str) and ":" in name
 
 
 def flow_options(name: str) -> list[str]:
@@ -132,6 +150,8 @@ def flow_options(name: str) -> list[str]:
     >>> flow_options("masked-spline")
     ['bins', 'tail_bound', 'minimum', 'net', 'dropout']
     """
+    if is_own(name):
+        return own.options_of(name)
     return [option for option in inspect.signature(_maker(name)).parameters if option != "specification"]
 
 
@@ -144,6 +164,8 @@ def describe_flow(name: str) -> str:
     >>> describe_flow("masked-affine")
     'Packed affine coupling layers: equations 15 to 17, fast.'
     """
+    if is_own(name):
+        return f"`{name}`, built by its own code."
     return " ".join((inspect.getdoc(_maker(name)) or "").split())
 
 
@@ -166,6 +188,8 @@ def check_options(name: str, options: dict) -> None:
             raise TypeError(f"{option} is no option, but an argument of its own; {name} has the options: {listed}")
         if option not in known:
             raise TypeError(f"{name} has no option {option!r}; it has: {listed}")
+    if is_own(name):
+        own.check_wants(name, {option: value for option, value in options.items() if option != "direction"})
 
 
 def native_flows() -> dict[str, dict[str, Callable[..., NativeFlow]]]:
@@ -184,9 +208,29 @@ def native_flows() -> dict[str, dict[str, Callable[..., NativeFlow]]]:
     return found
 
 
+def _parts(name: str, specification: Specification, options: dict[str, Any]) -> tuple[Transform, Any, dict[str, Any]]:
+    """The transform, data → noise, the base, and options that were chosen here and that a checkpoint is to keep."""
+    if not is_own(name):
+        base = StandardNormal([specification.features])
+        return as_transform(_maker(name)(specification, **options)), base, {}
+    offer = own.Offer(
+        (specification.features,),
+        specification.context_features,
+        specification.hidden_features,
+        specification.activation,
+        specification.layers,
+        specification.masks,
+    )
+    transform, base, direction = own.transform_and_base(name, offer, **options)
+    own.check_context(name, Flow(transform, base, offer.event_shape, offer.context_features))
+    return transform, base, {} if direction is None else {"direction": direction}
+
+
 def _maker(name: str) -> Callable[..., Any]:
     if not isinstance(name, str) or name not in _flows():
-        raise ValueError(f"unknown flow {shown(name)}; known: {', '.join(flow_names())}")
+        known = ", ".join(flow_names())
+        also = "".join(f"; {why}" for why in failures(__name__))
+        raise ValueError(f"unknown flow {shown(name)}; known: {known}, and your own as my_module:my_flow{also}")
     make, bridge = _flows()[name]
     if bridge is not None:
         check_installed(bridge)

@@ -6,8 +6,9 @@
 - ``measure``: the few quantities that everything is judged by;
 - ``laws``: each measures one thing that a right layer has, and finds the smallest counterexample;
 - ``mistakes``: each is a function of those quantities that says whether it explains them;
-- ``words``: numbers and rows as the report writes them;
-- ``loading``: from ``my_layer:MyLayer`` to a layer.
+- ``words``: numbers and rows as the report writes them.
+
+``adapters.own`` gets from ``my_layer:MyLayer`` to a layer.
 """
 
 import copy

@@ -1,15 +1,16 @@
 """``python -m adapters.check my_layer:MyLayer``"""
 
+import ast
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 
 from adapters.check import SECONDS, check
 from adapters.check.laws import WRONG
-from adapters.check.loading import load, make
 from adapters.check.subject import said
+from adapters.own import Offer, load, make
 
 
 def main(
@@ -46,13 +47,22 @@ def main(
     event_shape = tuple(shape) or (features,)
     torch.manual_seed(0)  # the same report each time
     try:
-        thing = make(load(layer), event_shape, context_features, arguments)
+        values = {name: _value(text) for name, text in (arguments or {}).items()}
+        thing = make(load(layer), Offer(event_shape, context_features), values, "--arguments")
     except Exception as error:
         print(f"{WRONG} {said(error)}")
         return 1
     report = check(thing, event_shape, context_features, seconds)
     print(report)
     return 0 if report else 1
+
+
+def _value(text: str) -> Any:
+    """``3``, ``[1, 2]``, ``None`` as Python reads them; any other text is itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 if __name__ == "__main__":

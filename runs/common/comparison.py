@@ -76,6 +76,7 @@ class Comparison:
         directory: where the table and what is learned are kept.
         accelerator: where to compute.
         effort: how thoroughly.
+        direction: in which the forward of somebody's own layers runs; ``None`` where they are asked.
     """
 
     task: Task
@@ -85,6 +86,7 @@ class Comparison:
     directory: Path
     accelerator: Accelerator
     effort: Effort
+    direction: str | None = None
 
     def build(self, name: str, seed: int = 0, **changes: Any) -> Flow:
         """The flow of that name.
@@ -95,7 +97,8 @@ class Comparison:
         torch.manual_seed(seed)
         task, hidden = self.task, tuple(self.table.rows.get(name, {}).get("hidden", self.hidden))
         size = {"layers": self.layers, "hidden_features": hidden, "preprocess": task.preprocess} | changes
-        return build(name, task.features, masks=task.masks, options=SPLINES, **size)
+        options = SPLINES | ({} if self.direction is None else {"direction": self.direction})
+        return build(name, task.features, masks=task.masks, options=options, **size)
 
     def prepare(self, names: list[str], matched: bool) -> None:
         """A row for each flow, with its hidden widths, parameters and footnote; one that can't be built says why.

@@ -1,27 +1,15 @@
-"""Who takes part in a comparison: flows of the catalogue, and anybody's own, each built to the same specification.
+"""Who takes part in a comparison: flows of the catalogue, and anybody's own, each built to the same specification."""
 
-A name with a colon, ``my_module:my_flow``, is a dotted path to
-
-- a function that gives a flow or a transform of any library. It is called with those of ``features=``, ``layers=``,
-  ``hidden_features=`` and ``masks=`` that it takes. A library's own class is such a function: ``zuko.flows:NAF``;
-- or a subclass of nflows' ``Transform``, whose ``forward`` runs data → noise. A stack of its layers is made, one for
-  each mask; each is called with those of ``features=``, ``hidden_features=`` and ``mask=`` that it takes.
-"""
-
-import importlib
-import inspect
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from nflows.transforms import CompositeTransform, Transform
+from nflows.transforms import Transform
 from torch import Tensor, nn
 
-from adapters import as_flow, as_transform, build_flow, flow_names
-from adapters.catalogue import describe_flow, flow_options
-from adapters.flow import Flow, StandardNormal
-from adapters.parts import base_of, transform_of
+from adapters import build_flow
+from adapters.catalogue import check_options, describe_flow, flow_options, is_own
+from adapters.flow import Flow
 from runs.common.results import parameter_count
 
 REFERENCE = "masked-affine"  # whose parameters the others match, and whose times the ratios are to
@@ -30,38 +18,12 @@ WIDEST = 2**17
 TOLERANCE = 0.02  # of matched numbers of parameters
 
 
-def check_contestants(names: Sequence[str]) -> None:
+def check_contestants(names: Sequence[str], direction: str | None) -> None:
     """Raise a ValueError, TypeError or ImportError unless every name can be found and called as ``build`` calls it."""
     for name in names:
-        if ":" in name:
-            make = load(name)
-            _arguments(name, make, ("features", "hidden_features", "mask" if _is_layer(make) else "masks", "layers"))
-        elif name not in flow_names():
-            raise ValueError(
-                f"unknown flow {name!r}; known: {', '.join(flow_names())}, and your own as my_module:my_flow"
-            )
-
-
-def load(name: str) -> Callable:
-    """The object that ``module:object`` names; the working directory is searched first."""
-    module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
-        raise ValueError(f"{name!r} names no flow; write my_module:my_flow")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's code does while it is read
-        remedy = "run from the directory it is in" if isinstance(error, ImportError) else "mend it first"
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ImportError(f"{name}: {module} can't be imported ({message}); {remedy}") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{name}: {module} has no {attribute}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"{name} is a {type(found).__name__}; a flow is made by a function or a class")
-    return found
+        check_options(name, {})
+    if direction is not None and not any(map(is_own, names)):
+        raise ValueError("direction is of your own layers, and none is among the flows: leave it out")
 
 
 def build(
@@ -76,54 +38,13 @@ def build(
     """The flow of that name.
 
     Args:
-        name: of the catalogue, or the path of somebody's own.
-        features, layers, hidden_features, masks, preprocess: as for ``build_flow``; an own flow gets those it takes.
-        options: further options, of which each flow of the catalogue gets those that it has.
-
-    Raises:
-        TypeError, ValueError: if what the user's own factory takes or gives is not what it should be.
+        name, features, layers, hidden_features, masks, preprocess: as for ``build_flow``.
+        options: further options, of which each flow gets those that it has.
     """
-    if ":" not in name:
-        known = {key: value for key, value in (options or {}).items() if key in flow_options(name)}
-        return build_flow(
-            name, features, layers=layers, hidden_features=hidden_features, masks=masks, preprocess=preprocess, **known
-        )
-    make = load(name)
-    masks = [masks[i % len(masks)] for i in range(layers)]
-    size = {"features": features, "hidden_features": tuple(hidden_features)}
-    if _is_layer(make):
-        made = CompositeTransform([_call(name, make, size | {"mask": mask}) for mask in reversed(masks)])
-    else:
-        made = _call(name, make, size | {"layers": layers, "masks": masks})
-    try:
-        flow = as_flow(made)
-        transform, base = transform_of(flow), base_of(flow)
-    except TypeError:
-        transform, base = as_transform(made), StandardNormal([features])
-    if preprocess is not None:
-        transform = CompositeTransform([preprocess, transform])
-    return Flow(transform, base, (features,))
-
-
-def _is_layer(make: Callable) -> bool:
-    return inspect.isclass(make) and issubclass(make, Transform)
-
-
-def _call(name: str, make: Callable, offered: dict[str, Any]) -> Any:
-    return make(**{key: offered[key] for key in _arguments(name, make, offered)})
-
-
-def _arguments(name: str, make: Callable, offered: Iterable[str]) -> list[str]:
-    """Those of the arguments that are offered which ``make`` takes; a TypeError if it needs others."""
-    try:
-        parameters = inspect.signature(make).parameters
-    except ValueError:
-        raise TypeError(f"{name} does not say what it takes; wrap it in a function of features") from None
-    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = {key: parameter.default for key, parameter in parameters.items() if parameter.kind not in unnamed}
-    if unmet := [key for key, default in named.items() if default is inspect.Parameter.empty and key not in offered]:
-        raise TypeError(f"{name} wants {', '.join(unmet)}; it may only want {', '.join(offered)}")
-    return [key for key in offered if key in named]
+    known = {key: value for key, value in (options or {}).items() if key in flow_options(name)}
+    return build_flow(
+        name, features, layers=layers, hidden_features=hidden_features, masks=masks, preprocess=preprocess, **known
+    )
 
 
 def match_parameters(
@@ -168,7 +89,9 @@ def match_parameters(
 
 def footnote(name: str, flow: Flow, hidden_features: Sequence[int], target: int | None) -> str:
     """What could not be made equal for this flow: what the catalogue says of it, and what matching left over."""
-    text = describe_flow(name) if ":" not in name else f"`{name}`, built by its own code; its base is its own."
+    text = describe_flow(name)
+    if direction := flow.blueprint.get("direction") if is_own(name) else None:
+        text += f" Its forward is taken as {direction}."
     if target is not None and abs(parameter_count(flow) / target - 1) > TOLERANCE:
         text += f" Its widths can't be chosen to match: {100 * (parameter_count(flow) / target - 1):+.0f} % parameters."
     elif target is not None and name != REFERENCE:

@@ -8,16 +8,21 @@ other options say where and how a training is computed, kept, scored and shown.
 """
 
 import math
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from adapters import build_flow
-from adapters.catalogue import check_options
+import torch
+
+from adapters import build_flow, save_flow
+from adapters.catalogue import check_options, is_own
+from adapters.check.subject import said
 from adapters.checks import check_positive
 from adapters.flow import Flow
+from adapters.own import DIRECTIONS, in_short
 from runs.common.devices import choose_device
 from runs.common.images import DATASETS
 from runs.common.recipe import Recipe, check_recipe
@@ -97,7 +102,12 @@ class FlowOptions(Deciding):
     """Which flow is trained, and how large it is."""
 
     flow: str = "masked-affine"
-    """any name of adapters.flow_names(), e.g. masked-affine, masked-spline, nflows-rqs."""
+    """any name of adapters.flow_names(), e.g. masked-affine, masked-spline, nflows-rqs, or your own layer or flow as
+    my_layer.py:MyLayer or my_module:MyLayer."""
+
+    direction: str | None = None
+    """in which the forward of your own layer runs, noise-to-data or data-to-noise; by default it is found by asking
+    whether it computes equation 15 or 16."""
 
     layers: int | None = None
     """layers of the flow."""
@@ -109,7 +119,9 @@ class FlowOptions(Deciding):
     """what else build_flow takes for this flow, e.g. --options dropout 0.1 activation gelu."""
 
     def check(self) -> None:
-        check_flow(self.flow, self.options)
+        if self.direction is not None:
+            check_known(DIRECTIONS, direction=self.direction)
+        check_flow(self.flow, self._options())
         check_widths(hidden=self.hidden)
         if self.layers is not None:
             check_positive(layers=self.layers)
@@ -120,8 +132,46 @@ class FlowOptions(Deciding):
         Args:
             others: what the script decides without an option, such as ``masks`` and ``preprocess``.
         """
-        options: dict[str, Any] = {"layers": self.layers, "hidden_features": self.hidden, **(self.options or {})}
+        options: dict[str, Any] = {"layers": self.layers, "hidden_features": self.hidden, **self._options()}
         return build_flow(self.flow, features, context_features, **options | others)
+
+    def try_own(self, features: int, context_features: int | None = None, **others: Any) -> None:
+        """Before any work: build somebody's own flow, call it, save it, and say which way it is taken.
+
+        Whatever can't be trained or saved is one sentence now, and not after the training. A flow of the catalogue
+        needs no trial.
+
+        Args:
+            features, context_features, others: as for ``build``.
+        """
+        if not is_own(self.flow):
+            return
+        with torch.random.fork_rng([]), tempfile.TemporaryDirectory() as directory:
+            try:
+                flow = self.build(features, context_features, **others)
+                x, context = torch.rand(8, features), None
+                if context_features is not None:
+                    context = torch.randn(8, context_features)
+                flow.log_prob(x, context).mean().backward()
+                flow.sample(1, context)
+                save_flow(flow, directory)
+            except (ValueError, TypeError, OSError, ImportError, RuntimeError):
+                raise
+            except Exception as error:  # of the user's own code
+                raise ValueError(f"{self.flow} raises {said(error)}") from error
+        if direction := flow.blueprint.get("direction"):
+            other = next(other for other in DIRECTIONS if other != direction)
+            print(
+                f"{self.flow}: its forward is taken as {direction}, --direction {other} turns it round; "
+                f"is it right? python -m adapters.check {self.flow}"
+            )
+
+    def file_name(self) -> str:
+        """The flow's name as part of a directory's: ``my_layer-MyLayer`` for ``code/my_layer.py:MyLayer``."""
+        return in_short(self.flow).replace(":", "-")
+
+    def _options(self) -> dict[str, Any]:
+        return (self.options or {}) | ({} if self.direction is None else {"direction": self.direction})
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def read_learned(directory: Path, name: str) -> np.ndarray | None:
 
 
 def _learned(directory: Path, name: str) -> Path:
-    return directory / "learned" / f"{name.replace(':', '.')}.npy"
+    return directory / "learned" / f"{name.replace(':', '.').replace('/', '.')}.npy"
 
 
 def draw_gallery(table: Table, learned: dict[str, np.ndarray | None], path: Path) -> Path:

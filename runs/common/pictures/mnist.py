@@ -225,7 +225,7 @@ def nearest_images(queries: Tensor, train: Tensor, count: int) -> tuple[Tensor, 
     return distances.topk(min(count, len(train)), dim=1, largest=False)
 
 
-def draw_again(run: RunOptions, sampling: Sampling) -> None:
+def draw_again(run: RunOptions, sampling: Sampling, maker: str | None = None) -> None:
     """Draw the pictures of the run in ``--load``, or of the newest run right below it, without training.
 
     If the samples that are asked for are those that the run itself has drawn, these are its own pictures, and they take
@@ -235,22 +235,27 @@ def draw_again(run: RunOptions, sampling: Sampling) -> None:
     A training that was cut short by a loss that is not finite leaves a flow and nothing else to draw: then there are
     samples alone.
 
+    Args:
+        run: says where it is.
+        sampling: how samples are to be drawn.
+        maker: the name of the user's own flow, which new samples take.
+
     Raises:
         FileNotFoundError: if there is no run.
         ValueError: if it is damaged, or another script's.
     """
     assert run.load is not None
     directory = newest_run(run.load, WEIGHTS)
-    flow = load_flow(directory)
-    assert isinstance(flow, Flow)  # whatever build_flow makes is one
-    if flow.event_shape != (math.prod(SHAPE),) or flow.context_features not in (None, CLASSES):
-        raise ValueError(
-            f"the flow in {directory} is not one of runs/mnist.py: its data have shape {tuple(flow.event_shape)}"
-        )
     own = MnistRecord.load(directory) if (directory / RECORD).is_file() else None
     if own is not None and own.sampling == sampling:
         record, out = own, directory
     else:
+        flow = load_flow(directory, maker)
+        assert isinstance(flow, Flow)  # whatever build_flow makes is one
+        if flow.event_shape != (math.prod(SHAPE),) or flow.context_features not in (None, CLASSES):
+            raise ValueError(
+                f"the flow in {directory} is not one of runs/mnist.py: its data have shape {tuple(flow.event_shape)}"
+            )
         names = tuple(map(str, range(CLASSES))) if own is None else own.names
         new = sampled(flow.to(make_accelerator(run.device).device), names, sampling)
         record, out = new if own is None else replace(own, **vars(new)), directory / AGAIN
