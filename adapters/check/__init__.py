@@ -11,9 +11,11 @@
 """
 
 import copy
+import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from nflows.flows import Flow
 
 from adapters.check.laws import LAWS, REMARK, RIGHT, UNASKED, WRONG, Finding, Law
-from adapters.check.measure import Evidence
+from adapters.check.measure import Evidence, seeded
 from adapters.check.mistakes import Diagnosis, diagnose
 from adapters.check.subject import INVERSE, Subject, Wrong, known, said
 from adapters.checks import sizes
@@ -65,6 +67,15 @@ class Report:
         ]
         return [diagnosis.mistake for diagnosis in self.diagnoses] + remarks
 
+    @property
+    def reasons(self) -> list[str]:
+        """What is wrong, a phrase each: the mistakes that explain it, then what was measured and none explains."""
+        explained = {law for diagnosis in self.diagnoses for law in diagnosis.explains}
+        return [
+            *(f"{one.mistake}{_equation(one)}" for one in self.diagnoses),
+            *(self.findings[law].words for law in self.broken if law not in explained),
+        ]
+
     def raise_if_wrong(self) -> None:
         """Raise a ``WrongLayer``, which is an ``AssertionError``, with the report, unless all laws hold."""
         if not self:
@@ -106,24 +117,43 @@ def check(
     if isinstance(thing, type):
         raise TypeError(f"check judges an object, not the class {thing.__name__}: make one, {thing.__name__}(…)")
     shape = tuple(sizes(event_shape, "event_shape"))
-    with torch.random.fork_rng([]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the user's code makes torch warn of, the report speaks
-        torch.manual_seed(0)
+    with quietly():
         return _report(thing, shape, context_features, seconds)
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Within, random numbers begin at a seed of their own, and what torch warns of is not shown: the report says it."""
+    with seeded(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _report(thing: Any, event_shape: tuple[int, ...], context_features: int | None, seconds: float) -> Report:
-    name = _described(thing, event_shape, context_features)
-    findings: dict[str, Finding] = {}
-    diagnoses: list[Diagnosis] = []
-    try:
+    def evidence() -> Evidence:
         judged = known(thing)
         Subject(judged, seconds).explain_signatures(context_features)
         only_scores = judged is not thing or isinstance(thing, Flow)  # some of the libraries' have no inverse
-        evidence = Evidence(lambda: _fresh(judged, seconds), event_shape, context_features, only_scores)
+        return Evidence(lambda: fresh(judged, seconds), event_shape, context_features, only_scores)
+
+    return judge(_described(thing, event_shape, context_features), evidence)
+
+
+def judge(name: str, gather: Callable[[], Evidence], laws: Sequence[Law] = LAWS) -> Report:
+    """Hold evidence against laws, and name the mistakes behind those that are broken.
+
+    Args:
+        name: of what is judged.
+        gather: gives the evidence. If it raises ``Wrong``, that is all that is found.
+        laws: some of ``LAWS``, in their order.
+    """
+    findings: dict[str, Finding] = {}
+    diagnoses: list[Diagnosis] = []
+    try:
+        evidence = gather()
     except Wrong as error:
-        return Report(name, {LAWS[0].name: Finding(WRONG, str(error))}, [])
-    for law in LAWS:
+        return Report(name, {laws[0].name: Finding(WRONG, str(error))}, [])
+    for law in laws:
         finding = _measured(law, evidence, findings)
         findings[law.name] = finding
         if finding.verdict != WRONG or any(law.name in diagnosis.explains for diagnosis in diagnoses):
@@ -134,12 +164,12 @@ def _report(thing: Any, event_shape: tuple[int, ...], context_features: int | No
         if diagnosis:
             diagnoses = _joined(diagnoses, diagnosis)
     report = Report(name, findings, diagnoses)
-    return report if report else replace(report, diagnoses=_of_a_part(report, evidence, seconds) or diagnoses)
+    return report if report else replace(report, diagnoses=_of_a_part(report, evidence) or diagnoses)
 
 
-def _of_a_part(report: Report, evidence: Evidence, seconds: float) -> list[Diagnosis]:
+def _of_a_part(report: Report, evidence: Evidence) -> list[Diagnosis]:
     """Of a flow of layers: what is wrong with the first of them that is wrong alone, which may explain all."""
-    modules = evidence.make().module.named_modules()
+    modules, seconds = evidence.make().module.named_modules(), evidence.subject.seconds
     layers = [(name, part) for name, part in modules if name and hasattr(part, INVERSE)]
     width = None if evidence.context is None else evidence.context.shape[1]
     for name, part in layers:
@@ -169,7 +199,7 @@ def _joined(diagnoses: list[Diagnosis], new: Diagnosis) -> list[Diagnosis]:
 
 
 def _measured(law: Law, evidence: Evidence, findings: dict[str, Finding]) -> Finding:
-    if any(findings[needed].verdict == WRONG for needed in law.needs):
+    if any(needed in findings and findings[needed].verdict == WRONG for needed in law.needs):
         return Finding(UNASKED, BLOCKED)
     try:
         return law.measure(evidence)
@@ -179,7 +209,12 @@ def _measured(law: Law, evidence: Evidence, findings: dict[str, Finding]) -> Fin
         return Finding(WRONG, said(error))
 
 
-def _fresh(judged: Any, seconds: float) -> Subject:
+def fresh(judged: Any, seconds: float) -> Subject:
+    """A copy in float64, on the CPU, since not every device has float64.
+
+    Raises:
+        Wrong: if it can't be copied.
+    """
     try:
         twin = copy.deepcopy(judged)
     except Exception as error:
@@ -187,7 +222,7 @@ def _fresh(judged: Any, seconds: float) -> Subject:
             f"it can't be copied: what depends on parameters is to be computed in forward, not kept ({said(error)})"
         ) from error
     if isinstance(twin, torch.nn.Module):
-        twin.double()
+        twin.cpu().double()
     return Subject(twin, seconds)
 
 
@@ -221,6 +256,12 @@ def _lines(report: Report) -> list[str]:
     if unexplained and len(report.findings) > 1:  # what could not be called at all has said so in its one line
         lines += ["", f"None of the usual mistakes explains these numbers: {'; '.join(unexplained)}."]
     return lines
+
+
+def _equation(diagnosis: Diagnosis) -> str:
+    """The equation of the exercise that the mistake is in, in brackets, if it is in one."""
+    found = re.search(r"Equation (\d+)", diagnosis.words)
+    return f" (equation {found[1]})" if found else ""
 
 
 def _sentence(words: str) -> str:
