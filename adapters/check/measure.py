@@ -172,15 +172,13 @@ class Evidence:
         one_way: whether it has no inverse, rightly.
         slow: whether a call of its inverse takes so long that it is called as rarely as can be.
         unit: whether the rows lie in (0, 1), since others are not taken.
+        narrow: up to so many coordinates, autograd goes through the inverse, too.
         lost: the share of z that need not come back from ``forward(inverse(z))``.
         box: corners of the part of the plane over which p is integrated; None for that which holds most samples.
-
-    Raises:
-        Wrong: if it can't be called.
     """
 
     one_way = slow = unit = False
-    lost = 0.0
+    narrow, lost = THROUGH, 0.0
     box: tuple[Tensor, Tensor] | None = None
 
     def __init__(
@@ -196,7 +194,15 @@ class Evidence:
         self.rows = 7 if self.size <= WIDE else 2
         while self.rows in (*event_shape, self.size):  # so that no dimension is taken for another
             self.rows += 1
+        self.may_lack_inverse, self.context_features = may_lack_inverse, context_features
         self.context = None if context_features is None else points(self.rows, (context_features,), 3)
+
+    def gather(self) -> None:
+        """Run both directions, which all measures begin with.
+
+        Raises:
+            Wrong: if either can't be called.
+        """
         self.look()
         y = self.forward.y
         if y.numel() != self.x.numel() or not y.isfinite().all():
@@ -205,11 +211,11 @@ class Evidence:
         try:
             self.back  # noqa: B018 (measured here, so that it may fail here)
         except NoInverse:
-            self.one_way = may_lack_inverse
-            if not may_lack_inverse:
+            self.one_way = self.may_lack_inverse
+            if not self.one_way:
                 raise
         self.slow = process_time() - start > PATIENCE
-        if not self.one_way and (self.slow or self.size > THROUGH):
+        if not self.one_way and (self.slow or self.size > self.narrow):
             self.back.undoes = self.forward
 
     def look(self) -> None:
@@ -256,7 +262,7 @@ class Evidence:
         try:
             start = process_time()
             back = self.passed(INVERSE, self.z)
-            through = self.size <= THROUGH and process_time() - start < PATIENCE
+            through = self.size <= self.narrow and process_time() - start < PATIENCE
             return _is_tame(back) if through else bool((back.y.abs() <= LARGEST).all())
         except Hangs:
             raise
