@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from adapters import FlowDistribution, build_flow, flow_names
+from adapters.check.measure import Quadrature
 from adapters.normal import rational_ndtri
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
 from adapters.vae import VAE, Decoder, Encoder
@@ -19,7 +20,6 @@ from runs.common import densities, step
 from runs.common.comparison import Effort
 from runs.common.devices import make_accelerator
 from runs.common.fit import ASK_EVERY, SNAPSHOT_EVERY, fit
-from runs.common.gates import Quadrature
 from runs.common.objectives import NegativeELBO, NegativeLogLikelihood, without_argument_checks
 from runs.common.recipe import Recipe
 from runs.common.speed import measure_speed
@@ -100,7 +100,7 @@ SCRIPTS = {
 QUICK = Stopwatch(seconds=0.01, min_rounds=2)
 SEAMS = {  # smaller figures, the same for both devices
     "toy": {"test_points": 500},
-    "compare": {"effort": Effort(QUICK, Quadrature(grid=20, samples=50), test_points=500)},
+    "compare": {"effort": Effort(QUICK, Quadrature(cells=20, samples=50), test_points=500)},
 }
 
 

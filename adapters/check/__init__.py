@@ -12,19 +12,23 @@
 """
 
 import copy
+import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from nflows.flows import Flow
+from torch import Tensor
 
-from adapters.check.laws import LAWS, REMARK, RIGHT, UNASKED, WRONG, Finding, Law
-from adapters.check.measure import Evidence
+from adapters.check.laws import LAWS, REMARK, RIGHT, UNASKED, WRONG, Finding, Law, theirs
+from adapters.check.measure import Evidence, points, seeded
 from adapters.check.mistakes import Diagnosis, diagnose
-from adapters.check.subject import INVERSE, Subject, Wrong, known, said
+from adapters.check.subject import FORWARD, INVERSE, Subject, Wrong, known, said
 from adapters.checks import sizes
 
 BLOCKED = "what it needs does not hold"
@@ -65,6 +69,18 @@ class Report:
             finding.mistake for finding in self.findings.values() if finding.verdict == REMARK and finding.mistake
         ]
         return [diagnosis.mistake for diagnosis in self.diagnoses] + remarks
+
+    @property
+    def reasons(self) -> list[str]:
+        """What is wrong, a phrase each: the mistakes, or else what was measured of the first law that none explains."""
+        explained = {law for diagnosis in self.diagnoses for law in diagnosis.explains}
+        named = [f"{one.mistake}{_equation(one)}" for one in self.diagnoses if one.explains]
+        unexplained = [law for law in self.broken if law not in explained]
+        if not unexplained:
+            return named
+        more = len(unexplained) - 1
+        words = f" (and {more} more law{'s' * (more > 1)} {'are' if more > 1 else 'is'} broken)" if more else ""
+        return [*named, self.findings[unexplained[0]].words + words]
 
     def raise_if_wrong(self) -> None:
         """Raise a ``WrongLayer``, which is an ``AssertionError``, with the report, unless all laws hold."""
@@ -107,24 +123,45 @@ def check(
     if isinstance(thing, type):
         raise TypeError(f"check judges an object, not the class {thing.__name__}: make one, {thing.__name__}(…)")
     shape = tuple(sizes(event_shape, "event_shape"))
-    with torch.random.fork_rng([]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the user's code makes torch warn of, the report speaks
-        torch.manual_seed(0)
+    with quietly():
         return _report(thing, shape, context_features, seconds)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Within, random numbers begin at a seed of their own, and what torch warns of is not shown: the report says it."""
+    with seeded(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _report(thing: Any, event_shape: tuple[int, ...], context_features: int | None, seconds: float) -> Report:
     name = _described(thing, event_shape, context_features)
-    findings: dict[str, Finding] = {}
-    diagnoses: list[Diagnosis] = []
     try:
         judged = known(thing)
         Subject(judged, seconds).explain_signatures(context_features)
-        only_scores = judged is not thing or isinstance(thing, Flow)  # some of the libraries' have no inverse
-        evidence = Evidence(lambda: _fresh(judged, seconds), event_shape, context_features, only_scores)
     except Wrong as error:
         return Report(name, {LAWS[0].name: Finding(WRONG, str(error))}, [])
-    for law in LAWS:
+    only_scores = judged is not thing or isinstance(thing, Flow)  # some of the libraries' have no inverse
+    return judge(name, Evidence(lambda: fresh(judged, seconds), event_shape, context_features, only_scores))
+
+
+def judge(name: str, evidence: Evidence, laws: Sequence[Law] = LAWS) -> Report:
+    """Gather the evidence, hold it against laws, and name the mistakes behind those that are broken.
+
+    Args:
+        name: of what is judged.
+        evidence: of it.
+        laws: some of ``LAWS``, in their order.
+    """
+    findings: dict[str, Finding] = {}
+    diagnoses: list[Diagnosis] = []
+    try:
+        evidence.gather()
+    except Wrong as error:
+        report = Report(name, {laws[0].name: Finding(WRONG, str(error))}, [])
+        return replace(report, diagnoses=_of_a_part(report, evidence))
+    for law in laws:
         finding = _measured(law, evidence, findings)
         findings[law.name] = finding
         if finding.verdict != WRONG or any(law.name in diagnosis.explains for diagnosis in diagnoses):
@@ -135,29 +172,74 @@ def _report(thing: Any, event_shape: tuple[int, ...], context_features: int | No
         if diagnosis:
             diagnoses = _joined(diagnoses, diagnosis)
     report = Report(name, findings, diagnoses)
-    return report if report else replace(report, diagnoses=_of_a_part(report, evidence, seconds) or diagnoses)
+    if report:
+        return _with_masks_of_parts(report, evidence) if laws is LAWS else report
+    return replace(report, diagnoses=(laws is LAWS and _of_a_part(report, evidence)) or diagnoses)
 
 
-def _of_a_part(report: Report, evidence: Evidence, seconds: float) -> list[Diagnosis]:
+MASK_LAWS = tuple(law for law in LAWS if law.name in ("outputs", "log_det_shape", "twice", "mask"))
+
+
+def _with_masks_of_parts(report: Report, evidence: Evidence) -> Report:
+    """Of a flow that is right: its own layers' masks, too, whose convention nothing else shows."""
+    for part in _parts(evidence):
+        if not part.is_theirs:
+            continue
+        alone = judge("", Evidence(partial(fresh, part.layer, part.seconds), part.event_shape, part.width), MASK_LAWS)
+        if alone.broken == ["mask"]:
+            finding = alone.findings["mask"]
+            findings = report.findings | {"mask": finding._replace(words=f"{part.where}, {finding.words}")}
+            return replace(report, findings=findings, diagnoses=alone.diagnoses)
+    return report
+
+
+def _of_a_part(report: Report, evidence: Evidence) -> list[Diagnosis]:
     """Of a flow of layers: what is wrong with the first of them that is wrong alone, which may explain all."""
-    modules = evidence.make().module.named_modules()
-    layers = [(name, part) for name, part in modules if name and hasattr(part, INVERSE)]
-    width = None if evidence.context is None else evidence.context.shape[1]
-    for name, part in layers:
-        if any(other.startswith(f"{name}.") for other, _ in layers):  # its own parts come next
+    for part in _parts(evidence):
+        alone = _report(part.layer, part.event_shape, part.width, part.seconds)
+        if alone or len(alone.findings) == 1:  # it is right, or it takes other events
             continue
-        alone = _report(part, evidence.event_shape, width, seconds)
-        if len(alone.findings) == 1 and width is not None:  # perhaps one that takes no context
-            alone = _report(part, evidence.event_shape, None, seconds)
-        if len(alone.findings) == 1:  # it takes other events
-            continue
-        if not alone:
-            where = f"in its part {name}, a {type(part).__name__}"
-            explains = tuple(report.broken)
-            unexplained = Diagnosis(f"the fault is {where}", "check this layer alone", explains)
-            found = [one._replace(words=f"{where}\n{one.words}", explains=explains) for one in alone.diagnoses]
-            return found or [unexplained]
+        explains = tuple(report.broken)
+        found = [one._replace(words=f"{part.where}\n{one.words}", explains=explains) for one in alone.diagnoses]
+        return found or [Diagnosis(f"the fault is {part.where}", alone.findings[alone.broken[0]].words, ())]
     return []
+
+
+class _Part(NamedTuple):
+    """A layer in a flow, with the events and the width of the context that it is given there."""
+
+    where: str
+    layer: torch.nn.Module
+    event_shape: tuple[int, ...]
+    width: int | None
+    seconds: float
+    is_theirs: bool
+
+
+def _parts(evidence: Evidence) -> list[_Part]:
+    """The layers that a flow is made of; of those that hold others, the others."""
+    try:
+        whole, called = evidence.make(), evidence.make()
+    except Wrong:  # it can't even be copied
+        return []
+    given: dict[str, tuple] = {}
+    for name, layer in called.module.named_modules():
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: given.setdefault(name, inputs) and None)
+    called.module.eval()
+    for direction in (FORWARD, INVERSE):
+        with suppress(Wrong), torch.no_grad():
+            called.run(direction, points(evidence.rows, evidence.event_shape, 1), evidence.context)
+    layers = {name: layer for name, layer in whole.module.named_modules() if name and hasattr(layer, INVERSE)}
+    own, parts = {name for name, _ in theirs(whole)}, []
+    for name, layer in layers.items():
+        if any(other.startswith(f"{name}.") for other in layers):
+            continue
+        z, context = (*given[name], None)[:2] if name in given else (None, evidence.context)
+        shape = tuple(z.shape[1:]) if isinstance(z, Tensor) else evidence.event_shape
+        width = context.shape[-1] if isinstance(context, Tensor) else None
+        where = f"in its part {name}, a {type(layer).__name__}"
+        parts.append(_Part(where, layer, shape, width, whole.seconds, name in own))
+    return parts
 
 
 def _joined(diagnoses: list[Diagnosis], new: Diagnosis) -> list[Diagnosis]:
@@ -170,7 +252,7 @@ def _joined(diagnoses: list[Diagnosis], new: Diagnosis) -> list[Diagnosis]:
 
 
 def _measured(law: Law, evidence: Evidence, findings: dict[str, Finding]) -> Finding:
-    if any(findings[needed].verdict == WRONG for needed in law.needs):
+    if any(needed in findings and findings[needed].verdict == WRONG for needed in law.needs):
         return Finding(UNASKED, BLOCKED)
     try:
         return law.measure(evidence)
@@ -180,7 +262,12 @@ def _measured(law: Law, evidence: Evidence, findings: dict[str, Finding]) -> Fin
         return Finding(WRONG, said(error))
 
 
-def _fresh(judged: Any, seconds: float) -> Subject:
+def fresh(judged: Any, seconds: float) -> Subject:
+    """A copy in float64, on the CPU, since not every device has float64.
+
+    Raises:
+        Wrong: if it can't be copied.
+    """
     try:
         twin = copy.deepcopy(judged)
     except Exception as error:
@@ -188,7 +275,7 @@ def _fresh(judged: Any, seconds: float) -> Subject:
             f"it can't be copied: what depends on parameters is to be computed in forward, not kept ({said(error)})"
         ) from error
     if isinstance(twin, torch.nn.Module):
-        twin.double()
+        twin.cpu().double()
     return Subject(twin, seconds)
 
 
@@ -222,6 +309,12 @@ def _lines(report: Report) -> list[str]:
     if unexplained and len(report.findings) > 1:  # what could not be called at all has said so in its one line
         lines += ["", f"None of the usual mistakes explains these numbers: {'; '.join(unexplained)}."]
     return lines
+
+
+def _equation(diagnosis: Diagnosis) -> str:
+    """The equation of the exercise that the mistake is in, in brackets, if it is in one."""
+    found = re.search(r"Equation (\d+)", diagnosis.words)
+    return f" (equation {found[1]})" if found else ""
 
 
 def _sentence(words: str) -> str:

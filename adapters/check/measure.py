@@ -2,7 +2,8 @@
 
 A ``Pass`` is one direction of a layer at a few rows: outputs y, the log-determinant that came with them, autograd's
 Jacobian J and its log|det J|, and what each network inside was given and gave. ``Evidence`` holds the passes. Below
-them are measures of one number that more than the laws may use: ``distance``, ``roughness`` and ``mass_error``.
+them are the measures themselves, functions of tensors, which comparisons and tests use as well: ``jacobian``,
+``log_abs_det``, ``one_by_one``, ``distance``, ``roughness`` and ``mass_error``.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from time import process_time
 from typing import NamedTuple
 
 import torch
@@ -22,10 +24,28 @@ TRIP = 1e-4  # of a round trip, likewise: some libraries search for their invers
 MOVED, HALVINGS = 0.3, 5  # standard deviation of what moves the parameters, and how often it may be halved
 LARGEST, WORST = 1e3, 1e5  # |f(x)|, |J| and condition number of J up to which float64 tells right from wrong
 SETTLING = 30  # passes in training mode after which running statistics are near the data's
-WIDE = 64  # of so many coordinates, fewer rows are tried
+WIDE = 64  # of more coordinates, fewer rows are tried
+THROUGH = 16  # of more coordinates, autograd does not go through the inverse: J is the inverse of forward's
+PATIENCE = 1.0  # seconds of computing: an inverse that takes longer is called no more often than it must be
+AT_ONCE = 250_000  # numbers in one batch, of copies of a row, by which a Jacobian is found
 ROUGH = 1e-2  # of ``roughness``: about 1e-6 in float64, 0.1 where float32 is within
 STEP = 1e-6  # h of ``roughness``
-CELLS = 300  # along an axis, for ∫p
+
+Function = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # rows and contexts to outputs and log-determinants
+
+
+class Quadrature(NamedTuple):
+    """How closely ∫p is compared with the share of the samples.
+
+    Attributes:
+        cells: along an axis.
+        samples: draws; the tolerance grows where there are fewer, as their own error does.
+        seconds: of computing, that a fiftieth of it may take; ∫p is not asked for where it takes longer.
+    """
+
+    cells: int = 300
+    samples: int = 20_000
+    seconds: float = 0.4
 
 
 class Seen(NamedTuple):
@@ -45,6 +65,7 @@ class Pass:
         x, context, y, log_det: what it was given and gave, ``(rows, *event_shape)`` and ``(rows,)``.
         seen: what each network inside was given and gave.
         function: maps rows and their contexts to ``(y, log_det)``.
+        undoes: the pass whose outputs these rows are, for an inverse that autograd is not to go through.
     """
 
     direction: str
@@ -53,14 +74,15 @@ class Pass:
     y: Tensor
     log_det: Tensor
     seen: list[Seen]
-    function: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] = field(repr=False)
+    function: Function = field(repr=False)
+    undoes: "Pass | None" = field(default=None, repr=False)
 
     @cached_property
     def jacobian(self) -> Tensor:
-        """J of each row by autograd, ``(rows, D, D)``. Each row of y must depend on its own row of x alone."""
-        found = torch.autograd.functional.jacobian(lambda x: self.function(x.clone(), self.context)[0].sum(0), self.x)
-        size = self.x[0].numel()
-        return found.movedim(self.y.dim() - 1, 0).reshape(len(self.x), size, size)
+        """J of each row, ``(rows, D, D)``: autograd's, or the inverse of autograd's J of the pass that this undoes."""
+        if self.undoes is not None:
+            return torch.linalg.inv(self.undoes.jacobian)
+        return jacobian(self.function, self.x, self.context)
 
     @cached_property
     def slopes(self) -> Tensor:
@@ -75,7 +97,7 @@ class Pass:
     @cached_property
     def exact(self) -> Tensor:
         """log|det J| of each row, by autograd."""
-        return torch.linalg.slogdet(self.jacobian).logabsdet
+        return log_abs_det(self.jacobian) if self.undoes is None else -self.undoes.exact
 
     @property
     def flat(self) -> tuple[Tensor, Tensor]:
@@ -141,31 +163,64 @@ class Evidence:
         make: gives a new copy of the subject, in float64.
         event_shape, context_features: as for ``check``.
         may_lack_inverse: whether it is no mistake to have none, as for a flow that can only score.
+        quadrature: how closely ∫p is looked at.
 
     Attributes:
         subject: the copy, in evaluation mode.
         x: rows for ``forward``; z: rows for ``inverse``; context: a row for each, or None.
         forward: what it makes of x.
         one_way: whether it has no inverse, rightly.
+        slow: whether a call of its inverse takes so long that it is called as rarely as can be.
         unit: whether the rows lie in (0, 1), since others are not taken.
-
-    Raises:
-        Wrong: if it can't be called.
+        narrow: up to so many coordinates, autograd goes through the inverse, too.
+        lost: the share of z that need not come back from ``forward(inverse(z))``.
+        box: corners of the part of the plane over which p is integrated; None for that which holds most samples.
     """
+
+    one_way = slow = unit = False
+    narrow, lost = THROUGH, 0.0
+    box: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
         make: Callable[[], Subject],
         event_shape: tuple[int, ...],
-        context_features: int | None,
+        context_features: int | None = None,
         may_lack_inverse: bool = False,
+        quadrature: Quadrature | None = None,
     ):
-        self.make, self.event_shape, self.size, self.unit = make, event_shape, math.prod(event_shape), False
+        self.make, self.event_shape, self.size = make, event_shape, math.prod(event_shape)
+        self.quadrature = quadrature or Quadrature()
         self.rows = 7 if self.size <= WIDE else 2
         while self.rows in (*event_shape, self.size):  # so that no dimension is taken for another
             self.rows += 1
+        self.may_lack_inverse, self.context_features = may_lack_inverse, context_features
         self.context = None if context_features is None else points(self.rows, (context_features,), 3)
-        self.x, self.z = points(self.rows, event_shape, 1), points(self.rows, event_shape, 2)
+
+    def gather(self) -> None:
+        """Run both directions, which all measures begin with.
+
+        Raises:
+            Wrong: if either can't be called.
+        """
+        self.look()
+        y = self.forward.y
+        if y.numel() != self.x.numel() or not y.isfinite().all():
+            return  # which the first law says
+        start = process_time()
+        try:
+            self.back  # noqa: B018 (measured here, so that it may fail here)
+        except NoInverse:
+            self.one_way = self.may_lack_inverse
+            if not self.one_way:
+                raise
+        self.slow = process_time() - start > PATIENCE
+        if not self.one_way and (self.slow or self.size > self.narrow):
+            self.back.undoes = self.forward
+
+    def look(self) -> None:
+        """Choose rows and parameters, and run forward."""
+        self.x, self.z = points(self.rows, self.event_shape, 1), points(self.rows, self.event_shape, 2)
         try:
             self._move()
         except Hangs:
@@ -175,17 +230,8 @@ class Evidence:
             try:
                 self._move()
             except Wrong:
-                self.x, self.unit = points(self.rows, event_shape, 1), False
+                self.x, self.unit = points(self.rows, self.event_shape, 1), False
                 self._move()
-        self.one_way, y = False, self.forward.y
-        if y.numel() != self.x.numel() or not y.isfinite().all():
-            return  # which the first law says
-        try:
-            self.back  # noqa: B018 (measured here, so that it may fail here)
-        except NoInverse:
-            self.one_way = may_lack_inverse
-            if not may_lack_inverse:
-                raise
 
     def _move(self) -> None:
         for halving in range(HALVINGS + 1):
@@ -214,13 +260,16 @@ class Evidence:
         if not _is_tame(self.forward):
             return False
         try:
-            return _is_tame(self.passed(INVERSE, self.z))
+            start = process_time()
+            back = self.passed(INVERSE, self.z)
+            through = self.size <= self.narrow and process_time() - start < PATIENCE
+            return _is_tame(back) if through else bool((back.y.abs() <= LARGEST).all())
         except Hangs:
             raise
         except Wrong:  # there is none, or it takes other points
             return True
 
-    def passed(self, direction: str, x: Tensor) -> Pass:
+    def passed(self, direction: str, x: Tensor, undoes: Pass | None = None) -> Pass:
         """What that direction makes of x.
 
         Raises:
@@ -232,13 +281,20 @@ class Evidence:
 
         with torch.no_grad(), watching(self.subject.module) as seen:
             y, log_det = function(x.clone(), self.context)
-        return Pass(direction, x, self.context, y, log_det, seen, function)
+        return Pass(direction, x, self.context, y, log_det, seen, function, undoes)
 
     @property
     def passes(self) -> Iterator[Pass]:
         """Both directions at the same points: forward, then inverse at its outputs if there is an inverse."""
         yield self.forward
         if not self.one_way:
+            yield self.back
+
+    @property
+    def repeatable(self) -> Iterator[Pass]:
+        """Those of ``passes`` that may be called again and again."""
+        yield self.forward
+        if not (self.one_way or self.slow):
             yield self.back
 
     @cached_property
@@ -261,7 +317,10 @@ class Evidence:
         return self.passed(FORWARD, self.inverse.y)
 
     def at(self, direction: str) -> Pass:
-        return self.forward if direction == FORWARD else self.inverse
+        """The pass by which that direction's log-determinant is judged."""
+        if direction == FORWARD:
+            return self.forward
+        return self.inverse if self.back.undoes is None else self.back
 
     @cached_property
     def mask(self) -> tuple[str, Tensor] | None:
@@ -291,15 +350,57 @@ def _is_tame(p: Pass) -> bool:
     return bool((high <= LARGEST).all() and (high <= WORST * low)[low > 0].all())  # singular is not steep, but wrong
 
 
+def jacobian(function: Function, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """J of each row by autograd, ``(rows, D, D)``, of a function that computes each row of y from its own row alone.
+
+    Each row is copied D times, and the i-th copy is asked for the derivatives of y_i: one pass backward serves all.
+    """
+    size = x[0].numel()
+    row, coordinate = torch.cartesian_prod(torch.arange(len(x)), torch.arange(size)).unbind(1)
+    found = []
+    for rows, coordinates in zip(
+        row.split(max(1, AT_ONCE // size)), coordinate.split(max(1, AT_ONCE // size)), strict=True
+    ):
+        with torch.enable_grad():
+            z = x[rows].detach().requires_grad_()
+            y = function(z.clone(), None if context is None else context[rows])[0].flatten(1)
+            wanted = y.gather(1, coordinates[:, None]).sum()
+            slopes = torch.autograd.grad(wanted, z, allow_unused=True)[0] if wanted.requires_grad else None
+        found.append(torch.zeros_like(z) if slopes is None else slopes)
+    return torch.cat(found).detach().reshape(len(x), size, size)
+
+
+def log_abs_det(jacobians: Tensor) -> Tensor:
+    """log|det J| of each, ``(rows, D, D)`` → ``(rows,)``."""
+    return torch.linalg.slogdet(jacobians).logabsdet
+
+
+def one_by_one(function: Callable, x: Tensor, context: Tensor | None = None) -> Iterator:
+    """What the function gives for each row by itself, with its own row of the context."""
+    for row in range(len(x)):
+        yield function(x[row : row + 1].clone(), None if context is None else context[row : row + 1])
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Within, random numbers of the CPU begin at that seed; afterwards they go on as before, as other devices' do."""
+    before = torch.random.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(before)
+
+
 def points(rows: int, shape: tuple[int, ...], seed: int) -> Tensor:
     """Standard normal numbers, made short to read: hundredths, none of which is a likely edge of a bin."""
     normal = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return ((normal * 20).round() * 5 + 1) / 100
 
 
-def move(module: nn.Module, scale: float) -> None:
+def move(module: nn.Module, scale: float, seed: int = 0) -> None:
     """Add N(0, scale²) to every parameter that is trained."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters()):
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
@@ -380,7 +481,7 @@ def is_rounded(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -
 
 @torch.no_grad()
 def mass_error(
-    log_prob: Callable[[Tensor], Tensor], drawn: Tensor, low: Tensor, high: Tensor, cells: int = CELLS
+    log_prob: Callable[[Tensor], Tensor], drawn: Tensor, low: Tensor, high: Tensor, cells: int
 ) -> tuple[float, float]:
     """∫p over a box in two dimensions, and the largest |∫p − share of draws| over the rectangles from its corner.
 

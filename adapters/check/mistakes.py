@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapters.check.measure import Evidence, Pass, equation_15, equation_16, is_rounded, same
+from adapters.check.measure import Evidence, Pass, equation_15, equation_16, is_rounded, same, seeded
 from adapters.check.subject import FORWARD, INVERSE, Wrong, place
 
 EQUATIONS = {
@@ -110,9 +110,8 @@ def mask_drawn_anew(e: Evidence, law: str) -> str | None:
 def random_within(e: Evidence, law: str) -> str | None:
     p = e.forward
     answers = []
-    with torch.no_grad(), torch.random.fork_rng([]):
-        for _ in range(2):
-            torch.manual_seed(0)
+    for _ in range(2):
+        with torch.no_grad(), seeded():
             answers.append(p.function(p.x.clone(), p.context)[0])
     if same(answers[0], answers[1]):
         return (
@@ -461,7 +460,7 @@ def multiple(e: Evidence, p: Pass) -> str | None:
     return None
 
 
-@_log_det("detached, or under no_grad", ("gradients",))
+@_log_det("detached, or under no_grad", ("inverse_log_det", "gradients"))
 def detached(e: Evidence, p: Pass) -> str | None:
     if p.x[0].numel() > 64 or same(p.jacobian, p.slopes, 1e-3):
         return None

@@ -39,12 +39,12 @@ class Effort:
 
     Attributes:
         stopwatch: for how long each kind of call is timed.
-        quadrature: how closely ∫p is looked at.
+        quadrature: how closely the gates look at ∫p.
         test_points: fresh points that a density in the plane is scored on.
     """
 
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    quadrature: gates.Quadrature = field(default_factory=gates.Quadrature)
+    quadrature: gates.Quadrature = gates.CLOSELY
     test_points: int = TEST_POINTS
 
 
@@ -103,7 +103,7 @@ class Comparison:
     def prepare(self, names: list[str], matched: bool) -> None:
         """A row for each flow, with its hidden widths, parameters and footnote; one that can't be built says why.
 
-        A flow that fails a gate, with its parameters moved at random, says so: it will not be trained.
+        A flow that breaks a law, with its parameters moved at random, says which: it will not be trained.
 
         Args:
             matched: whether all are to have as many parameters as ``REFERENCE`` rather than the same hidden widths.
@@ -111,18 +111,15 @@ class Comparison:
         target = None
         if matched:
             target = parameter_count(self.build(REFERENCE, hidden_features=self.hidden))
-        with torch.no_grad(), seeded(0, self.task.device):
-            points = self.task.vectors(100)
-            if self.task.preprocess is not None:
-                points = self.task.preprocess(points.cpu())[0]
         for name in tqdm(names, desc="checking", unit="flow", leave=False, disable=None):
             row = self.table.rows.setdefault(name, new_row())
             if "parameters" in row or "failed" in row:
                 continue
             try:
                 self._describe(name, row, target)
-                if failed := gates.failures(gates.check_moved(self._small(name), points, self.effort.quadrature)):
-                    row |= {"gate_failures": failed, "untrained": True}
+                report = gates.check_before_training(self._small(name), self.task.features, self.effort.quadrature)
+                if not report:
+                    row |= {"gate_failures": report.reasons, "untrained": True}
             except FAILURES as error:
                 row["failed"] = reason(error)
 
@@ -215,15 +212,15 @@ class Comparison:
         row["scores"][str(seed)] = {"value": value, "stderr": error, "steps": fitted.steps, "seconds": fitted.seconds}
 
     def _check(self, flow: Flow, seed: int, row: Row) -> None:
-        """Hold the trained flow to the gates; the row keeps the largest error over the seeds."""
+        """Hold the trained flow against the laws; the row keeps the largest error of each over the seeds."""
         with seeded(seed, self.task.device):
             data = self.task.box is not None or self.task.features > 64  # where the data lie, or far too many numbers
             points = self.task.vectors(100) if data else flow.sample(100).detach()
-        found = gates.check(flow, points, self.task.box, self.effort.quadrature)
-        if failed := gates.failures(found):
-            row["gate_failures"] = failed
+        report = gates.check_after_training(flow, points, self.task.box, self.effort.quadrature)
+        if not report:
+            row["gate_failures"] = report.reasons
         worst = row.setdefault("gates", {})
-        worst |= {key: max(value, worst.get(key, 0.0)) for key, value in found.items() if math.isfinite(value)}
+        worst |= {law: max(error, worst.get(law, 0.0)) for law, error in gates.errors(report).items()}
 
 
 def reason(error: BaseException) -> str:

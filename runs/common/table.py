@@ -169,13 +169,9 @@ class Table:
             f"fixed, data → noise in one pass, splines of {SPLINES['bins']} bins in [−{SPLINES['tail_bound']:g}, "
             f"{SPLINES['tail_bound']:g}].",
             "",
-            f"Gates, in float64, both before training, on two layers with parameters moved by N(0, {gates.MOVED:g}²) "
-            f"(less where that is too steep), and after it: round trip {gates.ROUND_TRIP:g}, both directions' "
-            f"log-determinants beside autograd's {gates.LOG_DET:g}, log_prob of samples {gates.AGREEMENT:g}, no "
-            f"float32 within ({gates.PRECISION:g}), in the plane ∫p {gates.MASS:g}. Who fails one before is not "
-            "trained, who fails one after is not ranked. Times are medians of calls in turn (A B C A B C) in one "
-            "process after a warm-up, steps in training mode and the rest in evaluation mode, in brackets the ratio to "
-            f"{REFERENCE}; memory is the most that a training step allocates.",
+            f"{gates.IN_WORDS} Times are medians of calls in turn (A B C A B C) in one process after a warm-up, steps "
+            f"in training mode and the rest in evaluation mode, in brackets the ratio to {REFERENCE}; memory is the "
+            "most that a training step allocates.",
             "",
             ", ".join(f"{key} {value}" for key, value in self.versions.items()) + ".",
         ]
