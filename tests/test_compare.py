@@ -19,9 +19,10 @@ from runs.common.comparison import Effort, parse_budget
 from runs.common.cost import KINDS, peak, time_kind
 from runs.common.fit import fit
 from runs.common.options import flat
-from runs.common.pictures.compare import draw_curves, loss_axis
+from runs.common.pictures.compare import draw_quality, loss_axis
 from runs.common.results import parameter_count, write_metrics
 from runs.common.table import Table
+from runs.common.tasks import TASKS
 from runs.common.timing import Stopwatch, ratio
 from tests.scripts import pictures_in, run
 
@@ -32,9 +33,15 @@ QUICK = Stopwatch(seconds=0.01, min_rounds=2)
 
 
 def compare(**flags):
-    """What runs/compare.py returns; without pictures, and quickly timed, unless the seams say otherwise."""
+    """The rows that runs/compare.py returns; without pictures, and quickly timed, unless the seams say otherwise."""
     seams = {"draw": False, "effort": Effort(QUICK)} | flags.pop("seams", {})
-    return run("compare", seams={} if "load" in flags else seams, **flags)
+    found = run("compare", seams={} if "load" in flags else seams, **flags)
+    return found[flags["task"]] if flags.get("task") in TASKS else found
+
+
+def scores(row):
+    """Of each training, by its seed."""
+    return {training["seed"]: training["score"] for training in row["trainings"]}
 
 
 @pytest.fixture
@@ -75,7 +82,7 @@ def test_a_flow_that_fails_a_gate_is_not_trained(tmp_path, own_module, capsys):
     last = capsys.readouterr().out.splitlines()[-3]
     words = "not trained: at z = (−0.44, −0.14) forward says "
     assert last.startswith("wrong_one:Wrong ") and words in last
-    assert words in (tmp_path / "out/compare.md").read_text() and not row["scores"]
+    assert words in (tmp_path / "out/compare.md").read_text() and not row["trainings"]
 
 
 LATER = """
@@ -104,10 +111,11 @@ def test_a_flow_that_fails_a_gate_after_training_is_not_ranked(tmp_path, own_mod
     rows = compare(**arguments)
     words = re.compile(r"not ranked: at z' = .* inverse says .*; off by the same 0.2 in every row \(and 1 more law is")
     assert words.search(capsys.readouterr().out) and words.search((tmp_path / "out/compare.md").read_text())
-    assert rows["later:Later"]["gates"]["samples"] > 0.01 > 1e-6 > rows["masked-affine"]["gates"]["samples"]
+    wrong, right = (rows[name]["trainings"][0]["gates"]["samples"] for name in ("later:Later", "masked-affine"))
+    assert wrong > 0.01 > 1e-6 > right
     monkeypatch.setenv("RIGHT", "1")
     rows = compare(**arguments, resume=True)
-    assert "gate_failures" not in rows["later:Later"] and rows["later:Later"]["scores"]
+    assert [training["gate_failures"] for training in rows["later:Later"]["trainings"]] == [[]]
 
 
 # Matching
@@ -149,13 +157,13 @@ def test_the_whole_catalogue_has_its_rows_and_its_pictures(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert list(rows) == flow_names() and not [row["failed"] for row in rows.values() if "failed" in row]
     for name in flow_names():
-        assert printed.count(f"\n{name} ") == 2
-        assert math.isfinite(rows[name]["scores"]["0"]["value"]) and rows[name]["memory_mib"] > 0
+        assert printed.count(f"\n{name} ") == printed.count(f"\n{name}, 3steps, seed 0: KL ") == 1
+        assert math.isfinite(scores(rows[name])[0]) and rows[name]["memory_mib"] > 0
     assert rows["masked-affine"]["times"]["step"]["ratio"] == 1
     for picture in ("gallery", "quality", "times"):
         assert width_of(tmp_path / f"{picture}.png") > 300
     text = (tmp_path / "compare.md").read_text()
-    assert "at most 1.001" in text and "The same for all: 3steps of training" in text
+    assert "at most 1.001" in text and "The same for all: 3 steps for each training" in text
 
 
 def test_finished_rows_survive_an_interruption(tmp_path, capsys):
@@ -174,15 +182,15 @@ def test_finished_rows_survive_an_interruption(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         compare(**TINY, flows=flows, out=tmp_path, seams={"fit": interrupted})
     done = json.loads((tmp_path / "compare.json").read_text())["rows"]
-    assert [set(row["scores"]) for row in done.values()] == [{"0"}, {"0"}, set()] and list(done) == list(flows)
+    assert [set(scores(row)) for row in done.values()] == [{0}, {0}, set()] and list(done) == list(flows)
     capsys.readouterr()
     compare(load=tmp_path, out=tmp_path / "so far")
     assert re.search(r"\nnflows-affine +not trained yet", capsys.readouterr().out)
     rows = compare(**TINY, flows=flows, out=tmp_path, resume=True, seeds=2, seams={"fit": counted})
-    assert len(trained) == 2 + 4 and all(set(row["scores"]) == {"0", "1"} for row in rows.values())
+    assert len(trained) == 2 + 4 and all(set(scores(row)) == {0, 1} for row in rows.values())
     for name in flows[:2]:
-        assert rows[name]["scores"]["0"] == done[name]["scores"]["0"] and rows[name]["times"] == done[name]["times"]
-    assert "3steps of training (2 seeds; ± is" in (tmp_path / "compare.md").read_text()
+        assert scores(rows[name])[0] == scores(done[name])[0] and rows[name]["times"] == done[name]["times"]
+    assert "Each score is the mean over 2 trainings from different seeds" in (tmp_path / "compare.md").read_text()
     with pytest.raises(ValueError, match="budget was 3steps, not 4steps"):
         compare(**TINY | {"budget": "4steps"}, out=tmp_path, resume=True)
     (tmp_path / "compare.json").write_text("{")
@@ -206,11 +214,11 @@ def test_one_failing_flow_is_a_row_that_says_why(tmp_path, own_module, capsys):
     names = ("failing:at_once", "failing:later", "failing:leaves", "failing:fixed", "failing:text", "masked-affine")
     rows = compare(**TINY, flows=names, out=tmp_path / "out")
     assert rows["failing:at_once"]["failed"] == "ZeroDivisionError: in my code"
-    assert rows["failing:later"]["gate_failures"][0].startswith("forward raises ZeroDivisionError: division by zero (")
+    assert rows["failing:later"]["untrained"][0].startswith("forward raises ZeroDivisionError: division by zero (")
     assert rows["failing:leaves"]["failed"] == "SystemExit: no data"
     assert rows["failing:fixed"]["failed"] == "it has no parameters to train"
     assert "failing:text: a str can't be called: write def forward(self, z)" in rows["failing:text"]["failed"]
-    assert math.isfinite(rows["masked-affine"]["scores"]["0"]["value"])
+    assert math.isfinite(scores(rows["masked-affine"])[0])
     assert "failed: ZeroDivisionError: in my code" in (tmp_path / "out/compare.md").read_text()
 
 
@@ -224,20 +232,20 @@ def test_the_readmes_own_layer_gets_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.path", ["", *__import__("sys").path])
     rows = compare(**TINY | {"layers": 4}, flows=("my_layer:SoftsignCoupling", "masked-affine"), out=tmp_path)
     row = rows["my_layer:SoftsignCoupling"]
-    assert math.isfinite(row["scores"]["0"]["value"]) and "gate_failures" not in row
+    assert math.isfinite(scores(row)[0]) and not row["trainings"][0]["gate_failures"]
     assert row["parameters"] == 4 * parameter_count(torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Linear(8, 4)))
 
 
 def test_a_librarys_own_class_is_a_factory(tmp_path):
     rows = compare(**TINY, flows=("zuko.flows:MAF",), out=tmp_path)
-    assert math.isfinite(rows["zuko.flows:MAF"]["scores"]["0"]["value"])
+    assert math.isfinite(scores(rows["zuko.flows:MAF"])[0])
 
 
 @pytest.mark.parametrize("task", ["mnist", "vae-prior"])
 def test_image_tasks(task, tmp_path):
     arguments = TINY | {"task": task, "limit": 200, "flows": ("masked-affine", "zuko-realnvp"), "match": "parameters"}
     rows = compare(**arguments, out=tmp_path, seams={"draw": True})
-    values = [row["scores"]["0"]["value"] for row in rows.values()]
+    values = [scores(row)[0] for row in rows.values()]
     assert all(map(math.isfinite, values)) and (tmp_path / "gallery.png").exists()
     assert (max(values) < 0) == (task == "vae-prior")
 
@@ -248,16 +256,20 @@ def test_a_flow_prior_is_trained_as_its_own_run_trains_it():
     assert {"lr", "warmup", "decay", "average", "clip"} <= set(tasks.VaePrior.recipe)
 
 
+def trained(*values, budget="1s", curve=()):
+    """A row with a training from each seed."""
+    common = {"budget": budget, "stderr": 0.1, "seconds": 1.0, "steps": 1, "gates": {}, "gate_failures": []}
+    found = [common | {"seed": seed, "score": value, "curve": list(curve)} for seed, value in enumerate(values)]
+    return {"trainings": found}
+
+
 def test_better_scores_are_ranked_first():
     def ranked(task):
-        return Table({"task": task}, rows).ranked(list("abc"))
+        return Table({"task": task, "budget": ["1s"]}, rows).ranked(list("abc"))
 
-    rows = {
-        name: {"scores": {"0": {"value": value, "stderr": 0.1}}}
-        for name, value in zip("abc", (-3, -1, -2), strict=True)
-    }
+    rows = {name: trained(value) for name, value in zip("abc", (-3, -1, -2), strict=True)}
     assert ranked("vae-prior") == ["b", "c", "a"] and ranked("two-gaussians") == ["a", "c", "b"]
-    rows["a"]["gate_failures"] = ["round trip"]
+    rows["a"]["trainings"][0]["gate_failures"] = ["round trip"]
     rows["b"]["failed"] = "why"
     assert ranked("two-gaussians") == ["c", "a", "b"]
 
@@ -279,7 +291,7 @@ def test_a_passing_failure_is_tried_again_when_resumed(tmp_path, own_module, mon
     assert compare(**arguments, resume=True)["passing:flow"]["failed"] == "MemoryError: for now"
     monkeypatch.delenv("OUT_OF_MEMORY")
     rows = compare(**arguments, resume=True)
-    assert "failed" not in rows["passing:flow"] and rows["passing:flow"]["scores"]["0"]["steps"] == 3
+    assert "failed" not in rows["passing:flow"] and rows["passing:flow"]["trainings"][0]["steps"] == 3
 
 
 def test_that_every_flow_failed_is_the_last_word(tmp_path, own_module):
@@ -303,7 +315,7 @@ def test_batch_normalisation_is_timed_as_it_is_used(tmp_path, own_module):
     own_module("normed", NORMED)
     rows = compare(**TINY | {"budget": "300steps"}, flows=("normed:flow",), out=tmp_path / "out")
     row = rows["normed:flow"]
-    assert "failed" not in row and "gate_failures" not in row and row["times"]["sample"]["ms"] > 0, row
+    assert "failed" not in row and not row["trainings"][0]["gate_failures"] and row["times"]["sample"]["ms"] > 0, row
 
 
 def test_steps_are_timed_in_training_mode_and_the_rest_in_evaluation_mode(own_module):
@@ -370,7 +382,7 @@ def test_what_a_load_can_not_show_is_said(tmp_path):
         (tmp_path / "metrics.json").write_text(content)
         with pytest.raises(ValueError, match="metrics.json is damaged, or not of this version: run it again"):
             compare(load=tmp_path)
-    (tmp_path / "compare.json").write_text('{"arguments": {"task": "cifar"}, "rows": {}}')
+    (tmp_path / "compare.json").write_text('{"format": 2, "arguments": {"task": "cifar"}, "versions": {}, "rows": {}}')
     with pytest.raises(ValueError, match=r"compare.json is damaged \(it, arguments lacks 'budget'\); run it again"):
         compare(load=tmp_path)
 
@@ -387,6 +399,10 @@ def row_of(record):
     return record["rows"]["masked-affine"]
 
 
+def training_of(record):
+    return row_of(record)["trainings"][0]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -396,16 +412,20 @@ def row_of(record):
         lambda record: "null",
         lambda record: "[]",
         lambda record: "[" * 100_000,
-        lambda record: '{"arguments": 3, "rows": {}}',
+        lambda record: record.update(arguments=3),
         lambda record: record.pop("arguments") and None,
+        lambda record: record.pop("versions") and None,
         lambda record: record.pop("rows") and None,
         lambda record: record.update(rows=[]),
+        lambda record: record["arguments"].update(clock="sundial"),
         lambda record: record["rows"].update({"masked-affine": 3}),
         lambda record: record["rows"].update({"masked-affine": {}}),
-        lambda record: row_of(record).update(scores=3),
-        lambda record: row_of(record).update(scores={"0": 3}),
-        lambda record: row_of(record).update(scores={"0": {"value": "low"}}),
-        lambda record: row_of(record)["scores"]["0"].pop("stderr") and None,
+        lambda record: row_of(record).update(trainings=3),
+        lambda record: row_of(record).update(trainings=[3]),
+        lambda record: training_of(record).update(score="low"),
+        lambda record: training_of(record).update(seed=None),
+        lambda record: training_of(record).pop("stderr") and None,
+        lambda record: training_of(record).pop("budget") and None,
         lambda record: row_of(record).pop("times") and None,
         lambda record: row_of(record)["times"].pop("sample") and None,
         lambda record: row_of(record)["times"]["step"].update(ms="slow"),
@@ -414,10 +434,11 @@ def row_of(record):
         lambda record: row_of(record).pop("memory_mib") and None,
         lambda record: row_of(record).update(hidden=3),
         lambda record: row_of(record).update(hidden=["wide"]),
-        lambda record: row_of(record).pop("curves") and None,
-        lambda record: row_of(record).update(curves={"0": [[1]]}),
-        lambda record: row_of(record).update(curves={"0": [[1, "x"]]}),
-        lambda record: row_of(record).update(gate_failures="all"),
+        lambda record: training_of(record).pop("curve") and None,
+        lambda record: training_of(record).update(curve=[[1]]),
+        lambda record: training_of(record).update(curve=[[1, "x"]]),
+        lambda record: training_of(record).update(gate_failures="all"),
+        lambda record: row_of(record).update(untrained="all"),
         lambda record: row_of(record).update(notes=[3]),
         lambda record: row_of(record).update(failed=3),
         lambda record: row_of(record).update(footnote=None),
@@ -454,8 +475,9 @@ def test_a_picture_is_written_whole_or_not_at_all(finished, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("losses", [(-0.01, -0.02, -0.01), (1.0, 0.1, -0.02), (1.0, 1e-9, 0.1), (0.0, 0.0, 0.0), ()])
 def test_a_negative_estimate_breaks_no_picture(losses, tmp_path):
-    rows = {"a": {"curves": {"0": [[0.5 + i, loss] for i, loss in enumerate(losses)]}}}
-    assert width_of(draw_curves(Table({"task": "two-gaussians"}, rows), ["a"], tmp_path / "quality.png")) > 300
+    row = trained(losses[-1] if losses else 0.1, curve=[[0.5 + i, loss] for i, loss in enumerate(losses)])
+    table = Table({"task": "two-gaussians", "budget": ["1s"]}, {"a": row})
+    assert width_of(draw_quality(table, ["a"], tmp_path / "quality.png")) > 300
     logarithmic, limits = loss_axis(losses, divergence=True, higher_is_better=False)
     assert logarithmic == any(loss > 0 for loss in losses) and (limits is None) == (not losses)
     if limits is not None:

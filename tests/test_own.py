@@ -358,7 +358,7 @@ MISTAKES = {
     ),
     "an image": (
         ("z = z", "z = torch.nn.functional.conv2d(z, torch.ones(1, 1, 1, 1))"),
-        "it takes images of shape (1, 2, 2), and is given vectors of 4: begin forward and inverse with z = z.view(-1, 1, 2",
+        "it takes images of shape (1, 2, 2), and is given vectors of 4: begin forward and inverse with z = z.view(-1, 1,",
     ),
     "what nobody offers": (
         ("features, mask", "features, mask, hunger"),

@@ -3,7 +3,8 @@
 import math
 import re
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from adapters.check import Report
 from adapters.flow import Flow
 from runs.common import gates
 from runs.common.contestants import REFERENCE, build, footnote, match_parameters
@@ -21,7 +23,7 @@ from runs.common.pictures.compare import save_learned
 from runs.common.recipe import Recipe
 from runs.common.results import parameter_count
 from runs.common.scores import TEST_POINTS
-from runs.common.table import Row, Table, new_row
+from runs.common.table import Row, Table, new_row, number_with_digits
 from runs.common.tasks import SPLINES, Task
 from runs.common.timing import Stopwatch, ratio
 from runs.common.training_state import Fitted, NotFinite
@@ -58,6 +60,20 @@ def parse_budget(budget: str) -> tuple[float, bool]:
     return float(found[1]), steps
 
 
+def parse_budgets(budgets: Sequence[str]) -> list[str]:
+    """The budgets in one spelling, 30s or 2000steps, each once, the smallest first.
+
+    Raises:
+        ValueError: if there is none, one is no budget, or seconds and steps are mixed.
+    """
+    if not budgets:
+        raise ValueError("budget needs at least one, such as --budget 3s 10s")
+    parsed = sorted(set(map(parse_budget, budgets)))
+    if len({in_steps for _, in_steps in parsed}) > 1:
+        raise ValueError(f"the budgets must all be seconds or all be steps, not {' '.join(budgets)}")
+    return [f"{amount:.12g}{'steps' if in_steps else 's'}" for amount, in_steps in parsed]
+
+
 def make_recipe(task: type[Task], budget: str, compile: bool) -> Recipe:
     """How every flow is trained on that task, in that budget."""
     amount, in_steps = parse_budget(budget)
@@ -65,17 +81,26 @@ def make_recipe(task: type[Task], budget: str, compile: bool) -> Recipe:
     return Recipe(steps=steps, seconds=seconds, validate_every=10**9, compile=compile, **task.recipe)
 
 
+def counts_cpu_time(device: torch.device) -> bool:
+    """Whether the seconds of a training are CPU time, which other processes on the machine do not take away.
+
+    This is fair where a flow computes on a single thread. Several threads would each add their own time, and a GPU's
+    time is not the processor's.
+    """
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
 @dataclass
 class Comparison:
-    """What all flows of a comparison have in common. Whatever a flow does wrong is written in its own row.
+    """What all flows that are compared on one task have in common. What a flow does wrong is written in its own row.
 
     Attributes:
-        task: data, loss and score.
+        task: the data, the loss and the score.
         table: the rows.
-        layers, hidden: the size of each flow. Where parameters are matched, the row says the flow's own hidden widths.
-        directory: where the table and what is learned are kept.
+        layers, hidden: the size of each flow. Where parameters are matched, the row has the flow's own hidden widths.
+        directory: where the table and the pictures of what is learned are kept.
         accelerator: where to compute.
-        effort: how thoroughly.
+        effort: how thoroughly flows are measured.
         direction: in which the forward of somebody's own layers runs; ``None`` where they are asked.
     """
 
@@ -119,7 +144,7 @@ class Comparison:
                 self._describe(name, row, target)
                 report = gates.check_before_training(self._small(name), self.task.features, self.effort.quadrature)
                 if not report:
-                    row |= {"gate_failures": report.reasons, "untrained": True}
+                    row["untrained"] = report.reasons
             except FAILURES as error:
                 row["failed"] = reason(error)
 
@@ -179,48 +204,67 @@ class Comparison:
                 row["failed"] = f"step: {reason(error)}"
         self.table.save(self.directory)
 
-    def train(self, name: str, seed: int, recipe: Recipe, fit: Callable[..., Fitted]) -> None:
-        """Train that flow with that seed, check it and score it, unless its row says that this is done or can't be."""
-        row = self.table.rows[name]
-        if "failed" in row or "untrained" in row or str(seed) in row["scores"]:
-            return
-        try:
-            self._train(name, seed, row, recipe, fit)
-        except FAILURES as error:
-            row["failed"] = reason(error)
-        self.table.save(self.directory)
+    def train(self, name: str, seed: int, budget: str, fit: Callable[..., Fitted]) -> str | None:
+        """Train that flow with that seed in that budget, hold it to the gates, score it, and save the table.
 
-    def _train(self, name: str, seed: int, row: Row, recipe: Recipe, fit: Callable[..., Fitted]) -> None:
-        task = self.task
-        flow = self.build(name, seed).to(task.device)
+        Returns:
+            what came of it in words; ``None`` if the row says already that this is done, or that it can't be.
+        """
+        row = self.table.rows[name]
+        if "failed" in row or "untrained" in row or self.table.is_done(name, seed, budget):
+            return None
+        try:
+            training = self._train(name, seed, budget, fit)
+        except FAILURES as error:
+            row["failed"] = found = reason(error)
+        else:
+            row["trainings"].append(training)
+            found = f"{self.task.measure} {number_with_digits(training['score'], training['stderr'])}"
+            found += "".join(f", {failure}" for failure in training["gate_failures"])
+        self.table.save(self.directory)
+        return f"{name}, {budget}, seed {seed}: {found}"
+
+    def _train(self, name: str, seed: int, budget: str, fit: Callable[..., Fitted]) -> dict[str, Any]:
+        """One training as the table keeps it."""
+        task, device, compile = self.task, self.task.device, self.table.arguments["compile"]
+        recipe = make_recipe(type(task), budget, compile)
+        flow = self.build(name, seed).to(device)
         trial = task.trial(flow, seed)
-        fitted = fit(trial.loss, trial.batch, recipe, quiet=True, accelerator=self.accelerator)
+        clock = time.process_time if counts_cpu_time(device) else time.monotonic
+        fitted = fit(trial.loss, trial.batch, recipe, quiet=True, accelerator=self.accelerator, clock=clock)
         if fitted.interrupted:
             raise KeyboardInterrupt
         trial.loss.eval()
-        self._check(flow, seed, row)
-        value, error = trial.score()
+        report = self._checked(flow) if seed == 0 else None  # which would take longer than a short training
+        value, stderr = trial.score()
         if not math.isfinite(value):
             raise Unfit(f"its {task.measure} on the test data is {value}")
         if fitted.notes:
+            row = self.table.rows[name]
             row["notes"] = list(dict.fromkeys((*row.get("notes", ()), *fitted.notes)))
-        if seed == 0:
+        if seed == 0:  # the longest budget comes last, so that its picture stays
             with torch.no_grad():
                 save_learned(self.directory, name, trial.picture())
         pace, sign = fitted.seconds / fitted.steps, -1 if task.higher_is_better else 1
-        row["curves"][str(seed)] = [(round(step * pace, 3), round(sign * loss, 5)) for step, loss in fitted.losses]
-        row["scores"][str(seed)] = {"value": value, "stderr": error, "steps": fitted.steps, "seconds": fitted.seconds}
+        return {
+            "seed": seed,
+            "budget": budget,
+            "score": value,
+            "stderr": stderr,
+            "steps": fitted.steps,
+            "seconds": fitted.seconds,
+            "curve": [(round(step * pace, 3), round(sign * loss, 5)) for step, loss in fitted.losses],
+            "gates": {} if report is None else gates.errors(report),
+            "gate_failures": [] if report is None else report.reasons,
+        }
 
-    def _check(self, flow: Flow, seed: int, row: Row) -> None:
-        """Hold the trained flow against the laws; the row keeps the largest error of each over the seeds."""
-        with seeded(seed, self.task.device):
-            data = self.task.box is not None or self.task.features > 64  # where the data lie, or far too many numbers
-            points = self.task.vectors(100) if data else flow.sample(100).detach()
-        report = gates.check_after_training(flow, points, self.task.box, self.effort.quadrature)
-        if not report:
-            row["gate_failures"] = report.reasons
-        worst = row.setdefault("gates", {})
-        worst |= {law: max(error, worst.get(law, 0.0)) for law, error in gates.errors(report).items()}
+    def _checked(self, flow: Flow) -> Report:
+        """The trained flow, held against the laws."""
+        task = self.task
+        with seeded(0, task.device):
+            data = task.box is not None or task.features > 64  # where the data lie, or far too many numbers
+            points = task.vectors(100) if data else flow.sample(100).detach()
+        return gates.check_after_training(flow, points, task.box, self.effort.quadrature)
 
 
 def reason(error: BaseException) -> str:

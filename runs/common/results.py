@@ -1,5 +1,6 @@
 """What a run leaves behind: ``metrics.json`` beside its pictures and checkpoint, each written whole or not at all."""
 
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -7,6 +8,8 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,27 @@ def open_directory(out: Path) -> Path:
     except OSError as error:
         raise OSError(f"--out {out} can't be written to ({error.strerror}); choose another directory") from error
     return out
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Within, no other process can claim that directory. However this process ends, its claim ends with it.
+
+    Raises:
+        RuntimeError: if another process has claimed it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: nobody can claim anything there
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(
+                    f"another run is writing to {directory}: wait until it has ended, or choose another --out"
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def newest_run(directory: Path, *files: str) -> Path:

@@ -1,27 +1,32 @@
-"""The table of a comparison: a row for each flow, kept in compare.json, ranked, and written down as compare.md."""
+"""The table of a comparison: what each training of each flow has given, in compare.json and, ranked, in compare.md."""
 
+import itertools
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from runs.common import gates
 from runs.common.contestants import REFERENCE
 from runs.common.cost import KINDS
+from runs.common.ranking import LEVEL, rank_ranges
 from runs.common.results import versions, write_text
 from runs.common.tasks import SPLINES, TASKS, Task
 
 TABLE, REPORT = "compare.json", "compare.md"
-Row = dict[str, Any]  # as ``ROW``, ``ONCE_TIMED`` and ``OPTIONAL`` below say
+FORMAT = 2  # of compare.json; in the first one a flow had a single budget
+WIDEST_CELL = 60  # characters; the reason why a flow has no score may be longer, and then pushes aside what follows
+Row = dict[str, Any]  # as ``TRAININGS``, ``MEASURED`` and ``OPTIONAL`` below say
 
 
 class Table:
-    """The rows so far. A row that is done stays done when the comparison is resumed.
+    """What is known of each flow so far. A training that is done stays done when the comparison is resumed.
 
     Args:
         arguments: those that a comparison must be resumed with, as plain data.
-        rows: by the flows' names.
+        rows: what is known of each flow, by its name.
         library_versions: of all libraries in use.
     """
 
@@ -38,10 +43,15 @@ class Table:
     def task(self) -> type[Task]:
         return TASKS[self.arguments["task"]]
 
+    @property
+    def budgets(self) -> list[str]:
+        """Of each training, the smallest first."""
+        return self.arguments["budget"]
+
     # The file
 
     def save(self, directory: Path) -> None:
-        record = {"arguments": self.arguments, "versions": self.versions, "rows": self.rows}
+        record = {"format": FORMAT, "arguments": self.arguments, "versions": self.versions, "rows": self.rows}
         write_text(directory / TABLE, json.dumps(record, indent=1) + "\n")
 
     @classmethod
@@ -49,34 +59,40 @@ class Table:
         """The table of the comparison in that directory.
 
         Raises:
-            ValueError: if the file is damaged; ``remedy`` says what to do.
+            ValueError: if the file is damaged or an earlier version's; ``remedy`` says what to do.
         """
         path = directory / TABLE
         try:
             record = json.loads(path.read_text())
-            check_record(record)
+            earlier = record.get("format") != FORMAT
+            if not earlier:
+                check_record(record)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
-        return cls(record["arguments"], record["rows"], record.get("versions", {}))
+        if earlier:
+            raise ValueError(f"{path} was written by another version of compare.py, and can't be read; {remedy}")
+        return cls(record["arguments"], record["rows"], record["versions"])
 
     @classmethod
     def resume(cls, directory: Path, arguments: dict[str, Any]) -> "Table":
         """The table of a comparison that is to go on. What has failed in it is tried again: it may have been chance.
 
         Raises:
-            FileNotFoundError: if there is none.
-            ValueError: if it is damaged, or of a comparison with other arguments.
+            ValueError: if it is damaged, an earlier version's, or of a comparison with other arguments.
         """
-        path = directory / TABLE
-        if not path.is_file():
-            raise FileNotFoundError(f"nothing to resume: no {TABLE} in {directory}")
         table = cls.load(directory, "start again without --resume")
         began = table.arguments
         if began != arguments:
-            changes = "; ".join(f"{k} was {began.get(k)}, not {v}" for k, v in arguments.items() if began.get(k) != v)
-            raise ValueError(f"{path} belongs to another comparison: {changes}. Resume with its own arguments")
+            changes = "; ".join(
+                f"{key} was {in_words(began.get(key))}, not {in_words(value)}"
+                for key, value in arguments.items()
+                if began.get(key) != value
+            )
+            raise ValueError(
+                f"{directory / TABLE} belongs to another comparison: {changes}. Resume with its own arguments"
+            )
         for name, row in table.rows.items():
-            if "gate_failures" in row or ("failed" in row and not row["scores"]):
+            if table.gate_failures(name) or ("failed" in row and not row["trainings"]):
                 table.rows[name] = new_row()
             row.pop("failed", None)
         table.versions = versions()
@@ -84,143 +100,271 @@ class Table:
 
     # The rows
 
-    def scored(self, name: str) -> bool:
-        return bool(self.rows[name]["scores"]) and "failed" not in self.rows[name]
+    def trainings(self, name: str, budget: str) -> list[dict[str, Any]]:
+        """Those of that flow that have had that budget, in the order of their seeds."""
+        found = [training for training in self.rows[name]["trainings"] if training["budget"] == budget]
+        return sorted(found, key=lambda training: training["seed"])
 
-    def ranked(self, names: list[str]) -> list[str]:
-        """Best first; then those that failed a gate; last those that have no score."""
+    def is_done(self, name: str, seed: int, budget: str) -> bool:
+        return any(training["seed"] == seed for training in self.trainings(name, budget))
+
+    def scores(self, name: str, budget: str) -> list[float]:
+        return [training["score"] for training in self.trainings(name, budget)]
+
+    def scored(self, name: str) -> bool:
+        return bool(self.rows[name]["trainings"]) and "failed" not in self.rows[name]
+
+    def gate_failures(self, name: str) -> str:
+        """Which gates that flow has not passed, in words; empty if it has passed all."""
+        row = self.rows[name]
+        if "untrained" in row:
+            return "; ".join(row["untrained"])
+        failed = [training["gate_failures"] for training in row["trainings"] if training["gate_failures"]]
+        return "; ".join(failed[0]) if failed else ""
+
+    def ranked(self, names: Sequence[str]) -> list[str]:
+        """Those flows, the best mean score at the longest budget first.
+
+        A flow whose trainings have not come to that budget yet follows, by its score at the next one. Then come those
+        that failed a gate, and last those that have no score.
+        """
         sign = -1 if self.task.higher_is_better else 1
 
-        def key(name: str) -> tuple[int, float]:
-            row = self.rows[name]
+        def key(name: str) -> tuple[int, int, float]:
             if not self.scored(name):
-                return (2 + ("failed" in row), 0.0)
-            return ("gate_failures" in row, sign * mean_score(row)[0])
+                return (2 + ("failed" in self.rows[name]), 0, 0.0)
+            means = [statistics.fmean(scores) if scores else None for scores in self._scores_by_budget(name)]
+            place, mean = next((place, mean) for place, mean in enumerate(reversed(means)) if mean is not None)
+            return (bool(self.gate_failures(name)), place, sign * mean)
 
         return sorted(names, key=key)
 
-    def cells(self, name: str) -> list[str]:
-        """What a row says, in words and figures."""
-        row = self.rows[name]
+    def _scores_by_budget(self, name: str) -> list[list[float]]:
+        return [self.scores(name, budget) for budget in self.budgets]
+
+    def ranks(self, names: Sequence[str], budget: str) -> dict[str, tuple[int, int]]:
+        """The best and the worst rank, at that budget, of each of those flows that is ranked and trained twice or more.
+
+        See ``rank_ranges``.
+        """
+        sign = -1 if self.task.higher_is_better else 1
+        scores = {
+            name: [sign * score for score in self.scores(name, budget)]
+            for name in names
+            if self.scored(name) and not self.gate_failures(name)
+        }
+        return rank_ranges({name: values for name, values in scores.items() if len(values) > 1})
+
+    # The table as text
+
+    def columns(self) -> list[str]:
+        measure = f"{self.task.measure} ({self.task.unit})"
+        scores = [(f"{measure} after {budget}", "rank") for budget in self.budgets]
+        times = [f"{kind} ms" for kind in KINDS]
+        compiled = ["compiled"] * self.arguments["compile"]
+        return ["flow", *itertools.chain(*scores), "parameters", *times, "MiB", *compiled]
+
+    def cells(self, names: Sequence[str]) -> list[list[str]]:
+        """What the rows of these flows say, in words and figures."""
+        ranks = [self.ranks(names, budget) for budget in self.budgets]
+        return [self._cells_of(name, [found.get(name) for found in ranks]) for name in names]
+
+    def _cells_of(self, name: str, ranks: Sequence[tuple[int, int] | None]) -> list[str]:
+        row, gate_failures = self.rows[name], self.gate_failures(name)
         if "failed" in row:
             return [name, f"failed: {row['failed']}"]
         if "untrained" in row:
-            return [name, f"not trained: {'; '.join(row['gate_failures'])}"]
-        if not row["scores"]:
+            return [name, f"not trained: {gate_failures}"]
+        if not row["trainings"]:
             return [name, "not trained yet"]
-        value, error = mean_score(row)
-        digits = max(2, 1 - math.floor(math.log10(error))) if 0 < error < 1 else 2
-        score = f"{value:.{digits}f} ± {error:.{digits}f}"
-        if "gate_failures" in row:
-            score = f"not ranked: {'; '.join(row['gate_failures'])} ({score})"
+        scores = [self.score_in_words(name, budget) for budget in self.budgets]
+        places = [rank_in_words(rank) for rank in ranks]
+        if gate_failures:
+            scores[0] = f"not ranked: {gate_failures} ({scores[0]})"
+            places = ["none"] * len(places)
         times = [f"{row['times'][kind]['ms']:.2f} ({row['times'][kind]['ratio']:.2f})" for kind in KINDS]
         memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.1f}"
-        cells = [name, score, f"{row['parameters']:,}", *times, memory]
+        cells = [name, *itertools.chain(*zip(scores, places, strict=True)), f"{row['parameters']:,}", *times, memory]
         if compiled := row.get("compile"):
             cells.append(f"{compiled['gain']:.2f}" if "gain" in compiled else f"no: {compiled['failed']}")
         return cells
 
-    def columns(self) -> list[str]:
-        score = f"{self.task.measure} ({self.task.unit})"
-        times = [f"{kind} ms" for kind in KINDS]
-        return ["flow", score, "parameters", *times, "MiB", *["compiled"] * self.arguments["compile"]]
+    def score_in_words(self, name: str, budget: str) -> str:
+        """The mean over the seeds and its standard deviation; of a single seed, the score alone."""
+        trainings = self.trainings(name, budget)
+        if not trainings:
+            return "not trained yet"
+        scores = [training["score"] for training in trainings]
+        if len(scores) == 1:
+            return number_with_digits(scores[0], trainings[0]["stderr"])
+        deviation = statistics.stdev(scores)
+        mean = number_with_digits(statistics.fmean(scores), deviation)
+        return f"{mean} ± {number_with_digits(deviation, deviation)}"
 
-    # The table as text
-
-    def header(self) -> str:
-        return self._align(self.columns())
-
-    def line(self, name: str) -> str:
-        return self._align(self.cells(name))
-
-    def _align(self, cells: list[str]) -> str:
-        """Figures to the right under their columns' names, the flow's name and its score to the left."""
-        left, right = (max(map(len, self.rows)), 20), (10, 15, 15, 17, 7, 16)
-        padded = [f"{cell:<{width}}" for cell, width in zip(cells, left, strict=False)]
-        return " ".join(padded + [f"{cell:>{width}}" for cell, width in zip(cells[2:], right, strict=False)])
-
-    def report(self, names: list[str], out: Path) -> Path:
+    def report(self, names: Sequence[str], out: Path) -> Path:
         """Print the ranking, and write it to ``compare.md`` with what was equal and what could not be made so."""
         ranked = self.ranked(names)
-        print("\n" + "\n".join([self.header(), *(self.line(name) for name in ranked)]))
-        columns = self.columns()
-        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        columns, rows = self.columns(), self.cells(ranked)
+        print("\n" + "\n".join(aligned([columns, *rows])))
+        lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         footnotes: list[str] = []
-        for name in ranked:
-            cells, row = self.cells(name), self.rows[name]
+        for name, cells in zip(ranked, rows, strict=True):
+            row = self.rows[name]
             notes = (note[:1].upper() + note[1:].rstrip(".") + "." for note in row.get("notes", ()))
             if text := " ".join(filter(None, (row.get("footnote"), *notes))):
                 footnotes.append(f"{len(footnotes) + 1}. **{name}**: {text}")
-                cells[0] += f" [{len(footnotes)}]"
-            lines.append("| " + " | ".join(cells + [""] * (len(columns) - len(cells))) + " |")
-        what_was_equal = self.what_was_equal(max([1, *(len(self.rows[name]["scores"]) for name in names)]))
-        text = [f"# {self.arguments['task']}", "", *lines, "", *what_was_equal, "", *footnotes, ""]
-        return write_text(out / REPORT, "\n".join(text))
+                cells = [f"{name} [{len(footnotes)}]", *cells[1:]]
+            lines.append(f"| {' | '.join(cells + [''] * (len(columns) - len(cells)))} |")
+        paragraphs = [f"# {self.arguments['task']}", "\n".join(lines), *self.explanation(ranked), *footnotes]
+        return write_text(out / REPORT, "\n\n".join(paragraphs) + "\n")
 
-    def what_was_equal(self, seeds: int) -> list[str]:
-        """What was the same for all flows, in words."""
+    def explanation(self, names: Sequence[str]) -> list[str]:
+        """How to read the table, what was the same for all flows, and how they were checked: a paragraph each."""
         arguments, task, recipe = self.arguments, self.task, self.task.recipe
         hidden = "×".join(map(str, arguments["hidden"] or task.hidden))
+        matched = {
+            "width": f"hidden layers of {hidden} units",
+            "parameters": f"as many parameters as {REFERENCE} with hidden layers of {hidden} units",
+        }[arguments["match"]]
         return [
-            f"The same for all: {arguments['budget']} of training ({seeds} seed{'s' * (seeds > 1)}; ± is the standard "
-            f"error), batch {task.batch_size}, AdamW at {recipe['lr']:g} with the same schedule, averaged weights, the "
-            f"same fixed preprocessing, {arguments['layers'] or task.layers} layers, hidden widths {hidden} (matched: "
-            f"{arguments['match']}), alternating masks (1 = unchanged; autoregressive flows have none), base N(0, I) "
-            f"fixed, data → noise in one pass, splines of {SPLINES['bins']} bins in [−{SPLINES['tail_bound']:g}, "
+            self._explained_ranks(names),
+            f"The same for all: {self._budgets_in_words()} for each training, batches of {task.batch_size}, AdamW with "
+            f"a learning rate of {recipe['lr']:g} and the same schedule, which fits itself to the budget, averaged "
+            f"weights, the same fixed preprocessing, {arguments['layers'] or task.layers} layers, {matched}, "
+            "alternating masks (1 = unchanged; autoregressive flows have none), a fixed base N(0, I), data → noise in "
+            f"one pass, and splines of {SPLINES['bins']} bins in [−{SPLINES['tail_bound']:g}, "
             f"{SPLINES['tail_bound']:g}].",
-            "",
-            f"{gates.IN_WORDS} Times are medians of calls in turn (A B C A B C) in one process after a warm-up, steps "
-            f"in training mode and the rest in evaluation mode, in brackets the ratio to {REFERENCE}; memory is the "
-            "most that a training step allocates.",
-            "",
+            f"{gates.IN_WORDS} After training this is done for the first seed.",
+            "Times are wall-clock: medians of calls in turn (A B C A B C) in one process after a warm-up, of steps in "
+            "training mode and of the rest in evaluation mode. In brackets they are given as a multiple of "
+            f"{REFERENCE}'s. Memory is the most that a training step allocates.",
             ", ".join(f"{key} {value}" for key, value in self.versions.items()) + ".",
         ]
+
+    def _budgets_in_words(self) -> str:
+        """Such as *3 s and 10 s of one core's CPU time*."""
+        last = self.budgets[-1]
+        if last.endswith("steps"):
+            return " and ".join(budget.removesuffix("steps") for budget in self.budgets) + " steps"
+        seconds = " and ".join(f"{budget.removesuffix('s')} s" for budget in self.budgets)
+        return f"{seconds} of {CLOCKS[self.arguments['clock']]}"
+
+    def _explained_ranks(self, names: Sequence[str]) -> str:
+        """What ± means, and what is known of the ranks."""
+        found = [self.trainings(name, budget) for name in names if self.scored(name) for budget in self.budgets]
+        found = [trainings for trainings in found if trainings]
+        worst = max((training["stderr"] for trainings in found for training in trainings), default=0.0)
+        points = (
+            f"All scores are of the same test points. How much one flow's score depends on these points is not in the "
+            f"±: its standard error over the points is at most {number_with_digits(worst, worst)} {self.task.unit}."
+        )
+        counts = sorted({len(trainings) for trainings in found}) or [0]
+        if counts[-1] < 2:
+            return (
+                "Each flow is trained once, from one seed. Another seed gives another score, so the order of the rows "
+                f"is that of these scores and no more: the ranks are not known. --seeds 5 makes them known. {points}"
+            )
+        seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+        first = []
+        for budget in self.budgets:
+            if best := [name for name, (low, _) in self.ranks(names, budget).items() if low == 1]:
+                first.append(f"After {budget} the first rank can't be denied to {', '.join(best)}.")
+        return (
+            f"Each score is the mean over {seeds} trainings from different seeds, ± the standard deviation from one "
+            "training to another. Each rank is the range of those that these trainings can't exclude: one flow is "
+            "better than another only where Welch's t-test between their trainings is significant after Holm's "
+            "correction for all pairs of flows, so that all ranges of a column hold at once with a confidence of "
+            f"{100 * (1 - LEVEL):g} % (Mogstad et al., Inference for Ranks, 2024). The order of the rows, by the mean, "
+            f"says no more than these ranges do. {' '.join(first)} {points}"
+        )
+
+
+CLOCKS = {"cpu": "one core's CPU time", "wall": "wall-clock time"}
 
 
 def new_row() -> Row:
     """A row of which nothing is known yet."""
-    return {"scores": {}, "curves": {}}
+    return {"trainings": []}
 
 
-def mean_score(row: Row) -> tuple[float, float]:
-    """Mean over the seeds and its standard error; of a single seed, the score's own."""
-    scores = list(row["scores"].values())
-    values = [score["value"] for score in scores]
-    if len(values) == 1:
-        return values[0], scores[0]["stderr"]
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+def rank_in_words(rank: tuple[int, int] | None) -> str:
+    if rank is None:
+        return "not known"
+    low, high = rank
+    return f"{low}" if low == high else f"{low}–{high}"
+
+
+def number_with_digits(value: float, error: float) -> str:
+    """The value with as many decimals as two digits of its error have, but at least two."""
+    decimals = max(2, 1 - math.floor(math.log10(error))) if 0 < error < 1 else 2
+    return f"{value:.{decimals}f}"
+
+
+def in_words(argument: Any) -> str:
+    return " ".join(map(str, argument)) if isinstance(argument, list) else str(argument)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left and all others to the right under their heads."""
+    columns = itertools.zip_longest(*rows, fillvalue="")
+    widths = [max(len(cell) for cell in column if len(cell) <= WIDEST_CELL) for column in columns]
+    lines = []
+    for first, *others in rows:
+        right = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=False)]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *right]))
+    return lines
 
 
 # What compare.json must be
 
 NUMBER, TEXTS, NONE = (int, float), [str], type(None)
-ARGUMENTS = {"task": str, "budget": str, "match": str, "layers": (int, NONE), "hidden": (list, NONE), "compile": bool}
-TIMES = {kind: {"ms": NUMBER, "ratio": NUMBER} for kind in KINDS}
-ONCE_TIMED = {"hidden": [int], "parameters": int, "footnote": str, "times": TIMES, "memory_mib": (*NUMBER, NONE)}
-ROW = {
-    "scores": {...: {"value": NUMBER, "stderr": NUMBER, "steps": int, "seconds": NUMBER}},
-    "curves": {...: [[NUMBER]]},
+ARGUMENTS = {
+    "task": str,
+    "budget": TEXTS,
+    "match": str,
+    "layers": (int, NONE),
+    "hidden": (list, NONE),
+    "compile": bool,
+    "clock": str,
 }
-OPTIONAL = {"failed": str, "untrained": bool, "gate_failures": TEXTS, "notes": TEXTS, "gates": {...: NUMBER}}
+TRAININGS = [
+    {
+        "seed": int,
+        "budget": str,
+        "score": NUMBER,
+        "stderr": NUMBER,
+        "steps": int,
+        "seconds": NUMBER,
+        "curve": [[NUMBER]],
+        "gates": {...: NUMBER},
+        "gate_failures": TEXTS,
+    }
+]
+TIMES = {kind: {"ms": NUMBER, "ratio": NUMBER} for kind in KINDS}
+MEASURED = {"hidden": [int], "parameters": int, "footnote": str, "times": TIMES, "memory_mib": (*NUMBER, NONE)}
+OPTIONAL = {"failed": str, "untrained": TEXTS, "notes": TEXTS}
 
 
 def check_record(record: Any) -> None:
     """Raise a ValueError that names the entry unless that is what ``Table.save`` writes."""
-    check_shape(record, {"arguments": ARGUMENTS, "rows": {...: dict}}, "it")
-    if record["arguments"]["task"] not in TASKS:
-        raise ValueError(f"its task is {record['arguments']['task'][:40]!r}")
+    check_shape(record, {"arguments": ARGUMENTS, "versions": {...: str}, "rows": {...: {"trainings": TRAININGS}}}, "it")
+    arguments = record["arguments"]
+    if arguments["task"] not in TASKS:
+        raise ValueError(f"its task is {arguments['task'][:40]!r}")
+    if arguments["clock"] not in CLOCKS:
+        raise ValueError(f"its clock is {arguments['clock'][:40]!r}")
     for name, row in record["rows"].items():
-        what = f"the row {name}"
-        scored = bool(row.get("scores"))
-        check_shape(row, ROW | (ONCE_TIMED if scored else {}), what)
-        known = ONCE_TIMED | OPTIONAL | {"compile": dict}
-        check_shape(row, {key: kind for key, kind in known.items() if key in row and key != "times"}, what)
-        if record["arguments"].get("compile") and scored:
-            compiled = "failed" not in row.get("compile", {})
-            check_shape(row, {"compile": {"gain": NUMBER} if compiled else {"failed": str}}, what)
-        for curve in row["curves"].values():
-            if any(len(pair) != 2 for pair in curve):
-                raise ValueError(f"{what}: a curve has points that are no pairs")
+        known = MEASURED | OPTIONAL
+        wanted = {key: kind for key, kind in known.items() if key in row and key != "times"}
+        if row["trainings"]:
+            wanted |= MEASURED
+            if arguments["compile"]:
+                failed = "failed" in row.get("compile", {})
+                wanted["compile"] = {"failed": str} if failed else {"gain": NUMBER}
+        check_shape(row, wanted, f"the row {name}")
+        for training in row["trainings"]:
+            if any(len(pair) != 2 for pair in training["curve"]):
+                raise ValueError(f"the row {name}: a curve has points that are no pairs")
 
 
 def check_shape(value: Any, wanted: Any, what: str) -> None:

@@ -18,10 +18,19 @@ from adapters.preprocess import Marginals
 from adapters.priors import FlowPrior
 from adapters.vae import VAE, Decoder, Encoder
 from runs.common.densities import DENSITIES
+from runs.common.devices import seeded
 from runs.common.images import SHAPE, Batches, bits_per_dim, dequantize, load_images, mosaic, threshold
 from runs.common.objectives import BitsPerDim, NegativeELBO, NegativeLogLikelihood
 from runs.common.samples import base_noise, decode, decoded_samples
-from runs.common.scores import TEST_POINTS, divergence, elbo_terms, log_likelihoods, on_grid, standard_error
+from runs.common.scores import (
+    EVALUATION_SEED,
+    TEST_POINTS,
+    divergence,
+    elbo_terms,
+    log_likelihoods,
+    on_grid,
+    standard_error,
+)
 
 SPLINES = {"bins": 8, "tail_bound": 4.0}  # of every flow that has them
 GRID = 150
@@ -89,15 +98,19 @@ class Task(ABC):
 
 
 class PlaneTask(Task):
-    """KL(true ‖ flow) on one of the exercise's densities, fresh points in every step."""
+    """KL(true ‖ flow) on one of the exercise's densities, fresh points in every step.
+
+    All flows are scored on the same points: what these have by chance is then not taken for a difference of two flows.
+    """
 
     measure, features, layers, hidden, batch_size = "KL", 2, 8, (64, 64), 1024
     recipe: ClassVar = {"lr": 3e-3, "betas": (0.9, 0.99), "average": 0.999}
     data: ClassVar[str]
 
     def __init__(self, device: torch.device, test_points: int = TEST_POINTS):
-        self.device, self.test_points = device, test_points
-        self.true = DENSITIES[self.data](device)
+        self.device, self.true = device, DENSITIES[self.data](device)
+        with seeded(EVALUATION_SEED, device):
+            self.test = self.true.sample(test_points)
 
     @property
     def preprocess(self) -> Transform | None:
@@ -116,7 +129,7 @@ class PlaneTask(Task):
         return Trial(
             loss,
             lambda step: self.true.sample(self.batch_size),
-            lambda: divergence(self.true, flow.log_prob, self.true.sample(self.test_points)),
+            lambda: divergence(self.true, flow.log_prob, self.test),
             lambda: on_grid(flow, GRID).numpy(),
         )
 
@@ -192,7 +205,7 @@ class VaePrior(ImageTask):
         vae = VAE(FlowPrior(flow), Encoder(self.features), Decoder(self.features)).to(self.device)
 
         def score() -> tuple[float, float]:
-            reconstruction, kl = elbo_terms(vae, threshold(self.images.test), 4)
+            reconstruction, kl = elbo_terms(vae, threshold(self.images.test))
             elbo = reconstruction - kl
             return elbo.mean().item(), elbo.std().item() / math.sqrt(len(elbo))
 

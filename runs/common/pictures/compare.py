@@ -1,18 +1,24 @@
 """The pictures of runs/compare.py, from compare.json and from what it keeps of each flow in ``learned``."""
 
 import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from adapters.checkpoint import write_atomically
 from runs.common.contestants import REFERENCE
 from runs.common.cost import KINDS
 from runs.common.pictures import figures
-from runs.common.table import Table, mean_score
+from runs.common.table import Table
 
-NAMED = 8  # curves in the legend
+HAND_WRITTEN = "hand-written"
+PANELS = 3  # in a row
+BEHIND = "#e1e5e8"  # the flows of other panels
+GAP = 0.085  # of a panel's height, between the names at the ends of two curves
 NARROWEST = 5  # an axis of times goes to at least so many times its start: differences of a few percent look small
 
 
@@ -31,7 +37,7 @@ def draw(table: Table, names: list[str], directory: Path, out: Path) -> list[Pat
     learned = {name: read_learned(directory, name) for name in names}
     return [
         draw_gallery(table, learned, out / "gallery.png"),
-        draw_curves(table, names, out / "quality.png"),
+        draw_quality(table, names, out / "quality.png"),
         draw_times(table, names, out / "times.png"),
     ]
 
@@ -82,9 +88,8 @@ def draw_gallery(table: Table, learned: dict[str, np.ndarray | None], path: Path
                 axis.imshow(picture, interpolation="nearest", **style)
             title = name
             if name in learned:
-                row = table.rows[name]
-                score = "fails a gate" if "gate_failures" in row else f"{mean_score(row)[0]:#.3g} {table.task.unit}"
-                title = f"{name}\n{score}"
+                mean = statistics.fmean(longest_scores(table, name))
+                title = f"{name}\n{'fails a gate' if table.gate_failures(name) else f'{mean:#.3g} {table.task.unit}'}"
             axis.set_title(title, fontsize=7.5, pad=3)
         highest = max((picture.max() for picture in panels.values() if picture is not None), default=0)
         if true is not None and highest > style["vmax"]:
@@ -93,35 +98,117 @@ def draw_gallery(table: Table, learned: dict[str, np.ndarray | None], path: Path
     return path
 
 
-def draw_curves(table: Table, names: list[str], path: Path) -> Path:
-    """Training loss against time, the first seed's: the best few by name, the others faint."""
+def longest_scores(table: Table, name: str) -> list[float]:
+    """The scores of a flow's trainings at the longest budget that it has been trained in."""
+    return next(scores for budget in reversed(table.budgets) if (scores := table.scores(name, budget)))
+
+
+def draw_quality(table: Table, names: Sequence[str], path: Path) -> Path:
+    """Score against time of training, a panel for each library, all others' curves faint behind it.
+
+    A curve is the loss of the training batches at the longest budget, a running median over all seeds. A point is the
+    mean score on the test data after one of the budgets, its bar the standard deviation over the seeds.
+    """
     task = table.task
-    with figures.figure(path, size=(6.4, 3.8)) as (_, axes):
-        shown: list[float] = []
-        for place, name in reversed(list(enumerate(names))):
-            curve = np.array(table.rows[name]["curves"].get("0", []))
-            if not len(curve):
-                continue
-            seconds, losses = curve.T
-            half = max(1, len(losses) // 30)
-            smooth = [np.median(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
-            shown += smooth[half:]
-            style = {"color": figures.MANY[place], "label": name} if place < NAMED else {"color": "#d5dadd"}
-            if name == REFERENCE:
-                style["color"] = figures.ACCENT
-            width = 1.8 if name.startswith("masked") else 1
-            axes.plot(seconds, smooth, linewidth=width, zorder=3 - place / 100, **style)
-        logarithmic, limits = loss_axis(shown, task.measure == "KL", task.higher_is_better)
+    curves = {name: training_curve(table, name) for name in names}
+    points = {name: test_scores(table, name) for name in names}
+    panels: dict[str, list[str]] = {}
+    for name in sorted(names, key=library_of):
+        panels.setdefault(library_of(name), []).append(name)
+    panels = dict(sorted(panels.items(), key=lambda item: item[0] != HAND_WRITTEN))  # ours first
+    columns = min(PANELS, len(panels))
+    rows = -(-len(panels) // columns)
+    shown = [loss for curve in curves.values() for loss in curve[len(curve) // 30 :, 1]]
+    shown += [end for found in points.values() for end in (*(found[:, 1] - found[:, 2]), *(found[:, 1] + found[:, 2]))]
+    logarithmic, limits = loss_axis(shown, task.measure == "KL", task.higher_is_better)
+    size = 3.1 * columns + 0.4, 2.3 * rows + 0.5
+    with figures.figure(path, rows, columns, size, sharex=True, sharey=True, squeeze=False) as (drawing, axes):
+        first = axes[0, 0]
         if logarithmic:
-            axes.set_yscale("log", nonpositive="clip")
+            first.set_yscale("log", nonpositive="clip")
         if limits is not None:
-            axes.set_ylim(*limits)
+            first.set_ylim(*limits)
         if logarithmic:
-            figures.log_ticks(axes.yaxis)
-        axes.set(xlabel="seconds of training", ylabel=f"{task.measure} of the batches ({task.unit})")
-        handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], labels[::-1], fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+            figures.log_ticks(first.yaxis)
+        for axis, library in zip(axes.flat, panels, strict=False):
+            axis.set_title(library, loc="left")
+            for name in names:
+                if name not in panels[library]:
+                    axis.plot(*curves[name].T, color=BEHIND, linewidth=0.8, zorder=1)
+            for name, colour in colours_of(panels[library]).items():
+                axis.plot(*curves[name].T, color=colour, linewidth=1, alpha=0.75, zorder=2)
+                axis.errorbar(
+                    *points[name].T, color=colour, fmt="o", markersize=3.5, elinewidth=1.2, capsize=2, zorder=3
+                )
+        first.set_xlim(0, 1.04 * max(found[:, 0].max() for found in points.values()))
+        for axis, library in zip(axes.flat, panels, strict=False):
+            name_the_ends(axis, {name: (points[name][-1, 0], points[name][-1, 1]) for name in panels[library]})
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        drawing.supxlabel("seconds of training", fontsize=9, color=figures.INK)
+        drawing.supylabel(f"{task.measure} ({task.unit})", fontsize=9, color=figures.INK)
     return path
+
+
+def library_of(name: str) -> str:
+    """Whose flow that is, in the words of a panel's title."""
+    if ":" in name:
+        return "your own"
+    library = name.partition("-")[0]
+    return HAND_WRITTEN if library == REFERENCE.partition("-")[0] else library
+
+
+def training_curve(table: Table, name: str) -> np.ndarray:
+    """Seconds and loss of the batches, ``(n, 2)``, at the longest budget: a running median over all seeds' pairs."""
+    trainings = next(found for budget in reversed(table.budgets) if (found := table.trainings(name, budget)))
+    pairs = np.array(sorted(pair for training in trainings for pair in training["curve"])).reshape(-1, 2)
+    half = max(1, len(pairs) // 30)
+    smooth = [np.median(pairs[max(0, i - half) : i + half + 1], axis=0) for i in range(len(pairs))]
+    return np.array(smooth).reshape(-1, 2)
+
+
+def test_scores(table: Table, name: str) -> np.ndarray:
+    """Seconds, mean test score and its standard deviation over the seeds (0 for one seed): a row for each budget."""
+    rows = []
+    for budget in table.budgets:
+        if trainings := table.trainings(name, budget):
+            scores = [training["score"] for training in trainings]
+            deviation = statistics.stdev(scores) if len(scores) > 1 else 0.0
+            seconds = statistics.fmean(training["seconds"] for training in trainings)
+            rows.append((seconds, statistics.fmean(scores), deviation))
+    return np.array(rows)
+
+
+def colours_of(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each flow of a panel; the reference has its own."""
+    return {
+        name: figures.ACCENT if name == REFERENCE else figures.MANY[place % len(figures.MANY)]
+        for place, name in enumerate(names)
+    }
+
+
+def name_the_ends(axis: Axes, ends: dict[str, tuple[float, float]]) -> None:
+    """Write each flow's name beside its last point, at the panel's right, and apart from the other names."""
+    to_share = axis.transData + axis.transAxes.inverted()
+    heights = [float(np.clip(to_share.transform(end)[1], 0, 1)) for end in ends.values()]
+    colours = colours_of(list(ends))
+    for (name, end), height in zip(ends.items(), spread(heights, GAP), strict=True):
+        axis.annotate(
+            name, end, (1.05, height), textcoords="axes fraction", va="center", fontsize=7, color=colours[name],
+            arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.5, "alpha": 0.6, "shrinkB": 3},
+        )  # fmt: skip
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """The same heights, moved apart by as little as it takes for each two to be ``gap`` apart, and back below 1."""
+    moved, lowest = [0.0] * len(heights), -math.inf
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    for place in order:
+        lowest = moved[place] = max(heights[place], lowest + gap)
+    highest = 1 + gap
+    for place in reversed(order):
+        highest = moved[place] = min(moved[place], highest - gap)
+    return moved
 
 
 def loss_axis(losses: ArrayLike, divergence: bool, higher_is_better: bool) -> tuple[bool, tuple[float, float] | None]:
