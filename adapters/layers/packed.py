@@ -134,7 +134,8 @@ class PackedAffineCouplingLayer(PackedCoupling):
         conditioner, mask, reads: as for ``PackedCoupling``, with two parameters a coordinate: all of s̃, then all of t.
             A zero-initialised last layer (``MLP`` has one) makes the layer start at the identity.
         scale_bound: the initial β, learnable, one per transformed coordinate; ``None`` for no bound, s = s̃. In
-            either case |s| is at most ``MAX_LOG_SCALE``.
+            either case |s| is at most ``MAX_LOG_SCALE``. β is also the slope ∂s/∂s̃ at s̃ = 0, where training starts:
+            a larger one makes s learn faster beside t.
 
     Raises:
         ValueError: as ``PackedCoupling``, and for a bound that is not positive.
