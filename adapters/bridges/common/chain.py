@@ -1,17 +1,18 @@
 """A library's transforms one after the other: each is adapted by itself, and nflows runs them."""
 
+from abc import abstractmethod
 from collections.abc import Iterable
 
 from nflows.transforms import CompositeTransform, InverseNotAvailable, Transform
 from torch import Tensor
 
 from adapters.bridges.common.context import Width
-from adapters.checks import check_context
+from adapters.checks import check_context, naming_shape
 from adapters.finite import finite_rows
 
 
 class Leaf(Transform):
-    """One transform of a library, adapted: a part of a ``Chain``.
+    """One transform of a library, adapted: a part of a ``Chain``. A subclass defines ``run``.
 
     Attributes:
         name: what errors call it.
@@ -22,6 +23,23 @@ class Leaf(Transform):
     name: str
     has_inverse: bool = True
     takes_any_row: bool = True
+
+    @abstractmethod
+    def run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
+        """Outputs and log-determinants ``(batch,)``, data → noise (``to_noise``) or noise → data."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run_named(inputs, context, to_noise=True)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self._run_named(inputs, context, to_noise=False)
+
+    def _run_named(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
+        try:
+            return self.run(inputs, context, to_noise)
+        except (RuntimeError, IndexError):
+            with naming_shape(inputs, self.name):  # entered only now, since each leaf would pay for it in each call
+                raise
 
 
 class Chain(CompositeTransform):
