@@ -39,7 +39,7 @@ from torch.overrides import TorchFunctionMode
 from adapters.bridges.common.as_module import AsModule
 from adapters.bridges.common.bounds import Limits, bounds, within
 from adapters.bridges.common.chain import Chain, Leaf
-from adapters.bridges.common.context import Width, one_width
+from adapters.bridges.common.context import Width
 from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
 from adapters.bridges.common.tensors import like, per_row
@@ -115,6 +115,7 @@ class TorchTransform(Leaf):
         self.part = AsModule(part, KINDS)
         self.backwards = backwards
         self.reads_context = isinstance(part, ConditionalTransform)
+        self.context_width = _width(part)
         self.is_bounded = not self.reads_context and any(map(bounds, (part.domain, part.codomain)))
         self.features = _features(part)
         self.has_inverse = not backwards or _has_inverse(part)
@@ -185,7 +186,7 @@ def flow_in(foreign: Any) -> Flow | None:
     base = foreign.base_dist
     if isinstance(base, ConstantConditionalDistribution):
         base = base.base_dist
-    transform = _chain(foreign.transforms, _width(base))
+    transform = _chain(foreign.transforms, [_width(base)])
     source = (ConditionedBase if isinstance(base, ConditionalDistribution) else AsModule)(base, KINDS)
     width = transform.context_features
     if width is ...:
@@ -244,18 +245,10 @@ class ConditionalExport(ConditionalTransformModule):
         return self.export.condition(context)
 
 
-def _chain(transforms: Iterable, context_features: Width = None) -> Chain:
-    """The transforms, noise side first, as one transform of nflows.
-
-    Args:
-        transforms: what is chained.
-        context_features: width of the context that something else in the flow reads, such as its base.
-    """
+def _chain(transforms: Iterable, widths_of_base: Iterable[Width] = ()) -> Chain:
+    """The transforms, noise side first, as one transform of nflows."""
     parts = [part for transform in transforms for part in _parts(transform)]
-    leaves = [TorchTransform(part, backwards) for part, backwards in parts]
-    names = ", ".join(dict.fromkeys(leaf.name for leaf in leaves))
-    width = one_width([context_features, *(_width(part) for part, _ in parts)], f"the context of {names}")
-    return Chain(reversed(leaves), width)
+    return Chain([TorchTransform(part, backwards) for part, backwards in reversed(parts)], widths_of_base)
 
 
 def _parts(transform: Any, backwards: bool = False) -> Iterator[tuple[Any, bool]]:

@@ -23,7 +23,7 @@ from torch.distributions.transforms import _InverseTransform
 from adapters.bridges.common.as_module import AsModule
 from adapters.bridges.common.bounds import bounds, nowhere, within
 from adapters.bridges.common.chain import Chain, Leaf
-from adapters.bridges.common.context import AnyContextFlow, Width, one_width
+from adapters.bridges.common.context import AnyContextFlow, Width
 from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
 from adapters.bridges.common.on_demand import class_on_demand
@@ -340,19 +340,14 @@ def _parts(foreign: Any, backwards: bool = False) -> list[tuple[Any, bool]]:
     return [(foreign, backwards)]
 
 
-def _chain(parts: list[tuple[Any, bool]], other_widths: Iterable[Width] = ()) -> Chain:
-    """The parts as one transform of nflows, once each is known to be an exact bijection.
-
-    Args:
-        parts: what is chained, data side first.
-        other_widths: widths of the context that something else in the flow reads, such as its base.
-    """
+def _chain(parts: list[tuple[Any, bool]], widths_of_base: Iterable[Width] = ()) -> Chain:
+    """The parts, data side first, as one transform of nflows, once each is known to be an exact bijection."""
     leaves = [ZukoTransform(part, backwards) for part, backwards in parts]
-    width = one_width([*other_widths, *(leaf.context_width for leaf in leaves)], "the context of a zuko flow")
-    if width is not ...:
+    chain = Chain(leaves, widths_of_base)
+    if chain.context_features is not ...:
         for leaf in leaves:
-            _check_exact(leaf.lazy(_a_context(leaf.lazy, width)))
-    return Chain(leaves, width)
+            _check_exact(leaf.lazy(_a_context(leaf.lazy, chain.context_features)))
+    return chain
 
 
 def _widths(layer: Any) -> tuple[int | None, Width]:

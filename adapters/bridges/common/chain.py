@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from nflows.transforms import CompositeTransform, InverseNotAvailable, Transform
 from torch import Tensor
 
-from adapters.bridges.common.context import Width
+from adapters.bridges.common.context import Width, one_width
 from adapters.checks import check_context, naming_shape
 from adapters.finite import finite_rows
 
@@ -16,11 +16,13 @@ class Leaf(Transform):
 
     Attributes:
         name: what errors call it.
+        context_width: of the context that it reads.
         has_inverse: whether it also runs noise → data.
         takes_any_row: whether a row that is not finite leaves the results of all other rows as they are.
     """
 
     name: str
+    context_width: Width
     has_inverse: bool = True
     takes_any_row: bool = True
 
@@ -45,20 +47,24 @@ class Leaf(Transform):
 class Chain(CompositeTransform):
     """nflows' ``CompositeTransform`` of leaves. It checks the context once for all of them.
 
+    Every leaf is given the context, whether it reads it or not.
+
     Args:
         leaves: the first one runs first in ``forward``, data → noise.
-        context_features: width of the context. Every leaf is given it, whether it reads it or not.
+        widths_of_base: widths of the context that the parts of the flow's base read.
 
     Raises:
         InverseNotAvailable: in ``inverse``, if a leaf has none.
-        ValueError: in a call, for a context that is missing, superfluous or of another shape.
+        ValueError: if parts of the flow read contexts of different widths; in a call, for a context that is missing,
+            superfluous or of another shape.
     """
 
-    def __init__(self, leaves: Iterable[Leaf], context_features: Width):
+    def __init__(self, leaves: Iterable[Leaf], widths_of_base: Iterable[Width] = ()):
         leaves = list(leaves)
         super().__init__(leaves)
-        self.context_features = context_features
         self.name = ", ".join(dict.fromkeys(leaf.name for leaf in leaves)) or "an empty composition"
+        widths = [*widths_of_base, *(leaf.context_width for leaf in reversed(leaves))]
+        self.context_features = one_width(widths, f"the context of {self.name}")
         self.one_way = [leaf.name for leaf in leaves if not leaf.has_inverse]
         self.takes_any_row = all(leaf.takes_any_row for leaf in leaves)
 
