@@ -296,8 +296,8 @@ def test_networks_of_one_width_come_as_near_as_they_can_and_say_so(name):
     error = abs(parameter_count(make(hidden)) / target - 1)
     for width in (hidden[0] - 1, hidden[0] + 1):
         assert abs(parameter_count(make((width, width))) / target - 1) >= error
-    said = contestants.footnote(name, make(hidden), hidden, target)
-    assert ("% parameters" in said) == (error > contestants.TOLERANCE)
+    footnote = contestants.footnote(name, make(hidden), hidden, target)
+    assert ("% parameters" in footnote) == (error > contestants.TOLERANCE)
 
 
 # Rows
