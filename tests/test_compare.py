@@ -519,7 +519,9 @@ def test_a_comparison_is_shown_again_without_training(finished, tmp_path, capsys
 
 
 def test_what_a_load_can_not_show_is_said(tmp_path):
-    with pytest.raises(ValueError, match="--load trains nothing, so --budget, --flows would be ignored: leave it out"):
+    with pytest.raises(
+        ValueError, match="--load trains nothing, so --budget, --flows would be ignored: leave them out"
+    ):
         compare(load=tmp_path, budget="3s", flows=("masked-affine",))
     with pytest.raises(FileNotFoundError, match=r"no compare.json in .*: give the directory of a comparison"):
         compare(load=tmp_path)

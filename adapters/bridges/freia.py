@@ -56,6 +56,7 @@ class FreiaTransform(Transform):
         self.name = f"FrEIA's {type(module).__name__}"
         self.ways = _ways_to_run(module)
         self.event_shape, self.noise_shape = _shapes(module)
+        self.keeps_shape = self.event_shape == self.noise_shape
         self.conditions = _conditions(module)  # key → shape
         self.context_features = sum(map(math.prod, self.conditions.values())) or None
         self.register_load_state_dict_post_hook(_keep_what_was_loaded)

@@ -65,7 +65,7 @@ class Chain(CompositeTransform):
         self.name = ", ".join(dict.fromkeys(leaf.name for leaf in leaves)) or "an empty composition"
         widths = [*widths_of_base, *(leaf.context_width for leaf in reversed(leaves))]
         self.context_features = one_width(widths, f"the context of {self.name}")
-        self.one_way = [leaf.name for leaf in leaves if not leaf.has_inverse]
+        self.one_way = list(dict.fromkeys(leaf.name for leaf in leaves if not leaf.has_inverse))
         self.takes_any_row = all(leaf.takes_any_row for leaf in leaves)
 
     @finite_rows
@@ -76,6 +76,7 @@ class Chain(CompositeTransform):
     @finite_rows
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.one_way:
-            raise InverseNotAvailable(f"{', '.join(self.one_way)} has no inverse, so this flow cannot sample")
+            have = "has" if len(self.one_way) == 1 else "have"
+            raise InverseNotAvailable(f"{', '.join(self.one_way)} {have} no inverse, so this flow cannot sample")
         check_context(context, self.context_features, inputs, self.name)
         return super().inverse(inputs, context)
