@@ -88,9 +88,9 @@ class Graph:
 
     def keep(self, inputs: Any) -> None:
         """Note what the tensors hold before the recording touches them."""
-        for one in tree_flatten(inputs)[0]:
-            if isinstance(one, Tensor):
-                storage = one.untyped_storage()
+        for leaf in tree_flatten(inputs)[0]:
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
                 self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
 
     @contextmanager
@@ -122,8 +122,8 @@ Generator = torch.Generator
 class _AnyGenerator(type(Generator)):
     """In ``torch.Generator``'s place the class must know every generator for one."""
 
-    def __instancecheck__(cls, thing: Any) -> bool:
-        return isinstance(thing, Generator)
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, Generator)
 
 
 class OnPretendGenerator(Generator, metaclass=_AnyGenerator):
@@ -180,7 +180,7 @@ def _run(function, *args, **kwargs) -> Any:
     if to_cpu:
         return args[0] if function is aten.copy_.default else result
     known = {id(leaf.inner): leaf for leaf in leaves if isinstance(leaf, OnPretend)}
-    wrapped = tree_map(lambda one: _wrap(one, known), result)
+    wrapped = tree_map(lambda leaf: _wrap(leaf, known), result)
     if _recording is not None:
         _recording.operations.append((function, inner_args, inner_kwargs, result))
     return wrapped

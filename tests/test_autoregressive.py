@@ -51,10 +51,10 @@ def test_sampling_takes_the_arithmetic_of_one_pass(context_features):
 
 
 def test_an_order_is_saved_with_the_weights():
-    one, other = layer_of([2, 0, 1]), layer_of([0, 1, 2])
-    other.load_state_dict(one.state_dict())
+    saved, loaded = layer_of([2, 0, 1]), layer_of([0, 1, 2])
+    loaded.load_state_dict(saved.state_dict())
     z = batch(4, 3)
-    assert_close(other(z)[0], one(z)[0], rtol=0, atol=0)
+    assert_close(loaded(z)[0], saved(z)[0], rtol=0, atol=0)
 
 
 def test_a_network_without_hidden_layers():
@@ -73,19 +73,19 @@ def test_dropout_drops_the_same_units_for_all_coordinates():
 
 @pytest.mark.parametrize("order", [[0], [0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
 @pytest.mark.parametrize("context_features", [None, 2])
-def test_answers_see_all_that_comes_before_and_nothing_else(order, context_features):
+def test_outputs_read_all_coordinates_before_them_and_no_others(order, context_features):
     D = len(order)
     network = randomise(AutoregressiveMLP(torch.tensor(order), 3, (24, 16), context_features, "tanh"))
     x, context = batch(D), batch(context_features or 0)
 
-    def answers(x, context):
+    def outputs(x, context):
         given = (x[None],) if context_features is None else (x[None], context[None])
         return network(*given)[0].view(3, D).sum(0)
 
-    seen, told = jacobian(answers, (x, context))
+    by_x, by_context = jacobian(outputs, (x, context))
     place = torch.tensor(order).argsort()
-    assert torch.equal(seen != 0, place[:, None] > place)
-    assert (told != 0).all()  # the first coordinate's too, which sees nothing else
+    assert torch.equal(by_x != 0, place[:, None] > place)
+    assert (by_context != 0).all()  # the first coordinate's outputs, too, which read nothing else
 
 
 def test_no_hidden_unit_is_wasted():

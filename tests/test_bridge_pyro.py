@@ -140,7 +140,7 @@ def test_threads_get_their_own_answers(name):
     batches = [torch.randn(5, 4) for _ in range(4)]
     with torch.no_grad():
         expected = [flow.log_prob(x) for x in batches]
-    assert wrong_answers(lambda i: flow.log_prob(batches[i]), expected) == 0
+    assert wrong_in_threads(lambda i: flow.log_prob(batches[i]), expected) == 0
 
 
 @pytest.mark.parametrize("library", ["pyro", "torch"])
@@ -151,18 +151,18 @@ def test_threads_get_their_own_answers_of_an_export(library):
     batches = [torch.randn(5, 4) for _ in range(4)]
     with torch.no_grad():
         expected = [density.log_prob(x) for x in batches]
-    assert wrong_answers(lambda i: density.log_prob(batches[i]), expected) == 0
+    assert wrong_in_threads(lambda i: density.log_prob(batches[i]), expected) == 0
 
 
-def wrong_answers(answer, expected, repeats=40):
-    """How often threads that ask at once, each for its own answer, over and over, do not get it."""
+def wrong_in_threads(compute, expected, repeats=40):
+    """How many results are wrong when thread i computes ``compute(i)`` over and over, all threads at once."""
     wrong = []
 
     @torch.no_grad()
-    def ask(i):
+    def run(i):
         for _ in range(repeats):
             try:
-                if not torch.allclose(answer(i), expected[i], rtol=1e-4, atol=1e-4):  # threads may round differently
+                if not torch.allclose(compute(i), expected[i], rtol=1e-4, atol=1e-4):  # threads may round differently
                     wrong.append(i)
             except Exception as error:
                 wrong.append(error)
@@ -170,7 +170,7 @@ def wrong_answers(answer, expected, repeats=40):
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # threads take turns as often as they can
     try:
-        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(expected))]
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(expected))]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -236,9 +236,9 @@ def test_exports_are_the_librarys_types_and_come_back():
     assert isinstance(exported["torch"], transforms.Transform) and exported["torch"].bijective
     assert isinstance(exported["pyro"], dist.TransformModule)
     assert isinstance(exported["conditional"], dist.ConditionalTransformModule)
-    for thing in exported.values():
-        assert as_transform(thing) is transform
-        assert set(thing.parameters()) == set(transform.parameters())
+    for export in exported.values():
+        assert as_transform(export) is transform
+        assert set(export.parameters()) == set(transform.parameters())
     assert as_transform(exported["pyro"].inv)(torch.zeros(1, 4))[0].shape == (1, 4)
 
 
@@ -329,10 +329,10 @@ def test_an_export_scores_within_torch_func_and_inference_mode():
     ],
 )
 def test_a_one_way_transform_scores_as_its_inverse_only(make):
-    thing = make()
+    native = make()
     with pytest.raises(InverseNotAvailable, match="cannot score a value that it did not sample itself"):
-        as_transform(thing)
-    transform = randomise(as_transform(thing.inv), scale=0.05)
+        as_transform(native)
+    transform = randomise(as_transform(native.inv), scale=0.05)
     context = context_for(transform.context_features, 4)
     x = batch(4, 3)
     y, log_det = transform(x, context)

@@ -212,11 +212,11 @@ def test_a_chain_becomes_one_of_nflows_whose_parts_are_single_transforms():
         to_library("zuko", ours(context_features=2)).inv,
     ).double()
     x, context = batch(5, 4), batch(5, 2, seed=2)
-    for thing in (native, native.inv):
-        chain = as_transform(thing)
+    for lazy_transform in (native, native.inv):
+        chain = as_transform(lazy_transform)
         assert isinstance(chain, CompositeTransform) and [type(part) for part in parts_of(chain)] == 4 * [ZukoTransform]
         y, log_det = chain(x, context)
-        assert_close((y, log_det), thing(context).call_and_ladj(x))
+        assert_close((y, log_det), lazy_transform(context).call_and_ladj(x))
         assert_close(chain.inverse(y, context), (x, -log_det))
     called = as_transform(flows.MAF(4, **SMALL).double().transform())
     assert isinstance(called, CompositeTransform) and {type(part) for part in parts_of(called)} == {ZukoTransform}
@@ -384,9 +384,9 @@ def test_wrong_batches_superfluous_contexts_and_wrong_events():
 
 def test_random_log_determinants_are_refused():
     native = flows.CNF(3, exact=False, **SMALL)
-    for thing in (native.transform, native.transform(), native.transform.inv):
+    for estimated in (native.transform, native.transform(), native.transform.inv):
         with pytest.raises(ValueError, match="random estimate; build it with exact=True"):
-            as_transform(thing)
+            as_transform(estimated)
     with pytest.raises(ValueError, match="random estimate"):
         as_flow(native)
 
@@ -404,9 +404,9 @@ def test_a_flow_that_a_batch_of_contexts_is_bound_to_is_refused():
 def test_transforms_are_no_flows_and_other_modules_neither():
     with pytest.raises(TypeError, match="is no flow"):
         as_flow(flows.MAF(3).transform)
-    for thing in (flows.MAF(3), zuko.nn.MLP(2, 2)):
+    for no_transform in (flows.MAF(3), zuko.nn.MLP(2, 2)):
         with pytest.raises(TypeError, match="is no transform"):
-            as_transform(thing)
+            as_transform(no_transform)
 
 
 # -- layers of one's own -----------------------------------------------------------------------------------------------

@@ -775,6 +775,17 @@ def test_freia_takes_an_export_that_changes_the_shape():
     assert flow.sample(3).shape == (3, 1, 4, 4)
 
 
+@pytest.mark.parametrize("block", ["Flatten", "HaarDownsampling"])
+def test_freia_networks_that_change_the_shape_are_exported_with_both_shapes(block):
+    modules, framework = pytest.importorskip("FrEIA.modules"), pytest.importorskip("FrEIA.framework")
+    network = framework.SequenceINN(1, 4, 4)
+    network.append(getattr(modules, block))
+    flow, x = as_flow(network), torch.randn(ROWS, 1, 4, 4)
+    with pytest.raises(ValueError, match="FrEIA's SequenceINN changes the shape of a datum: export the whole flow"):
+        to_library("torch", flow.transform, event_dim=3)
+    assert_close(as_transform(to_library("torch", flow))(x), flow.transform(x))
+
+
 def test_freia_blocks_and_networks_that_users_write():
     modules, framework = pytest.importorskip("FrEIA.modules"), pytest.importorskip("FrEIA.framework")
 

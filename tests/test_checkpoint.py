@@ -561,7 +561,7 @@ def test_threads_may_save_into_one_directory(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [FILE], "nothing unfinished stays"
     assert torch.equal(torch.get_rng_state(), random_state)
     weights = load_flow(tmp_path).state_dict()
-    assert any(all(torch.equal(weights[key], one) for key, one in flow.state_dict().items()) for flow in flows)
+    assert any(all(torch.equal(weights[key], weight) for key, weight in flow.state_dict().items()) for flow in flows)
 
 
 def test_a_write_that_fails_leaves_the_earlier_file(tmp_path):

@@ -144,8 +144,8 @@ def test_networks_of_one_width_come_as_near_as_they_can_and_say_so(name):
     error = abs(parameter_count(make(hidden)) / target - 1)
     for width in (hidden[0] - 1, hidden[0] + 1):
         assert abs(parameter_count(make((width, width))) / target - 1) >= error
-    said = contestants.footnote(name, make(hidden), hidden, target)
-    assert ("% parameters" in said) == (error > contestants.TOLERANCE)
+    footnote = contestants.footnote(name, make(hidden), hidden, target)
+    assert ("% parameters" in footnote) == (error > contestants.TOLERANCE)
 
 
 # Rows
@@ -371,7 +371,9 @@ def test_a_comparison_is_shown_again_without_training(finished, tmp_path, capsys
 
 
 def test_what_a_load_can_not_show_is_said(tmp_path):
-    with pytest.raises(ValueError, match="--load trains nothing, so --budget, --flows would be ignored: leave it out"):
+    with pytest.raises(
+        ValueError, match="--load trains nothing, so --budget, --flows would be ignored: leave them out"
+    ):
         compare(load=tmp_path, budget="3s", flows=("masked-affine",))
     with pytest.raises(FileNotFoundError, match=r"no compare.json in .*: give the directory of a comparison"):
         compare(load=tmp_path)

@@ -261,8 +261,8 @@ def test_packed_layers_in_a_row_compute_what_each_alone_does(masks, moves, reads
         assert packed.moves == moves.split()
     z = batch(7, 5)
     for ours, nflows in ((packed, CompositeTransform.forward), (packed.inverse, CompositeTransform.inverse)):
-        for one, other in zip(ours(z), nflows(packed, z), strict=True):
-            assert torch.equal(one, other)
+        for found, expected in zip(ours(z), nflows(packed, z), strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_a_composite_of_nothing_or_of_several_shapes_is_refused():

@@ -169,10 +169,10 @@ def test_a_sample_that_is_scored_has_the_total_gradient():
         z = p.rsample((6,))
         p = FlowDistribution(flow) if forget else p
         gradients.append(torch.autograd.grad(p.log_prob(z).sum(), list(flow.parameters()), allow_unused=True))
-    for one, other in zip(*gradients, strict=True):
-        assert (one is None) == (other is None) or float((one if other is None else other).abs().sum()) < 1e-9
-        if one is not None and other is not None:
-            assert_close(one, other)
+    for kept, anew in zip(*gradients, strict=True):
+        assert (kept is None) == (anew is None) or float((kept if anew is None else anew).abs().sum()) < 1e-9
+        if kept is not None and anew is not None:
+            assert_close(kept, anew)
 
 
 def test_works_in_plain_torch():
@@ -275,7 +275,7 @@ def test_threads_get_their_own_answers(name):
     batches = [batch(8, 4, seed=i) for i in range(12)]
     expected = [p.log_prob(x) for x in batches]
 
-    def ask(x):
+    def draw_and_score(x):
         drawn = p.rsample((2,))
         return drawn, p.log_prob(drawn), p.log_prob(x)
 
@@ -283,11 +283,11 @@ def test_threads_get_their_own_answers(name):
     sys.setswitchinterval(1e-5)
     try:
         with ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(ask, batches))
+            results = list(pool.map(draw_and_score, batches))
     finally:
         sys.setswitchinterval(interval)
-    for (drawn, log_prob, answer), right in zip(answers, expected, strict=True):
-        assert_close(answer, right)
+    for (drawn, log_prob, log_prob_of_data), right in zip(results, expected, strict=True):
+        assert_close(log_prob_of_data, right)
         assert_close(log_prob, p.log_prob(drawn.detach()), atol=1e-5, rtol=1e-5)
 
 
@@ -518,7 +518,7 @@ def test_jit_trace_elbo(context_features):
         losses += [svi.step(batch(6, 2)) for _ in range(40)]
     assert all(map(math.isfinite, losses)) and sum(losses[-10:]) < sum(losses[:10])
     after = [*prior.parameters(), *posterior.parameters()]
-    assert any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 def test_svi_fits_a_likelihood():

@@ -187,7 +187,7 @@ def test_changes_of_shape_that_undo_each_other_need_not_be_told(library):
 # -- copies and pickles ------------------------------------------------------------------------------------------------
 
 COPIES = pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["copy", "pickle"]
+    "way", [copy.deepcopy, lambda original: pickle.loads(pickle.dumps(original))], ids=["copy", "pickle"]
 )
 
 
@@ -206,7 +206,7 @@ def made_exports():
 
 
 @pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["copy", "pickle"]
+    "way", [copy.deepcopy, lambda original: pickle.loads(pickle.dumps(original))], ids=["copy", "pickle"]
 )
 def test_exports_are_copied_and_pickled(way):
     for library, exported, x, context, expected in made_exports():
@@ -225,7 +225,7 @@ def test_exports_are_copied_and_pickled(way):
 
 @pytest.mark.parametrize("library", LIKE_TORCH)
 @pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["copy", "pickle"]
+    "way", [copy.deepcopy, lambda original: pickle.loads(pickle.dumps(original))], ids=["copy", "pickle"]
 )
 def test_the_inverse_of_an_export_and_a_flow_around_it_are_copied(way, library):
     """torch's own inverse forgets what it inverts when it is copied."""

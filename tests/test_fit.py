@@ -256,8 +256,8 @@ def test_a_compiled_step_trains_as_the_plain_one_and_is_resumed(tmp_path, capsys
     compiled, fitted = train(True, directory=tmp_path)
     assert fitted.notes == [] and "compiling" in capsys.readouterr().out
     assert compiled._compiled_call_impl is None and not any("_orig" in name for name in compiled.state_dict())
-    for one, other in zip(plain.state_dict().values(), compiled.state_dict().values(), strict=True):
-        assert_close(one, other, rtol=1e-3, atol=1e-4)  # the buffers, too: compiling has not counted as a step
+    for expected, found in zip(plain.state_dict().values(), compiled.state_dict().values(), strict=True):
+        assert_close(expected, found, rtol=1e-3, atol=1e-4)  # the buffers, too: compiling has not counted as a step
     again, _ = train(True, directory=tmp_path, resume=True)
     assert_close(again.state_dict(), compiled.state_dict())
 
@@ -400,8 +400,8 @@ def test_a_forgotten_resume_loses_nothing(tmp_path, capsys):
     first = (tmp_path / STATE).read_bytes()
     for i in (1, 2):
         fit(Quadratic(), stops, recipe, directory=tmp_path)
-        said = f"an unfinished training (at step 7) was in {tmp_path}: it is kept as training-{i}.pt"
-        assert said in capsys.readouterr().out
+        message = f"an unfinished training (at step 7) was in {tmp_path}: it is kept as training-{i}.pt"
+        assert message in capsys.readouterr().out
     assert (tmp_path / "training-1.pt").read_bytes() == first
     fit(Quadratic(), noisy, recipe, directory=tmp_path)  # ends well: nothing of it need be kept
     capsys.readouterr()

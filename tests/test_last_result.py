@@ -189,9 +189,9 @@ def test_nothing_stale_is_given_out(user, conditional, grad, change):
         about = asked.first()
         with torch.no_grad():
             CHANGES[change](asked)
-        answer = asked.then(*about)
-        assert_close(answer, asked.anew(*about), rtol=0, atol=0)
-        assert answer.requires_grad == grad
+        log_det = asked.then(*about)
+        assert_close(log_det, asked.anew(*about), rtol=0, atol=0)
+        assert log_det.requires_grad == grad
         passes = asked.transform.passes
         asked.then(*asked.first())  # what comes after the change is kept again
     if change not in ("the transform", "the flow"):  # which have other passes
@@ -205,9 +205,9 @@ def test_without_a_change_there_is_one_pass_for_both(user, conditional, grad):
     asked = made(user, conditional)
     with torch.set_grad_enabled(grad):
         about = asked.first()
-        answer = asked.then(*about)
+        log_det = asked.then(*about)
     assert asked.transform.passes == 1
-    assert_close(answer, asked.anew(*about), rtol=1e-12, atol=1e-12)
+    assert_close(log_det, asked.anew(*about), rtol=1e-12, atol=1e-12)
     asked.then(*about)
     assert asked.transform.passes == 3, "it is given out once"
 
@@ -318,7 +318,9 @@ def last_of(asked):
 @EVERY_USER
 @CONTEXTS
 @pytest.mark.parametrize(
-    "way", [copy.copy, copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["copy", "deep", "pickle"]
+    "way",
+    [copy.copy, copy.deepcopy, lambda original: pickle.loads(pickle.dumps(original))],
+    ids=["copy", "deep", "pickle"],
 )
 def test_copies_keep_nothing_of_their_originals(way, user, conditional):
     asked = made(user, conditional)
@@ -344,8 +346,8 @@ def test_threads_get_their_own_answers(user, conditional):
             return asked.then(*about), asked.anew(*about)
 
     with ThreadPoolExecutor(4) as pool:
-        for answer, right in pool.map(ask, range(100)):
-            assert_close(answer, right, rtol=1e-12, atol=1e-12)
+        for log_det, right in pool.map(ask, range(100)):
+            assert_close(log_det, right, rtol=1e-12, atol=1e-12)
 
 
 @EVERY_USER
@@ -370,8 +372,8 @@ def test_where_nothing_can_tell_nothing_is_kept(user):
     gradients = torch.func.grad(of_parameters)(parameters)
     assert gradients["inner.weight"].isfinite().all()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        answer = asked.then(*asked.first())
-        assert answer.shape == (4,)
+        log_det = asked.then(*asked.first())
+        assert log_det.shape == (4,)
     torch.compiler.reset()
     assert_close(torch.compile(both, backend="eager")(*about), expected)
 

@@ -482,8 +482,8 @@ def trained(directory):
     return load_flow(directory).state_dict()
 
 
-def assert_same(one, other):
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def assert_same(weights, others):
+    assert weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def test_ctrl_c_ends_cleanly_and_can_be_resumed(run, tmp_path, monkeypatch, capfd):

@@ -373,9 +373,9 @@ def test_a_histogram_has_no_empty_bin(size, dtype):
     layer = histogram(size * torch.randn(16, 100, generator=generator), dtype)
     z = torch.cat((torch.randn(500, 100, generator=generator), torch.linspace(-6, 6, 500)[:, None].expand(-1, 100)))
     z = z.to(dtype).requires_grad_()
-    for one, other in ((layer, layer.inverse), (layer.inverse, layer)):
-        y, log_det = one(z)
-        back, back_log_det = other(y)
+    for direction, opposite in ((layer, layer.inverse), (layer.inverse, layer)):
+        y, log_det = direction(z)
+        back, back_log_det = opposite(y)
         for values in (y, log_det, back, back_log_det, torch.autograd.grad(log_det.sum() + y.sum(), z)[0]):
             assert values.isfinite().all()
         if size == 1.0:  # further out Φ has too few digits left
@@ -494,8 +494,8 @@ def test_what_is_no_tensor_of_the_flows_dtype_is_named(name):
                 try:  # torch may promote it, or a library convert it; if not, the error says what to do
                     call(value.to(dtype))
                 except TypeError as error:
-                    said = f"this flow is of torch.float32, its {role} of {dtype}: give {role}.to(torch.float32)"
-                    assert said in str(error)
+                    message = f"this flow is of torch.float32, its {role} of {dtype}: give {role}.to(torch.float32)"
+                    assert message in str(error)
 
 
 @pytest.mark.parametrize("preprocess", ["none", "logit", "marginals"])
@@ -568,12 +568,12 @@ def test_no_value_is_asked_for_in_a_call(name, preprocess):
 
 
 def test_a_loaded_order_is_the_one_that_is_followed():
-    one, other = (MaskedAutoregressiveLayer(AutoregressiveMLP(torch.tensor(o))) for o in ([2, 0, 1], [0, 1, 2]))
-    randomise(one)
-    other.double().load_state_dict(one.state_dict())
-    assert other.conditioner.sequence == [2, 0, 1]
+    saved, loaded = (MaskedAutoregressiveLayer(AutoregressiveMLP(torch.tensor(o))) for o in ([2, 0, 1], [0, 1, 2]))
+    randomise(saved)
+    loaded.double().load_state_dict(saved.state_dict())
+    assert loaded.conditioner.sequence == [2, 0, 1]
     z = batch(4, 3)
-    assert_close(other.inverse(other(z)[0])[0], z)
+    assert_close(loaded.inverse(loaded(z)[0])[0], z)
 
 
 def test_a_scale_stays_within_float32s_range():

@@ -360,7 +360,7 @@ def test_command_line_says_a_mistake_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prior", "options", "said"),
+    ("prior", "options", "answer"),
     [
         ("gaussian", {}, "this is the prior to compare with"),
         ("flow", {"limit": None}, "with a Gaussian prior (-81.76)"),
@@ -369,10 +369,10 @@ def test_command_line_says_a_mistake_in_one_line(tmp_path):
         ("flow", {"limit": None, "dataset": "KMNIST"}, "--prior all trains the Gaussian prior too"),
     ],
 )
-def test_the_first_question_always_has_an_answer(prior, options, said, tmp_path, capsys):
+def test_the_first_question_always_has_an_answer(prior, options, answer, tmp_path, capsys):
     tiny(prior=prior, out=tmp_path, **options)
-    answered = capsys.readouterr().out.split("Is the test ELBO better?")[1].split("Do prior")[0]
-    assert said in answered and answered.count("\n") == 2
+    printed = capsys.readouterr().out.split("Is the test ELBO better?")[1].split("Do prior")[0]
+    assert answer in printed and printed.count("\n") == 2
 
 
 def test_end_to_end_with_all_priors(tmp_path, capsys):
@@ -660,10 +660,10 @@ def test_resumed_training_ends_where_an_uninterrupted_one_does(batches_seen, tmp
     with pytest.raises(ValueError, match="belongs to another training: dropout was 0.2, not 0.3"):
         tiny(out=tmp_path / "parts", resume=True, **arguments | {"dropout": 0.3})
     tiny(out=tmp_path / "parts", resume=True, importance_samples=3, **arguments)  # which does not touch the weights
-    one, other = (
+    whole, parts = (
         safetensors.torch.load_file(tmp_path / name / "flow-0" / "vae.safetensors") for name in ("whole", "parts")
     )
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not list(tmp_path.rglob(STATE))  # both have ended
     with pytest.raises(FileNotFoundError, match=r"nothing to resume: the run in .*parts has ended\. Without --resume"):
         tiny(out=tmp_path / "parts", resume=True, **arguments)

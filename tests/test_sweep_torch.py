@@ -335,7 +335,7 @@ def defined(*packages, of: tuple[type, ...]) -> set[str]:
     for package in packages:
         inside = pkgutil.walk_packages(getattr(package, "__path__", []), f"{package.__name__}.")
         for module in (package, *(importlib.import_module(each.name) for each in inside)):
-            kinds = (thing for thing in vars(module).values() if isinstance(thing, type) and issubclass(thing, of))
+            kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, of))
             found |= {kind.__qualname__ for kind in kinds if kind.__module__ == module.__name__}
     return found
 
@@ -358,25 +358,28 @@ CASES = {
     for library, table in (("torch", TORCH), ("pyro", PYRO), ("zuko", ZUKO))
     for name, case in table.items()
 }
-HELD = [name for name, case in CASES.items() if isinstance(case, Case)]
+WORKING = [name for name, case in CASES.items() if isinstance(case, Case)]
 
 
 class Made:
-    """A case's transform in float64, the thing that it was made of, and the direction in which that is called."""
+    """A case's transform in float64 (``transform``), made of the library's own (``native``).
+
+    ``call`` runs it in the direction in which the library calls its own, and ``back`` in the other.
+    """
 
     def __init__(self, name: str):
         self.case, torch_like = CASES[name], not name.startswith("zuko")
         torch.manual_seed(0)
-        self.thing = self.case.make()
-        self.transform = as_transform(self.thing.inv if self.case.one_way else self.thing).double()
+        self.native = self.case.make()
+        self.transform = as_transform(self.native.inv if self.case.one_way else self.native).double()
         both = self.transform.forward, self.transform.inverse
         self.call, self.back = reversed(both) if torch_like and not self.case.one_way else both
 
     def itself(self, context: Tensor | None):
         """The library's own transform, called as the library does."""
-        if isinstance(self.thing, lazy.LazyTransform):
-            return self.thing(context)
-        return self.thing.condition(context) if isinstance(self.thing, dist.ConditionalTransform) else self.thing
+        if isinstance(self.native, lazy.LazyTransform):
+            return self.native(context)
+        return self.native.condition(context) if isinstance(self.native, dist.ConditionalTransform) else self.native
 
     def inputs(self, rows: int, seed: int) -> tuple[Tensor, Tensor | None]:
         """Values within its domain, and a context."""
@@ -429,7 +432,7 @@ def check_laws(made: Made) -> None:
             assert_close(log_det_back, expected, atol=10 * case.exact, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", WORKING)
 def test_laws_at_random_parameters_and_after_training(name):
     made = Made(name)
     values, context = made.inputs(made.case.rows, seed=3)
@@ -441,7 +444,7 @@ def test_laws_at_random_parameters_and_after_training(name):
 
 
 # an adaptive solver's steps depend on the whole batch
-@pytest.mark.parametrize("name", [name for name in HELD if "FFJ" not in name and "FreeForm" not in name])
+@pytest.mark.parametrize("name", [name for name in WORKING if "FFJ" not in name and "FreeForm" not in name])
 @torch.no_grad()
 def test_rows_are_apart(name):
     made = Made(name)
@@ -454,7 +457,7 @@ def test_rows_are_apart(name):
 
 def test_some_transforms_train():
     """Else the sweep after training would say nothing."""
-    assert sum(any(True for _ in Made(name).transform.parameters()) for name in HELD) > 50
+    assert sum(any(True for _ in Made(name).transform.parameters()) for name in WORKING) > 50
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if isinstance(case, Refused)])
@@ -463,13 +466,13 @@ def test_what_no_flow_can_use_is_refused(name):
         as_transform(CASES[name].make())
 
 
-@pytest.mark.parametrize("name", [name for name in HELD if CASES[name].one_way])
+@pytest.mark.parametrize("name", [name for name in WORKING if CASES[name].one_way])
 def test_one_way_transforms_are_refused_the_way_they_run(name):
     with pytest.raises(InverseNotAvailable, match="runs noise → data only and cannot score"):
         as_transform(CASES[name].make())
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", WORKING)
 def test_beyond_the_bounds_there_is_no_density_and_no_datum(name):
     """Of data beyond where a transform's data can be; and noise beyond where its noise can be has no datum."""
     made = Made(name)

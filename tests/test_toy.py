@@ -93,7 +93,7 @@ def test_the_pictures_of_a_run_are_drawn_again_without_training(tmp_path, capsys
 
 
 def test_what_a_load_can_not_draw_is_said(tmp_path):
-    with pytest.raises(ValueError, match="--load trains nothing, so --lr, --seed would be ignored: leave it out"):
+    with pytest.raises(ValueError, match="--load trains nothing, so --lr, --seed would be ignored: leave them out"):
         run("toy", load=tmp_path, lr=1.0, seed=3)
     with pytest.raises(FileNotFoundError, match="no pictures.pt in .*: give the directory of a run that has ended"):
         run("toy", load=tmp_path)

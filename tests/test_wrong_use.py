@@ -499,9 +499,9 @@ def test_a_wrong_use_says_what_came_and_what_is_wanted(use, error, message, tmp_
     del names["unnamed"].blueprint
     with pytest.raises(error) as caught:
         eval(use, names)
-    said = str(caught.value)
-    assert re.search(".*".join(map(re.escape, message.split(".*"))), said), said
-    assert type(caught.value) is error and len(said) < 500
+    found = str(caught.value)
+    assert re.search(".*".join(map(re.escape, message.split(".*"))), found), found
+    assert type(caught.value) is error and len(found) < 500
     assert not list(tmp_path.iterdir())
 
 

@@ -56,6 +56,7 @@ class FreiaTransform(Transform):
         self.name = f"FrEIA's {type(module).__name__}"
         self.ways = _ways_to_run(module)
         self.event_shape, self.noise_shape = _shapes(module)
+        self.keeps_shape = self.event_shape == self.noise_shape
         self.conditions = _conditions(module)  # key → shape
         self.context_features = sum(map(math.prod, self.conditions.values())) or None
         self.register_load_state_dict_post_hook(_keep_what_was_loaded)
@@ -136,37 +137,34 @@ class Correction(NamedTuple):
     Attributes:
         kind: the class.
         wrong: what the class does wrong, in words for an error.
-        run: runs a block of the class rightly.
+        run: runs a block of the class rightly; ``None`` if nothing can, so that no flow can have one.
     """
 
     kind: type
     wrong: str
-    run: Run
+    run: Run | None
 
 
 @cache
 def _corrections() -> list[Correction]:
     from FrEIA import modules
 
+    one_way = "it is invertible only once trained to be, and has no log-determinant"
+    estimate = "its log-determinant is a random estimate and its inverse an approximation"
+    sigmoid = "it sums the log-determinant of an image over the channels alone, and overflows far from 0"
+    scaling = "it gives the inverse the log-determinant of the other direction"
+    orthogonal = "it takes its matrix for orthogonal, which training makes it only once in many steps"
     return [
         Correction(modules.ActNorm, "it initialises itself from noise and in eval mode, too", _run_guarded),
         Correction(modules.HaarDownsampling, "it overwrites its input", _run_guarded),
         Correction(modules.AllInOneBlock, "it keeps a matrix of its last call, with its graph", _run_all_in_one),
-        Correction(
-            modules.InvertibleSigmoid,
-            "it sums the log-determinant of an image over the channels alone, and overflows far from 0",
-            _run_sigmoid,
-        ),
-        Correction(
-            modules.LearnedElementwiseScaling,
-            "it gives the inverse the log-determinant of the other direction",
-            _run_scaling,
-        ),
-        Correction(
-            modules.OrthogonalTransform,
-            "it takes its matrix for orthogonal, which training makes it only once in many steps",
-            _run_orthogonal,
-        ),
+        Correction(modules.InvertibleSigmoid, sigmoid, _run_sigmoid),
+        Correction(modules.LearnedElementwiseScaling, scaling, _run_scaling),
+        Correction(modules.OrthogonalTransform, orthogonal, _run_orthogonal),
+        Correction(modules.IResNetLayer, estimate, None),
+        Correction(modules.InvAutoFC, one_way, None),
+        Correction(modules.InvAutoConv2D, one_way, None),
+        Correction(modules.GaussianMixtureModel, "it maps to several components at once", None),
     ]
 
 
@@ -184,7 +182,7 @@ def _ways_to_run(module: nn.Module) -> dict[type, Run]:
         if isinstance(block, InvertibleModule) and not _is_network(kind):
             correction = _correction(block)
             own = _run_itself if kind.forward.__module__.startswith("FrEIA.") else _run_guarded
-            ways[kind] = correction.run if correction else own
+            ways[kind] = (correction and correction.run) or own
     return ways
 
 
@@ -314,34 +312,28 @@ def _exported() -> type:
 
 
 def _check_exact(module: nn.Module) -> None:
-    """Raise a ValueError for a block that is no bijection or has no exact log-determinant."""
-    from FrEIA import modules
+    """Raise a ValueError for a block that is no bijection or has no exact log-determinant.
 
-    reasons = {
-        modules.IResNetLayer: "its log-determinant is a random estimate and its inverse an approximation",
-        modules.InvAutoFC: "it is invertible only once trained to be, and has no log-determinant",
-        modules.InvAutoConv2D: "it is invertible only once trained to be, and has no log-determinant",
-        modules.GaussianMixtureModel: "it maps to several components at once",
-    }
-    for part in module.modules():
-        for kind, reason in reasons.items():
-            if isinstance(part, kind):
-                raise ValueError(f"FrEIA's {kind.__name__} is no layer of a flow: {reason}")
-        if isinstance(part, modules.HouseholderPerm) and part.conditional:
+    A block may also call another block by itself, as no network of FrEIA's does. Then the correction of that block
+    would not be used.
+    """
+    from FrEIA.modules import HouseholderPerm, InvertibleModule
+
+    for block in module.modules():
+        correction = _correction(block)
+        if correction and correction.run is None:
+            raise ValueError(f"FrEIA's {correction.kind.__name__} is no layer of a flow: {correction.wrong}")
+        if isinstance(block, HouseholderPerm) and block.conditional:
             raise ValueError("FrEIA's HouseholderPerm with a condition fails in FrEIA itself; without one it works")
-        if isinstance(part, modules.InvertibleModule) and not _is_network(type(part)):
-            _check_inner_blocks(part)
-
-
-def _check_inner_blocks(block: nn.Module) -> None:
-    """Raise a ValueError for a block that itself calls a block which FrEIA computes wrongly."""
-    for inner in list(block.modules())[1:]:
-        correction = _correction(inner)
-        if correction and correction.run in (_run_sigmoid, _run_scaling, _run_orthogonal):
-            raise ValueError(
-                f"{type(block).__name__} runs FrEIA's {type(inner).__name__} itself, but {correction.wrong} unless "
-                "this package runs it; make it a block of a SequenceINN or a GraphINN"
-            )
+        if not isinstance(block, InvertibleModule) or _is_network(type(block)):
+            continue
+        for inner in list(block.modules())[1:]:
+            correction = _correction(inner)
+            if correction and correction.run in (_run_sigmoid, _run_scaling, _run_orthogonal):
+                raise ValueError(
+                    f"{type(block).__name__} runs FrEIA's {type(inner).__name__} itself, but {correction.wrong} unless "
+                    "this package runs it; make it a block of a SequenceINN or a GraphINN"
+                )
 
 
 def _shapes(module: Any) -> list[tuple[int, ...]]:

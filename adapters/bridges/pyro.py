@@ -39,12 +39,12 @@ from torch.overrides import TorchFunctionMode
 from adapters.bridges.common.as_module import AsModule
 from adapters.bridges.common.bounds import Limits, bounds, within
 from adapters.bridges.common.chain import Chain, Leaf
-from adapters.bridges.common.context import Width, one_width
+from adapters.bridges.common.context import Width
 from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
 from adapters.bridges.common.tensors import like, per_row
 from adapters.bridges.common.torch_base import TorchBase
-from adapters.checks import check_enough_rows, naming_shape
+from adapters.checks import check_enough_rows
 from adapters.flow import Flow
 
 PACKAGES = ("pyro", "torch.distributions")
@@ -115,30 +115,21 @@ class TorchTransform(Leaf):
         self.part = AsModule(part, KINDS)
         self.backwards = backwards
         self.reads_context = isinstance(part, ConditionalTransform)
+        self.context_width = _width(part)
         self.is_bounded = not self.reads_context and any(map(bounds, (part.domain, part.codomain)))
         self.features = _features(part)
         self.has_inverse = not backwards or _has_inverse(part)
         self.keeps_shape = not _changes_shape(part)
         self.takes_any_row = not isinstance(part, SPLINES)
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(inputs, context, to_noise=True)
-
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return self._run(inputs, context, to_noise=False)
-
-    def _run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
+    def run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
         if self.features is not None and inputs.shape[-1] != self.features:
             raise ValueError(f"{self.name} takes {self.features} features, not an input of {tuple(inputs.shape)}")
         steps = self._steps(context)
         outputs, changes = inputs, []
-        try:
-            for part, backwards in reversed(steps) if to_noise else steps:
-                outputs, change = self._step(part, backwards == to_noise, outputs, to_noise)
-                changes.append(change)
-        except (RuntimeError, IndexError):
-            with naming_shape(inputs, self.name):
-                raise
+        for part, backwards in reversed(steps) if to_noise else steps:
+            outputs, change = self._step(part, backwards == to_noise, outputs, to_noise)
+            changes.append(change)
         if self.keeps_shape and outputs.shape != inputs.shape:
             raise ValueError(f"{self.name} does not take inputs of shape {tuple(inputs.shape)}")
         return outputs, changes[0] if len(changes) == 1 else sum(changes, inputs.new_zeros(len(inputs)))
@@ -190,16 +181,13 @@ def flow_in(foreign: Any) -> Flow | None:
     """
     while isinstance(foreign, Independent):
         foreign = foreign.base_dist
-    if isinstance(foreign, TransformedDistribution):
-        transform, source = _chain(foreign.transforms), AsModule(foreign.base_dist, KINDS)
-    elif isinstance(foreign, ConditionalTransformedDistribution):
-        base = foreign.base_dist
-        if isinstance(base, ConstantConditionalDistribution):
-            transform, source = _chain(foreign.transforms), AsModule(base.base_dist, KINDS)
-        else:
-            transform, source = _chain(foreign.transforms, _width(base)), ConditionedBase(base, KINDS)
-    else:
+    if not isinstance(foreign, TransformedDistribution | ConditionalTransformedDistribution):
         return None
+    base = foreign.base_dist
+    if isinstance(base, ConstantConditionalDistribution):
+        base = base.base_dist
+    transform = _chain(foreign.transforms, [_width(base)])
+    source = (ConditionedBase if isinstance(base, ConditionalDistribution) else AsModule)(base, KINDS)
     width = transform.context_features
     if width is ...:
         raise ValueError(
@@ -257,18 +245,10 @@ class ConditionalExport(ConditionalTransformModule):
         return self.export.condition(context)
 
 
-def _chain(transforms: Iterable, context_features: Width = None) -> Chain:
-    """The transforms, noise side first, as one transform of nflows.
-
-    Args:
-        transforms: what is chained.
-        context_features: width of the context that something else in the flow reads, such as its base.
-    """
+def _chain(transforms: Iterable, widths_of_base: Iterable[Width] = ()) -> Chain:
+    """The transforms, noise side first, as one transform of nflows."""
     parts = [part for transform in transforms for part in _parts(transform)]
-    leaves = [TorchTransform(part, backwards) for part, backwards in parts]
-    names = ", ".join(dict.fromkeys(leaf.name for leaf in leaves))
-    width = one_width([context_features, *(_width(part) for part, _ in parts)], f"the context of {names}")
-    return Chain(reversed(leaves), width)
+    return Chain([TorchTransform(part, backwards) for part, backwards in reversed(parts)], widths_of_base)
 
 
 def _parts(transform: Any, backwards: bool = False) -> Iterator[tuple[Any, bool]]:

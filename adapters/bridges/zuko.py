@@ -9,6 +9,7 @@ place that imports zuko.
 """
 
 import math
+from collections.abc import Iterable
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -22,14 +23,15 @@ from torch.distributions.transforms import _InverseTransform
 from adapters.bridges.common.as_module import AsModule
 from adapters.bridges.common.bounds import bounds, nowhere, within
 from adapters.bridges.common.chain import Chain, Leaf
-from adapters.bridges.common.context import AnyContextFlow, Width, one_width
+from adapters.bridges.common.context import AnyContextFlow, Width
 from adapters.bridges.common.exported_transform import ExportedTransform
 from adapters.bridges.common.exports import EventDim, check_shapes_known
 from adapters.bridges.common.on_demand import class_on_demand
 from adapters.bridges.common.tensors import like, per_row
 from adapters.bridges.common.torch_base import TorchBase
-from adapters.checks import check_event, naming_shape
+from adapters.checks import check_event
 from adapters.flow import Flow
+from adapters.parts import parts_of
 
 PACKAGES = LIBRARIES = ("zuko",)
 DISTRIBUTION = "zuko"
@@ -72,7 +74,7 @@ class ZukoTransform(Leaf):
     in them.
 
     Args:
-        lazy: a module whose call on a context, or on ``None``, gives a torch ``Transform``.
+        part: a module whose call on a context, or on ``None``, gives a torch ``Transform``; or such a transform.
         backwards: whether the flow holds the inverse of f. Then ``forward`` calls the inverse, and ``inverse`` calls f.
 
     Raises:
@@ -80,15 +82,16 @@ class ZukoTransform(Leaf):
         NotImplementedError: under ``torch.jit.trace``, for a transform that it cannot trace.
     """
 
-    def __init__(self, lazy: nn.Module, backwards: bool):
+    def __init__(self, part: nn.Module | torch.distributions.Transform, backwards: bool):
         super().__init__()
-        neural, continuous = import_zuko().flows.neural, import_zuko().flows.continuous
-        self.lazy, self.backwards = lazy, backwards
-        self.name = f"zuko's {type(lazy.native if isinstance(lazy, AsModule) else lazy).__name__}"
-        self.features, _ = _widths(lazy)
-        self.takes_any_row = _takes_any_row(lazy)
-        cuts_gradients = neural.MNN, neural.UMNN, continuous.FFJTransform
-        self.always_training = [module for module in lazy.modules() if isinstance(module, cuts_gradients)]
+        flows = import_zuko().flows
+        self.lazy = AsModule(part) if isinstance(part, torch.distributions.Transform) else part
+        self.backwards = backwards
+        self.name = f"zuko's {type(part).__name__}"
+        self.features, self.context_width = _widths(part)
+        self.takes_any_row = _takes_any_row(part)
+        cuts_gradients = flows.neural.MNN, flows.neural.UMNN, flows.continuous.FFJTransform
+        self.always_training = [module for module in self.lazy.modules() if isinstance(module, cuts_gradients)]
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "ZukoTransform":
@@ -97,34 +100,10 @@ class ZukoTransform(Leaf):
             module.training = True
         return self
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(inputs, context, to_noise=True)
-
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return self._run(inputs, context, to_noise=False)
-
-    def _run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
+    def run(self, inputs: Tensor, context: Tensor | None, to_noise: bool) -> tuple[Tensor, Tensor]:
         if self.features is not None:
             check_event(inputs, (self.features,), self.name)
-        try:
-            transform = self.lazy(context)
-            if torch.jit.is_tracing():  # type: ignore[attr-defined]
-                self._check_traceable(transform)
-            return _evaluate(transform, inputs, inverse=self.backwards == to_noise, scoring=to_noise)
-        except (RuntimeError, IndexError):
-            with naming_shape(inputs, self.name):
-                raise
-
-    def _check_traceable(self, transform: torch.distributions.Transform) -> None:
-        zuko = import_zuko().transforms
-        layers: Any = [part for part in self.lazy.modules() if hasattr(part, "univariate") and hasattr(part, "shapes")]
-        univariates = [layer.univariate(*map(torch.zeros, layer.shapes)) for layer in layers]
-        singles = [single for whole in (transform, *univariates) for single in _singles(whole)]
-        if any(isinstance(single, zuko.MonotonicTransform | zuko.FreeFormJacobianTransform) for single in singles):
-            raise NotImplementedError(
-                f"torch.jit cannot trace {self.name}, which solves an equation or differentiates within its pass: "
-                "take Trace_ELBO instead of JitTrace_ELBO"
-            )
+        return _evaluate(self.lazy(context), inputs, inverse=self.backwards == to_noise, scoring=to_noise)
 
 
 def _evaluate(transform: Any, values: Tensor, inverse: bool, scoring: bool) -> tuple[Tensor, Tensor]:
@@ -154,10 +133,9 @@ def _evaluate(transform: Any, values: Tensor, inverse: bool, scoring: bool) -> t
         if inverse:
             x = torch.zeros_like(values)
             for _ in range(transform.passes - 1):
-                x = _preimage(transform.meta(x), values, missed=0.0)  # a NaN would make all outputs of the network NaN
-        return _evaluate(
-            transform.meta(x), values, inverse, scoring
-        )  # all coordinates that another one reads are final
+                x = _preimage(transform.meta(x), values)
+        # By now all coordinates that the network reads for another one are final.
+        return _evaluate(transform.meta(x), values, inverse, scoring)
     if kind is zuko.ComposedTransform:
         total = values.new_zeros(len(values))
         for part in reversed(transform.transforms) if inverse else transform.transforms:
@@ -166,9 +144,10 @@ def _evaluate(transform: Any, values: Tensor, inverse: bool, scoring: bool) -> t
         return values, total
     if inverse and isinstance(transform, zuko.FreeFormJacobianTransform):  # its inverse is of the same class
         transform, inverse = transform.inv, False
+    _check_traceable(transform)
     limits = bounds(transform.codomain if inverse else transform.domain)
-    evaluate = partial(_invert, transform, scoring) if inverse else partial(_call, transform)
-    return within(limits, values, scoring, evaluate)
+    single = partial(_invert, transform, scoring) if inverse else partial(_call, transform)
+    return within(limits, values, scoring, single)
 
 
 def _call(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,26 +158,23 @@ def _call(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _invert(transform: Any, scoring: bool, y: Tensor) -> tuple[Tensor, Tensor]:
     """f⁻¹(y) and its log|det|, of a transform that is no composition."""
-    x = _preimage(transform, y, missed=math.nan)
-    missed = None
-    if _bisects(transform):
-        missed = x.isnan() & ~y.isnan()
-        x = x.masked_fill(missed, 0.0)
+    x, missed = _bisect(transform, y) if _bisects(transform) else (_preimage(transform, y), None)
     log_det = -per_row(transform.log_abs_det_jacobian(x, y), x, transform.domain.event_dim)
     return (x, log_det) if missed is None else nowhere(missed, x, log_det, scoring)
 
 
-def _preimage(transform: Any, y: Tensor, missed: float) -> Tensor:
-    """f⁻¹(y) without its log-determinant. Where f does not reach y, it is the number ``missed``."""
+def _preimage(transform: Any, y: Tensor) -> Tensor:
+    """f⁻¹(y) without its log-determinant. Where f does not reach y, it is 0."""
     zuko, kind = import_zuko().transforms, type(transform)
     if kind is zuko.ComposedTransform:
         for part in reversed(transform.transforms):
-            y = _preimage(part, y, missed)
+            y = _preimage(part, y)
         return y
     if kind is zuko.DependentTransform:
-        return _preimage(transform.base, y, missed)
+        return _preimage(transform.base, y)
+    _check_traceable(transform)
     if _bisects(transform):
-        return _bisect(transform, y, missed)
+        return _bisect(transform, y)[0]
     own = getattr(kind, "_inverse", torch.distributions.Transform._inverse)
     # Some classes, such as torch's ComposeTransform, have no ``_inverse``. For all others it saves making ``.inv``.
     return transform.inv(y) if own is torch.distributions.Transform._inverse else own(transform, y)
@@ -209,8 +185,8 @@ def _bisects(transform: Any) -> bool:
     return getattr(type(transform), "_inverse", None) is import_zuko().transforms.MonotonicTransform._inverse
 
 
-def _bisect(transform: Any, y: Tensor, missed: float) -> Tensor:
-    """f⁻¹(y) of a ``MonotonicTransform``. Where f does not reach y, it is the number ``missed``.
+def _bisect(transform: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    """f⁻¹(y) of a ``MonotonicTransform``, and which entries of y f does not reach. For these, f⁻¹(y) is given as 0.
 
     zuko searches the interval [−bound, bound] only. For every y beyond f of that interval it returns the nearer end.
     Here the interval is widened until it is wide enough, or as wide as ``FAR``.
@@ -225,10 +201,21 @@ def _bisect(transform: Any, y: Tensor, missed: float) -> Tensor:
             bound *= 10
     steps = math.ceil(math.log2(2 * bound / transform.eps))
     x = import_zuko().utils.bisection(transform.f, y, -end, end, steps, transform.phi)
-    return x.masked_fill(beyond, missed).masked_fill(y.isnan(), math.nan)
+    return x.masked_fill(beyond, 0.0).masked_fill(y.isnan(), math.nan), beyond
 
 
 FAR = 1e12  # wide enough: through sixteen untrained layers of a NAF, of slope 0.3 far out, 4 is reached from 1e9
+
+
+def _check_traceable(transform: Any) -> None:
+    """Raise a NotImplementedError if ``torch.jit.trace`` is at work, which cannot trace this single transform."""
+    zuko = import_zuko().transforms
+    untraceable = zuko.MonotonicTransform, zuko.FreeFormJacobianTransform
+    if torch.jit.is_tracing() and isinstance(transform, untraceable):  # type: ignore[attr-defined]
+        raise NotImplementedError(
+            f"torch.jit cannot trace zuko's {type(transform).__name__}, which solves an equation or differentiates "
+            "within its pass: take Trace_ELBO instead of JitTrace_ELBO"
+        )
 
 
 def transform_in(foreign: Any) -> Transform | None:
@@ -242,8 +229,7 @@ def transform_in(foreign: Any) -> Transform | None:
         return foreign.transform
     if not isinstance(foreign, torch.distributions.Transform | import_zuko().lazy.LazyTransform):
         return None
-    parts = _parts(foreign)
-    return _chain(parts, _context_width(parts))
+    return _chain(_parts(foreign))
 
 
 def flow_in(foreign: Any) -> Flow | None:
@@ -272,8 +258,8 @@ def flow_in(foreign: Any) -> Flow | None:
         base = AsModule(foreign)
     else:
         return None
-    width = _context_width([*_parts(base), *parts])
-    transform = _chain(parts, width)
+    transform = _chain(parts, [_widths(part)[1] for part, _ in _parts(base)])
+    width = transform.context_features
     context = _a_context(foreign if isinstance(foreign, nn.Module) else base, width)
     try:
         distribution = base(context)
@@ -287,10 +273,11 @@ def flow_in(foreign: Any) -> Flow | None:
     else:
         shape = distribution.expand((1,)).event_shape
     noise = TorchBase(base, shape)
-    for lazy, backwards in reversed(parts):
-        if width is not ... or isinstance(lazy, _exported()):  # all others can be called with their context only
-            part = lazy(context)
-            shape = part.forward_shape(shape) if backwards else part.inverse_shape(shape)
+    leaves: Any = parts_of(transform)
+    for leaf in reversed(leaves):
+        if width is not ... or isinstance(leaf.lazy, _exported()):  # all others can be called with their context only
+            part = leaf.lazy(context)
+            shape = part.forward_shape(shape) if leaf.backwards else part.inverse_shape(shape)
     if width is ...:
         return AnyContextFlow(transform, noise, shape, needs_context=False)
     return Flow(transform, noise, shape, width)
@@ -334,9 +321,9 @@ def _exported() -> type:
 
 
 def _parts(foreign: Any, backwards: bool = False) -> list[tuple[Any, bool]]:
-    """The single modules that a transform or a flow consists of, data side first, each with whether it runs backwards.
+    """The single parts of a transform or a flow, lazy or not, data side first, each with whether it runs backwards.
 
-    A transform that is not lazy is wrapped in ``AsModule``. The parts of a flow's base come last.
+    The parts of a flow's base come last.
     """
     zuko, kind = import_zuko(), type(foreign)
     if kind is zuko.lazy.LazyComposedTransform or kind is zuko.transforms.ComposedTransform:
@@ -344,21 +331,23 @@ def _parts(foreign: Any, backwards: bool = False) -> list[tuple[Any, bool]]:
         return [single for part in parts for single in _parts(part, backwards)]
     if kind is zuko.lazy.LazyInverse:
         return _parts(foreign.transform, not backwards)
+    if isinstance(foreign, _InverseTransform):
+        return _parts(foreign.inv, not backwards)
+    if kind is zuko.transforms.DependentTransform:
+        return _parts(foreign.base, backwards)
     if isinstance(foreign, zuko.lazy.Flow):
         return [*_parts(foreign.transform), *_parts(foreign.base)]
-    return [(AsModule(foreign) if isinstance(foreign, torch.distributions.Transform) else foreign, backwards)]
+    return [(foreign, backwards)]
 
 
-def _chain(parts: list[tuple[Any, bool]], context_features: Width) -> Chain:
-    """The parts as one transform of nflows, once each is known to be an exact bijection."""
-    if context_features is not ...:
-        for lazy, _ in parts:
-            _check_exact(lazy(_a_context(lazy, context_features)))
-    return Chain([ZukoTransform(lazy, backwards) for lazy, backwards in parts], context_features)
-
-
-def _context_width(parts: list[tuple[Any, bool]]) -> Width:
-    return one_width([_widths(part)[1] for part, _ in parts], "the context of a zuko flow")
+def _chain(parts: list[tuple[Any, bool]], widths_of_base: Iterable[Width] = ()) -> Chain:
+    """The parts, data side first, as one transform of nflows, once each is known to be an exact bijection."""
+    leaves = [ZukoTransform(part, backwards) for part, backwards in parts]
+    chain = Chain(leaves, widths_of_base)
+    if chain.context_features is not ...:
+        for leaf in leaves:
+            _check_exact(leaf.lazy(_a_context(leaf.lazy, chain.context_features)))
+    return chain
 
 
 def _widths(layer: Any) -> tuple[int | None, Width]:
@@ -370,7 +359,8 @@ def _widths(layer: Any) -> tuple[int | None, Width]:
     """
     zuko = import_zuko()
     flows, lazy = zuko.flows, zuko.lazy
-    if isinstance(layer, AsModule | lazy.UnconditionalTransform | lazy.UnconditionalDistribution | lazy.Unconditional):
+    unconditional = lazy.UnconditionalTransform, lazy.UnconditionalDistribution, lazy.Unconditional
+    if isinstance(layer, (AsModule, torch.distributions.Transform, *unconditional)):
         return None, None
     try:
         if isinstance(layer, flows.MaskedAutoregressiveTransform):
@@ -398,19 +388,9 @@ def _a_context(module: nn.Module, width: Width) -> Tensor | None:
     return like(module).new_zeros(1, width) if isinstance(width, int) else None
 
 
-def _singles(transform: Any) -> list[Any]:
-    """The single transforms that one of zuko's, or the inverse of one, is made of."""
-    zuko = import_zuko().transforms
-    if isinstance(transform, zuko.ComposedTransform):
-        return [single for part in transform.transforms for single in _singles(part)]
-    if isinstance(transform, zuko.DependentTransform):
-        return _singles(transform.base)
-    return _singles(transform.inv) if isinstance(transform, _InverseTransform) else [transform]
-
-
 def _check_exact(transform: Any) -> None:
     """Raise for a transform that is no bijection, or whose log-determinant is random."""
-    for single in _singles(transform):
+    for single, _ in _parts(transform):
         if not single.bijective:
             raise InverseNotAvailable(f"{type(single).__name__} is no bijection, so no flow can use it")
         if isinstance(single, import_zuko().transforms.FreeFormJacobianTransform) and not single.exact:

@@ -87,9 +87,7 @@ def fit(
     parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     adamw = {"betas": recipe.betas, "weight_decay": recipe.weight_decay, "fused": can_fuse(device)}
     optimizer = accelerator.prepare(torch.optim.AdamW(parameters, recipe.lr, **adamw))
-    if not accelerator.is_main_process:
-        save_weights = None
-    where = directory if accelerator.is_main_process else None
+    where, save_weights = (directory, save_weights) if accelerator.is_main_process else (None, None)
     training = TrainingState(loss, parameters, optimizer, recipe, where, identity, save_weights)
     if resume:
         if directory is None:
@@ -97,23 +95,13 @@ def fit(
         training.load(directory)
     if not accelerator.is_main_process:  # random numbers within the module (dropout) differ between processes
         torch.manual_seed(torch.initial_seed() + 1_000_003 * accelerator.process_index + training.fitted.steps)
-    bar = _progress_bar(recipe, training.fitted.steps, shown=accelerator.is_main_process and not quiet)
-
-    def write(text: str) -> None:
-        if accelerator.is_main_process and not quiet:
-            bar.write(text)
-
+    report = Report(training, recipe, describe, accelerator, quiet)
     if not resume and training.directory is not None:
         if message := set_aside(training.directory):
-            write(message)
+            report.write(message)
         training.save()
-
-    def note(text: str) -> None:
-        training.fitted.notes.append(text)
-        write(text)
-
     if recipe.compile:
-        write("compiling the training step, which takes a minute or so; Ctrl-C waits until it is done")
+        report.write("compiling the training step, which takes a minute or so; Ctrl-C waits until it is done")
 
     def batches(step: int) -> list[Any]:
         return [_to(batch(step * recipe.accumulate + i), device) for i in range(recipe.accumulate)]
@@ -129,16 +117,17 @@ def fit(
     ask_every = 1 if device.type == "cpu" else ASK_EVERY
     alone = accelerator.num_processes == 1
     pending: list[Tensor] = []  # losses that have not been read yet
-    window: list[float] = []  # losses since the last ones shown
     try:
         with (
             interrupt,
-            faster_step(plain_step, loss, module, optimizer, lambda: batches(0)[0], accelerator, interrupt.hold, note)
+            faster_step(
+                plain_step, loss, module, optimizer, lambda: batches(0)[0], accelerator, interrupt.hold, report.note
+            )
             if recipe.compile
             else nullcontext(plain_step) as take_step,
         ):
-            bar.unpause()  # the compiler's time is not the training's
-            started = saved = shown = clock() - training.fitted.seconds
+            report.bar.unpause()  # the compiler's time is not the training's
+            started = saved = clock() - training.fitted.seconds
             while not training.done():
                 step = training.fitted.steps
                 if observe is not None:
@@ -154,8 +143,7 @@ def fit(
                 if alone:
                     training.fitted.seconds = clock() - started
                 due = validate is not None and training.fitted.steps % recipe.validate_every == 0
-                bar.total = round(training.fitted.steps / training.progress())
-                bar.update()
+                report.step_done()
                 if not (len(pending) == ask_every or due or training.done() or (alone and interrupt.asked)):
                     continue
                 elapsed = clock() - started
@@ -163,19 +151,11 @@ def fit(
                 pending = []
                 training.trust(values)
                 training.fitted.seconds = elapsed
-                window += values
-                if elapsed + started - shown > 0.5 or training.done():
-                    mean = sum(window) / len(window)
-                    bar.set_postfix_str(describe(mean), refresh=False)
-                    training.fitted.losses.append((training.fitted.steps, mean))
-                    rate = recipe.rate(training.progress())
-                    accelerator.log({"training": mean, "lr": rate}, training.fitted.steps)
-                    shown, window = elapsed + started, []
+                report.losses(values)
                 if validate is not None and (due or training.done()):
                     with torch.compiler.set_stance("force_eager") if recipe.compile else nullcontext():
                         value = training.validate(validate)  # not compiled, which would take long for its batches
-                    accelerator.log({"validation": value}, training.fitted.steps)
-                    write(f"step {training.fitted.steps}: validation {describe(value)}")
+                    report.validation(value)
                 if clock() - saved > recipe.save_every:
                     training.save()
                     saved = clock()
@@ -185,10 +165,9 @@ def fit(
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         training.fitted.interrupted = True
-        training.fitted.losses += [(training.fitted.steps, sum(window) / len(window))] if window else []
-        write(f"interrupted at step {training.fitted.steps}: ending with what is trained so far")
+        report.interrupted()
     finally:
-        bar.close()
+        report.bar.close()
     if pending:
         training.trust(torch.stack(pending).tolist())
     training.save(finished=not training.fitted.interrupted)
@@ -199,16 +178,72 @@ def fit(
     return training.fitted
 
 
-def _progress_bar(recipe: Recipe, done: int, shown: bool) -> tqdm:
-    return tqdm(
-        total=recipe.steps,
-        initial=done,
-        disable=not shown,
-        unit="step",
-        mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants few lines
-        smoothing=0.05,
-        dynamic_ncols=True,
-    )
+class Report:
+    """What a training shows while it runs, and the losses that its ``Fitted`` keeps.
+
+    About twice in a second it shows and keeps one number, the mean of all losses since the last such number.
+    """
+
+    def __init__(
+        self,
+        training: TrainingState,
+        recipe: Recipe,
+        describe: Callable[[float], str],
+        accelerator: Accelerator,
+        quiet: bool,
+    ):
+        self.training, self.recipe, self.describe, self.accelerator = training, recipe, describe, accelerator
+        self.visible = accelerator.is_main_process and not quiet
+        self.window: list[float] = []  # the losses since the last number
+        self.shown_at = 0.0  # the seconds of training at that number
+        self.bar = tqdm(
+            total=recipe.steps,
+            initial=training.fitted.steps,
+            disable=not self.visible,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants few lines
+            smoothing=0.05,
+            dynamic_ncols=True,
+        )
+
+    def write(self, text: str) -> None:
+        if self.visible:
+            self.bar.write(text)
+
+    def note(self, text: str) -> None:
+        """Write what could not be had, and keep it in the results."""
+        self.training.fitted.notes.append(text)
+        self.write(text)
+
+    def step_done(self) -> None:
+        self.bar.total = round(self.training.fitted.steps / self.training.progress())
+        self.bar.update()
+
+    def losses(self, values: list[float]) -> None:
+        """Take the losses of the last steps, and show their mean if it is time to."""
+        self.window += values
+        fitted = self.training.fitted
+        if fitted.seconds - self.shown_at > 0.5 or self.training.done():
+            mean = self._mean_of_window()
+            self.bar.set_postfix_str(self.describe(mean), refresh=False)
+            rate = self.recipe.rate(self.training.progress())
+            self.accelerator.log({"training": mean, "lr": rate}, fitted.steps)
+
+    def validation(self, value: float) -> None:
+        steps = self.training.fitted.steps
+        self.accelerator.log({"validation": value}, steps)
+        self.write(f"step {steps}: validation {self.describe(value)}")
+
+    def interrupted(self) -> None:
+        if self.window:
+            self._mean_of_window()
+        self.write(f"interrupted at step {self.training.fitted.steps}: ending with what is trained so far")
+
+    def _mean_of_window(self) -> float:
+        mean = sum(self.window) / len(self.window)
+        self.training.fitted.losses.append((self.training.fitted.steps, mean))
+        self.window, self.shown_at = [], self.training.fitted.seconds
+        return mean
 
 
 @contextmanager

@@ -94,7 +94,8 @@ def check_load(options: Checked, *used: str) -> None:
     changed = [name for name, value in flat(options).items() if name not in used and value != defaults[name]]
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-        raise ValueError(f"--load trains nothing, so {flags} would be ignored: leave it out")
+        them = "it" if len(changed) == 1 else "them"
+        raise ValueError(f"--load trains nothing, so {flags} would be ignored: leave {them} out")
 
 
 @dataclass(frozen=True)
