@@ -289,6 +289,7 @@ def _exported() -> type:
         def __init__(self, transform: Transform):
             super().__init__([])
             self.transform = transform
+            self.known: dict[tuple[int, ...], tuple[int, ...]] = {}  # the shape of the outputs for one of the inputs
 
         def placed(self, dims_in, dims_c=None) -> "NflowsModule":
             """This module, told the shapes of its inputs. FrEIA's networks call it as they would a constructor."""
@@ -301,12 +302,15 @@ def _exported() -> type:
             return (outputs,), log_det
 
         def output_dims(self, input_dims: Any) -> Any:
-            """The shape of the outputs. nflows' transforms don't say it, so a copy of this one is run on zeros."""
-            transform = copy.deepcopy(self.transform).eval()
-            weight = like(transform)
-            context = weight.new_zeros(1, sum(map(math.prod, self.dims_c))) if self.dims_c else None
-            with torch.no_grad():
-                return [tuple(transform(weight.new_zeros(1, *input_dims[0]), context)[0].shape[1:])]
+            """The shape of the outputs. No nflows transform says it, so a copy is run on zeros, once."""
+            shape = tuple(input_dims[0])
+            if shape not in self.known:
+                transform = copy.deepcopy(self.transform).eval()
+                weight = like(transform)
+                context = weight.new_zeros(1, sum(map(math.prod, self.dims_c))) if self.dims_c else None
+                with torch.no_grad():
+                    self.known[shape] = tuple(transform(weight.new_zeros(1, *shape), context)[0].shape[1:])
+            return [self.known[shape]]
 
     return NflowsModule
 
