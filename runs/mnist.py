@@ -43,7 +43,7 @@ from runs.common.options import (
     flat,
     identity,
 )
-from runs.common.pictures.mnist import Camera, MnistRecord, draw_again
+from runs.common.pictures.mnist import SAMPLES, Camera, MnistRecord, draw_again
 from runs.common.recipe import Recipe
 from runs.common.results import parameter_count, peak_memory, replacing_results, write_metrics
 from runs.common.samples import Sampling
@@ -52,6 +52,7 @@ from runs.common.training_state import Fitted
 
 RESULTS = Path("results/mnist")
 TRACKERS = tuple(str(kind.value) for kind in LoggerType if kind != LoggerType.ALL)
+SAMPLES_OF_FEW = 25  # under --limit
 LAYERS = 8  # unless the masks say how many
 HIDDEN = {"mlp": (512, 512), "conv": (64, 64, 64)}  # widths or channels
 USUAL = {"activation": "gelu", "dropout": 0.1}  # where the flow has them and nothing else is asked for
@@ -158,8 +159,8 @@ class MnistTrainingOptions(EpochOptions):
 class EvaluationOptions(Checked):
     """How a trained flow is scored and sampled."""
 
-    samples: int = 100
-    """images in the sample grid."""
+    samples: int | None = None
+    """images in the sample grid; by default 100, or 25 under --limit; with --load as many as the run's own."""
 
     temperature: float = 1.0
     """factor on the base's noise for all samples; below 1 they are likelier and less diverse."""
@@ -168,10 +169,15 @@ class EvaluationOptions(Checked):
     """draws of dequantisation noise per test image for the importance-weighted bits per dimension."""
 
     def check(self) -> None:
-        check_positive(samples=self.samples, temperature=self.temperature)
-        check_at_most(10_000, samples=self.samples, importance=self.importance)
+        samples = 1 if self.samples is None else self.samples
+        check_positive(samples=samples, temperature=self.temperature)
+        check_at_most(10_000, samples=samples, importance=self.importance)
         if self.importance < 0:
             raise ValueError(f"importance must not be negative, but is {self.importance}")
+
+    def completed(self, limit: int | None) -> "EvaluationOptions":
+        """The same with a number of samples: fewer under ``--limit``, since some flows make them slowly."""
+        return replace(self, samples=self.samples or (SAMPLES if limit is None else SAMPLES_OF_FEW))
 
 
 @dataclass(frozen=True)
@@ -234,11 +240,13 @@ def main(options: Options, *, read: Callable[..., Images] = load_images, draw: b
         draw: whether to draw the pictures.
     """
     training, seed = options.training, options.training.seed
-    sampling = Sampling(options.evaluation.samples, options.evaluation.temperature, seed)
     if options.run.load is not None:
-        draw_again(options.run, sampling, options.flow.flow if is_own(options.flow.flow) else None)
+        own = options.flow.flow if is_own(options.flow.flow) else None
+        draw_again(options.run, options.evaluation.samples, options.evaluation.temperature, seed, own)
         return {}
-    options = replace(options, flow=options.flow.completed())
+    evaluation = options.evaluation.completed(options.images.limit)
+    options = replace(options, flow=options.flow.completed(), evaluation=evaluation)
+    sampling = Sampling(evaluation.samples or SAMPLES, evaluation.temperature, seed)
     size = math.prod(SHAPE), CLASSES if options.flow.conditional else None
     masks = MASKS[options.flow.mask](options.flow.layers, seed)
     options.flow.try_own(*size, masks=masks)
@@ -283,7 +291,9 @@ def main(options: Options, *, read: Callable[..., Images] = load_images, draw: b
         return {}
     replacing_results(save_flow(flow.eval(), out), out)
 
-    metrics = score_images(flow, images.test, images.test_labels, options.evaluation.importance)
+    if options.images.limit is not None:
+        print(f"--limit {options.images.limit}: {len(images.test):,} test images, {sampling.samples} samples")
+    metrics = score_images(flow, images.test, images.test_labels, evaluation.importance)
     metrics["bits_per_dim_validation"] = min(value for _, value in fitted.validation)
     metrics |= {"parameters": parameter_count(flow)} | fitted.metrics()
     metrics |= costs(batches, fitted, recipe, accelerator.device)

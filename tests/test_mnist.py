@@ -35,7 +35,7 @@ from runs.common.images import (
     unpack_mnist,
 )
 from runs.common.objectives import BitsPerDim
-from runs.common.pictures.mnist import nearest_images
+from runs.common.pictures.mnist import MnistRecord, nearest_images
 from runs.common.results import RECORD
 from runs.common.samples import base_noise, slerp
 from runs.common.scores import EVALUATION_SEED, log_likelihoods, score_images
@@ -381,6 +381,21 @@ def test_other_samples_of_a_run_overwrite_none_of_its_pictures(other, run, tmp_p
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'again' / 'samples.png'}" in printed
     assert "the run's own samples are those of --samples 12 --temperature 1.0 --seed 0\n" in printed
+
+
+def test_a_limit_means_fewer_samples_and_a_load_means_the_runs_own_number(run, tmp_path, capsys):
+    metrics = run(draw=True, samples=None, out=tmp_path)
+    assert metrics["test_images"] == 64 and "--limit 64: 64 test images, 25 samples" in capsys.readouterr().out
+    drawn = pictures_in(tmp_path)
+    scripts.run("mnist", load=tmp_path)
+    assert pictures_in(tmp_path) == drawn and not (tmp_path / "again").exists()
+    assert len(MnistRecord.load(tmp_path).samples) == 25
+
+
+def test_making_images_shows_its_progress(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "DELAY", 0)
+    run(out=tmp_path)
+    assert "making images" in capsys.readouterr().err
 
 
 def test_a_flow_whose_training_left_no_record_is_sampled(run, tmp_path):

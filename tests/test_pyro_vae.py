@@ -530,7 +530,7 @@ def test_priors_that_can_not_be_told_apart_are_named_together(capsys):
     groups = printed.split("50: they match)\n")[1].splitlines()
     assert [group.strip() for group in groups] == [
         "Vamp 52.1 ± 0.5", "mixture 54.8 ± 0.5, flow 55.0 ± 0.5: within the error of each other",
-        "Gaussian 62.8 ± 0.5", "best: Vamp",
+        "Gaussian 62.8 ± 0.5", "the best match: Vamp",
     ]  # fmt: skip
     report({"mog": found(0.548), "flow": found(0.55)}, comparable=False)
     printed = capsys.readouterr().out

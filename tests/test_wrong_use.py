@@ -556,7 +556,7 @@ COMMANDS = [
     ("mnist --net cnn", "unknown net 'cnn'; known: mlp, conv"),
     ("mnist --flow resflow", "unknown flow 'resflow'"),
     ("mnist --dataset CIFAR", "unknown dataset 'CIFAR'; known: MNIST, FashionMNIST, KMNIST, QMNIST"),
-    ("mnist --preprocess whiten", "unknown preprocess 'whiten'; known: logit, affine, marginals"),
+    ("mnist --preprocess whiten", "unknown preprocess 'whiten'; known: none, affine, logit, marginals"),
     ("mnist --hidden", "hidden needs at least one width"),
     ("mnist --hidden 0", "hidden[0] must be positive, not 0"),
     ("mnist --layers 0", "layers must be positive, not 0"),

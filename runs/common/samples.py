@@ -11,8 +11,9 @@ from adapters.flow import Flow
 from adapters.vae import VAE
 from runs.common.devices import device_of, seeded
 from runs.common.images import CLASSES, SHAPE, context_for
+from runs.common.progress import progress
 
-CHUNK = 500  # images made at once
+CHUNK = 50  # images made at once: few, since some flows take minutes for them, and the bar must move
 
 
 class Sampling(NamedTuple):
@@ -29,7 +30,11 @@ def decode(flow: Flow, noise: Tensor, context: Tensor | None) -> Tensor:
     device = device_of(flow)
     contexts = itertools.repeat(None) if context is None else context.to(device).split(CHUNK)
     parts = zip(noise.to(device).split(CHUNK), contexts, strict=False)
-    images = [flow.decode(chunk, chunk_context).cpu() for chunk, chunk_context in parts]
+    images = []
+    with progress(len(noise), "making images", "image") as bar:
+        for chunk, chunk_context in parts:
+            images.append(flow.decode(chunk, chunk_context).cpu())
+            bar.update(len(chunk))
     return torch.cat(images).clamp(0, 1).view(-1, *SHAPE)
 
 

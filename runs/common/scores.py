@@ -133,6 +133,7 @@ def score_images(flow: Flow, images: Tensor, labels: Tensor, importance: int = 0
         "bits_per_dim": bits_per_dim(nll, dimensions),
         "bits_per_dim_stderr": standard_error(scores, dimensions),
         "nll": nll,
+        "test_images": len(images),
     }
     if importance:
         scores = log_likelihoods(flow, images, context, importance).cpu().double()

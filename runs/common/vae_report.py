@@ -94,8 +94,8 @@ def matching(metrics: dict[str, Metrics]) -> list[str]:
         names = ", ".join(f"{title(prior)} {percent(metrics[prior])}" for prior in group)
         lines.append(names + (": within the error of each other" if len(group) > 1 else ""))
     if len(metrics) > 1:
-        best = " and ".join(title(prior) for prior in groups[0])
-        lines.append(f"best: {best}" if len(groups) > 1 else "no prior matches better than another")
+        best = ", ".join(title(prior) for prior in groups[0])
+        lines.append(f"the best match: {best}" if len(groups) > 1 else "no prior matches better than another")
     return lines
 
 

@@ -22,6 +22,7 @@ from runs.common.scores import EVALUATION_SEED
 from runs.common.training_state import Fitted
 
 AGAIN = "again"  # the directory, within a run's own, of pictures that differ from the run's
+SAMPLES = 100  # images in the sample grid, unless a run says otherwise
 COLUMNS = 10  # images in a row
 CLASS_COLUMNS = 12  # likewise, where each class has a row
 NEAREST = 3  # training images shown below each sample
@@ -135,7 +136,7 @@ class MnistRecord(SampleRecord):
             losses=fitted.losses,
             validation=fitted.validation,
             frames=camera.frames,
-            interpolations=interpolations(flow, images),
+            interpolations=interpolations(flow, images, rows=min(8, max(1, len(samples.samples) // COLUMNS))),
             neighbours=neighbours,
             from_samples=from_samples,
             from_test=from_test,
@@ -191,7 +192,7 @@ class MnistRecord(SampleRecord):
 
 
 @torch.no_grad()
-def interpolations(flow: Flow, images: Images, rows: int = 8) -> Tensor:
+def interpolations(flow: Flow, images: Images, rows: int) -> Tensor:
     """From one test image to another along the sphere between their noises; a class slides along with them."""
     test, device = images.test, device_of(flow)
     rows = min(rows, len(test) // 2)
@@ -225,7 +226,7 @@ def nearest_images(queries: Tensor, train: Tensor, count: int) -> tuple[Tensor, 
     return distances.topk(min(count, len(train)), dim=1, largest=False)
 
 
-def draw_again(run: RunOptions, sampling: Sampling, maker: str | None = None) -> None:
+def draw_again(run: RunOptions, count: int | None, temperature: float, seed: int, maker: str | None = None) -> None:
     """Draw the pictures of the run in ``--load``, or of the newest run right below it, without training.
 
     If the samples that are asked for are those that the run itself has drawn, these are its own pictures, and they take
@@ -236,8 +237,9 @@ def draw_again(run: RunOptions, sampling: Sampling, maker: str | None = None) ->
     samples alone.
 
     Args:
-        run: says where it is.
-        sampling: how samples are to be drawn.
+        run: says where the run is, and where the pictures go.
+        count: how many samples; ``None`` for as many as the run's own.
+        temperature, seed: of their noise.
         maker: the name of the user's own flow, which new samples take.
 
     Raises:
@@ -247,6 +249,7 @@ def draw_again(run: RunOptions, sampling: Sampling, maker: str | None = None) ->
     assert run.load is not None
     directory = newest_run(run.load, WEIGHTS)
     own = MnistRecord.load(directory) if (directory / RECORD).is_file() else None
+    sampling = Sampling(count or (SAMPLES if own is None else len(own.samples)), temperature, seed)
     if own is not None and own.sampling == sampling:
         record, out = own, directory
     else:

@@ -190,6 +190,7 @@ class VAERecord(Record):
     def draw_priors(self, path: Path) -> Path:
         """A column for each prior: aggregate posterior over its density, its own draws, and what they decode to."""
         columns = len(self.priors)
+        second = next(iter(self.priors.values())).axes[1]  # of all alike
         rows = (POSTERIOR, "draws of the prior", "images decoded from such draws")
         with figures.figure(path, 3, columns, size=(2.7 * columns + 0.6, 9.2), squeeze=False) as (drawing, axes):
             for column, prior in zip(axes.T, self.priors.values(), strict=True):
@@ -200,7 +201,7 @@ class VAERecord(Record):
                     place.set_xlabel(prior.axes[0], fontsize=8)
                 column[2].imshow(mosaic(prior.samples[:DRAWN].numpy(), 7), cmap="gray", vmin=0, vmax=1)
                 column[2].set_axis_off()
-            for first, name, label in zip(axes[:, 0], (*[prior.axes[1]] * 2, ""), rows, strict=True):
+            for first, name, label in zip(axes[:, 0], (second, second, ""), rows, strict=True):
                 first.set_ylabel(name, fontsize=8)
                 first.annotate(
                     label, (-0.34, 0.5), xycoords="axes fraction", rotation=90, ha="center", va="center",
