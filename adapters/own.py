@@ -358,7 +358,7 @@ def transform_and_base(
         elif isinstance(first, Transform) and first is not parts[0]:  # of a library that has a bridge
             transforms = [known(part) for part in parts]
         else:
-            tried = _Tried(parts[0], offer)
+            tried = _tried(parts, offer)
             transforms = [part if isinstance(part, Transform) else OwnTransform(part) for part in parts]
             if tried.subject.is_flow:
                 base, found = _base_of_the_courses(parts[0], offer.event_shape), tried.direction()
@@ -410,6 +410,18 @@ def _base_of_the_courses(flow: Any, event_shape: tuple[int, ...]) -> Distributio
     return TorchBase(OwnBase(base), torch.Size(event_shape))
 
 
+def _tried(parts: list[Any], offer: Offer) -> "_Tried":
+    """The first part that does something, tried: of random masks in the plane, every fourth is all ones."""
+    for part in parts:
+        tried = _Tried(part, offer)
+        if not tried.forward.kept.all():
+            return tried
+    raise Wrong(
+        "forward(z) is z itself, whatever its parameters are: write equation 15 in forward, 16 in inverse, and 17 for "
+        "both log-determinants"
+    )
+
+
 class _Tried:
     """A copy of a layer or of the course's flow, its parameters moved a little, and what it makes of a few rows.
 
@@ -419,7 +431,8 @@ class _Tried:
 
     def __init__(self, thing: Any, offer: Offer):
         if not isinstance(thing, nn.Module):
-            Subject(thing, SECONDS).explain_signatures(offer.context_features)
+            if not hasattr(thing, FORWARD):
+                Subject(thing, SECONDS).explain_signatures(offer.context_features)
             raise Wrong(f"{kind(thing)} has no parameters to train: derive its class from nn.Module")
         parameters = [parameter for parameter in thing.parameters() if parameter.requires_grad]
         if not parameters:
@@ -433,11 +446,6 @@ class _Tried:
             x = torch.randn(ROWS, *offer.event_shape)
             self.context = None if offer.context_features is None else torch.randn(ROWS, offer.context_features)
             self.forward = self._pass(FORWARD, x)
-            if self.forward.kept.all():
-                raise Wrong(
-                    "forward(z) is z itself, whatever its parameters are: write equation 15 in forward, 16 in inverse, "
-                    "and 17 for both log-determinants"
-                )
             self.inverse = self._pass(INVERSE, x)
 
     def direction(self) -> str:
@@ -473,7 +481,6 @@ class _Tried:
                 self._check_image(function, x)
                 raise error
         if y.shape != x.shape:
-            self._check_image(function, x)
             raise Wrong(
                 f"{direction} returns outputs of shape {tuple(y.shape)} for {tuple(x.shape)}: outputs are as the inputs"
             )

@@ -378,6 +378,7 @@ STRUCTURE = [
     ({"maker": "os:system"}, "saved with a maker"),
 ]
 VALUES = [
+    ({"name": "os:system"}, r"saved with a maker: if you trust .*maker=.os:system"),
     ({"name": "masked-afine"}, "unknown flow 'masked-afine'"),
     ({"name": None}, "unknown flow None"),
     ({"name": ["masked-spline"]}, r"unknown flow \['masked-spline'\]"),

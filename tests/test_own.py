@@ -179,6 +179,7 @@ class Wrong(Flow):
 class Baseless(Flow):
     def __init__(self, base, transformations):
         super().__init__(base, transformations)
+        del self.base
         self.base = base()
 
 
@@ -358,11 +359,11 @@ MISTAKES = {
     ),
     "an image": (
         ("z = z", "z = torch.nn.functional.conv2d(z, torch.ones(1, 1, 1, 1))"),
-        "it takes images of shape (1, 2, 2), and is given vectors of 4: begin forward and inverse with z = z.view(-1, 1,",
+        "it takes images of shape (1, 2, 2), and is given vectors of 4: begin forward and inverse with z = z.view(",
     ),
     "what nobody offers": (
         ("features, mask", "features, mask, hunger"),
-        "wants hunger: say --options hunger VALUE, or",
+        "wants hunger: say --options hunger VALUE",
     ),
 }
 RIGHT = """
@@ -407,15 +408,13 @@ def test_what_can_not_be_a_layer_says_what_to_write(mistake, kind, here):
 def test_what_a_context_wants_is_said(here):
     without = RIGHT.replace("self, z, context=None", "self, z")
     assert build_flow(written(without.replace("KIND", "nn.Module"), "plain"), 4, layers=2).sample(2).shape == (2, 4)
-    with pytest.raises(
-        ValueError, match=r"forward takes no context, but nflows hands .*: write def forward.self, z, con"
-    ):
+    with pytest.raises(ValueError, match=r"forward takes no context, but nflows hands .*: write def forward"):
         build_flow(written(without.replace("KIND", "Transform"), "transform"), 4)
     with pytest.raises(ValueError, match=r"forward takes no context, but a context was asked for: write def forward"):
         build_flow("plain.py:Layer", 4, 2)
     with pytest.raises(ValueError, match="takes a context, and its density is the same for any: hand the context to"):
         build_flow(written(RIGHT.replace("KIND", "Transform"), "deaf"), 4, 2)
-    with pytest.raises(ValueError, match="takes no context of width 2"):
+    with pytest.raises(ValueError, match="forward raises ValueError: the network MLP with a context of shape"):
         build_flow("my_transform:make_transform", 4, 2)
 
 
@@ -455,7 +454,7 @@ def _vae(**flags):
     return run("pyro_vae", seams={"read": lambda *_: _images()}, **tiny | QUICK | flags)
 
 
-@pytest.mark.parametrize("name", ["my_layer.py:MyLayer", "my_layer:Turned", "course.py:flow"])
+@pytest.mark.parametrize("name", ["my_layer.py:MyLayer", "my_layer.py:Turned", "course.py:flow"])
 def test_toy_trains_saves_resumes_and_draws_again(name, here, capsys):
     figures = _toy(flow=name)
     out = here / "results/toy" / f"two-gaussians-{in_short(name).replace(':', '-')}"
@@ -466,8 +465,12 @@ def test_toy_trains_saves_resumes_and_draws_again(name, here, capsys):
     assert _toy(flow=name, resume=True)["kl"] == figures["kl"]
     run("toy", load=out)
     assert drawn and pictures_in(out).keys() == drawn.keys()
+
+
+def test_a_training_is_not_resumed_in_the_other_direction(here):
+    _toy(flow="my_layer.py:MyLayer")
     with pytest.raises(ValueError, match="belongs to another training: direction was None, not data-to-noise"):
-        _toy(flow="my_layer.py:MyLayer", direction=DATA_TO_NOISE, out=out, resume=True)
+        _toy(flow="my_layer.py:MyLayer", direction=DATA_TO_NOISE, resume=True)
 
 
 @pytest.mark.parametrize("mask", ["checker", "random", "pyramid"])
@@ -531,7 +534,7 @@ READS = {"read": lambda *_: pytest.fail("data were loaded")}
     ("code", "words"),
     [
         (RIGHT.replace("KIND", "Transform").replace("def inverse(", "def inverted("), "it has no inverse: write"),
-        (RIGHT.replace("KIND", "nn.Module").replace("t, s.sum(1)", "t + 1 / 0, 0"), "forward raises ZeroDivisionError"),
+        (RIGHT.replace("KIND", "nn.Module").replace("t, s.sum(1)", "t + 1 / 0, 0"), "forward raises ZeroDivisionE"),
         (
             RIGHT.replace("KIND", "nn.Module").replace("super()", "1 / 0; super()"),
             "ZeroDivisionError: division by zero",
@@ -549,7 +552,7 @@ def test_a_mistake_is_one_sentence_before_data_are_loaded(script, code, words, h
 
 def test_what_could_not_be_saved_is_said_before_the_training(here):
     name = written(RIGHT.replace("KIND", "nn.Module").replace("z = z", "self.calls = getattr(self, 'calls', 0) + 1"))
-    with pytest.raises(ValueError, match="this flow can't be saved: .*calls is 2"):
+    with pytest.raises(ValueError, match="this flow can't be saved: .*calls is 1"):
         _toy(flow=name, out=here / "new")
     assert not (here / "new").exists()
 
@@ -586,9 +589,7 @@ def test_an_unfinished_file_is_no_trouble_to_others(folder, code, tmp_path, monk
         failed = [f"{folder}.unfinished can't be imported"] * (code not in ("", "x = 1"))
         assert [why.partition(" (")[0] for why in discovery.failures(folder)] == failed
         if failed and folder == "adapters.catalogue":
-            with pytest.raises(
-                ValueError, match="unknown flow 'mine'; .*; adapters.catalogue.unfinished can't be imported"
-            ):
+            with pytest.raises(ValueError, match="unknown flow 'mine'; .*; adapters.catalogue.unfinished can't be"):
                 build_flow("mine", 2)
     finally:
         sys.modules.pop(f"{folder}.unfinished", None)

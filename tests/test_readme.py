@@ -18,7 +18,12 @@ README, RESULTS = DOCUMENTS = ROOT / "README.md", ROOT / "runs/README.md"
 EXERCISES = ["2.1", "2.2", "2.3", "2.4", "2.5", "2.6"]
 FRAGMENT = "def forward("  # a code block that begins so is a method without its class
 # What the reader has and a test has not, with what stands for it here.
-READERS_OWN = {"NAME": "masked-affine", "my_layer:SoftsignCoupling": "masked-affine", "cuda:1": "cpu"}
+READERS_OWN = {
+    "NAME": "masked-affine",
+    "my_layer:SoftsignCoupling": "masked-affine",
+    "my_layer.py:MyLayer": "masked-affine",
+    "cuda:1": "cpu",
+}
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
