@@ -1,5 +1,6 @@
 """runs/compare.py: its gates catch wrong flows, matching matches, rows survive, and anybody's own flow takes part."""
 
+import itertools
 import json
 import math
 import os
@@ -23,9 +24,12 @@ from runs import pyro_vae
 from runs.common import contestants, gates, speed, tasks
 from runs.common.comparison import Effort, parse_budget, parse_budgets
 from runs.common.cost import KINDS, peak, time_kind
+from runs.common.devices import make_accelerator
 from runs.common.fit import fit
+from runs.common.objectives import NegativeLogLikelihood
 from runs.common.options import flat
 from runs.common.pictures.compare import draw_quality, loss_axis, spread
+from runs.common.recipe import Recipe
 from runs.common.results import claimed, parameter_count, write_metrics
 from runs.common.table import Table
 from runs.common.tasks import TASKS
@@ -515,6 +519,14 @@ def test_seconds_are_of_cpu_time_where_one_thread_computes(threads, clock, tmp_p
     assert training.clocks == [clock]
     said = "0.05 s of one core's CPU time" if threads == 1 else "0.05 s of wall-clock time"
     assert said in (tmp_path / "compare.md").read_text()
+
+
+def test_a_training_ends_by_the_clock_that_it_is_given():
+    flow, ticks = build_flow("masked-affine", 2, layers=1, hidden_features=(4,)), itertools.count()
+    recipe, options = Recipe(steps=10**6, seconds=100), {"quiet": True, "accelerator": make_accelerator("cpu")}
+    loss = NegativeLogLikelihood(flow)
+    fitted = fit(loss, lambda step: torch.randn(8, 2), recipe, clock=lambda: float(next(ticks)), **options)
+    assert 10 < fitted.steps < 100 <= fitted.seconds
 
 
 # What is kept
