@@ -1,9 +1,13 @@
 """runs/compare.py: its gates catch wrong flows, matching matches, rows survive, and anybody's own flow takes part."""
 
+import itertools
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,13 +18,16 @@ from PIL import Image
 from adapters import build_flow, flow_names
 from adapters.check.measure import Quadrature
 from runs import pyro_vae
-from runs.common import contestants, speed, tasks
-from runs.common.comparison import Effort, parse_budget
+from runs.common import contestants, gates, speed, tasks
+from runs.common.comparison import Effort, parse_budget, parse_budgets
 from runs.common.cost import KINDS, peak, time_kind
+from runs.common.devices import make_accelerator
 from runs.common.fit import fit
+from runs.common.objectives import NegativeLogLikelihood
 from runs.common.options import flat
-from runs.common.pictures.compare import draw_quality, loss_axis
-from runs.common.results import parameter_count, write_metrics
+from runs.common.pictures.compare import draw_quality, loss_axis, spread
+from runs.common.recipe import Recipe
+from runs.common.results import claimed, parameter_count, write_metrics
 from runs.common.table import Table
 from runs.common.tasks import TASKS
 from runs.common.timing import Stopwatch, ratio
@@ -272,6 +279,176 @@ def test_better_scores_are_ranked_first():
     rows["a"]["trainings"][0]["gate_failures"] = ["round trip"]
     rows["b"]["failed"] = "why"
     assert ranked("two-gaussians") == ["c", "a", "b"]
+
+
+# Seeds and budgets
+
+
+class Stops:
+    """Trains as ``fit`` does, notes the order, and is interrupted at a given training."""
+
+    def __init__(self, at=10**9):
+        self.at, self.clocks = at, []
+
+    def __call__(self, *arguments, clock, **options):
+        self.clocks.append(clock)
+        if len(self.clocks) > self.at:
+            raise KeyboardInterrupt
+        return fit(*arguments, clock=clock, **options)
+
+
+def test_one_command_trains_every_seed_and_budget_of_every_task_and_goes_on(tmp_path, capsys):
+    common = {"task": "all", "budget": ("4steps", "2steps"), "seeds": 2, "layers": 2, "hidden": (8,), "limit": 200}
+    common |= {"flows": ("masked-affine", "nflows-affine"), "out": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        compare(**common, seams={"fit": Stops(at=18)})
+    assert "all trainings that have ended are kept; --resume goes on" in capsys.readouterr().err
+    done = {task: json.loads((tmp_path / task / "compare.json").read_text())["rows"] for task in TASKS}
+    order = [(training["seed"], training["budget"]) for training in done["mnist"]["masked-affine"]["trainings"]]
+    assert order == [(0, "2steps"), (0, "4steps")]  # the first seed of all tasks comes before the second of any
+    assert [len(row["trainings"]) for row in done["two-gaussians"].values()] == [3, 3]
+    rest = Stops()
+    rows = compare(**common, resume=True, seams={"fit": rest, "draw": True})
+    assert len(rest.clocks) == 32 - 18 and list(rows) == list(TASKS)
+    for task in TASKS:
+        assert [len(row["trainings"]) for row in rows[task].values()] == [4, 4]
+        kept = done[task]["masked-affine"]["trainings"]
+        assert scores(rows[task]["masked-affine"])[0] == pytest.approx(kept[1]["score"])
+        assert width_of(tmp_path / task / "quality.png") > 300
+    text = (tmp_path / "mnist/compare.md").read_text()
+    assert "NLL (bits/dim) after 2steps | rank | NLL (bits/dim) after 4steps | rank" in text
+    assert compare(**TINY | {"task": "mnist", "budget": ("2steps", "4steps"), "limit": 200}, flows=common["flows"],
+                   out=tmp_path / "mnist", resume=True)["masked-affine"] == rows["mnist"]["masked-affine"]  # fmt: skip
+    capsys.readouterr()
+    compare(load=tmp_path, out=tmp_path / "again")
+    assert all((tmp_path / "again" / task / "compare.md").is_file() for task in TASKS)
+
+
+def test_ranks_are_claimed_only_where_the_seeds_show_them():
+    def table(**rows):
+        return Table({"task": "two-gaussians", "budget": ["1s", "2s"]} | EQUAL, rows)
+
+    once = table(a=trained(1.0), b=trained(2.0))
+    assert once.ranks("ab", "1s") == {} and "the ranks are not known" in once.explanation("ab")[0]
+    good, bad, same = trained(1.0, 1.1, 0.9), trained(9.0, 9.1, 8.9), trained(1.05, 1.0, 0.95)
+    several = table(a=good, b=bad, c=same, d=trained(5.0))
+    assert several.ranks("abcd", "1s") == {"a": (1, 2), "b": (3, 3), "c": (1, 2)} and not several.ranks("abcd", "2s")
+    text = several.explanation("abcd")[0]
+    assert "over 1 to 3 trainings" in text and "After 1s the first rank can't be denied to a, c." in text
+    bad["trainings"][1]["gate_failures"] = ["round trip off by 1.0e+00"]
+    assert "b" not in several.ranks("abcd", "1s")
+    assert several.score_in_words("a", "1s") == "1.00 ± 0.10" and several.score_in_words("a", "2s") == "not trained yet"
+
+
+EQUAL = {"match": "width", "layers": None, "hidden": None, "compile": False, "clock": "cpu"}
+
+
+def test_budgets_have_one_spelling_and_one_unit():
+    assert parse_budgets(("10 s", "3", "3s", "0.5seconds")) == ["0.5s", "3s", "10s"]
+    assert parse_budgets(("20 steps",)) == ["20steps"] and parse_budgets(("1000000000 s",)) == ["1000000000s"]
+    with pytest.raises(ValueError, match="must all be seconds or all be steps, not 3s 10steps"):
+        parse_budgets(("3s", "10steps"))
+    with pytest.raises(ValueError, match="budget needs at least one"):
+        parse_budgets(())
+
+
+@pytest.mark.parametrize(("threads", "clock"), [(1, time.process_time), (2, time.monotonic)])
+def test_seconds_are_of_cpu_time_where_one_thread_computes(threads, clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    training = Stops()
+    compare(**TINY | {"budget": "0.05s"}, flows=("masked-affine",), out=tmp_path, seams={"fit": training})
+    assert training.clocks == [clock]
+    said = "0.05 s of one core's CPU time" if threads == 1 else "0.05 s of wall-clock time"
+    assert said in (tmp_path / "compare.md").read_text()
+
+
+def test_a_training_ends_by_the_clock_that_it_is_given():
+    flow, ticks = build_flow("masked-affine", 2, layers=1, hidden_features=(4,)), itertools.count()
+    recipe, options = Recipe(steps=10**6, seconds=100), {"quiet": True, "accelerator": make_accelerator("cpu")}
+    loss = NegativeLogLikelihood(flow)
+    fitted = fit(loss, lambda step: torch.randn(8, 2), recipe, clock=lambda: float(next(ticks)), **options)
+    assert 10 < fitted.steps < 100 <= fitted.seconds
+
+
+# What is kept
+
+
+def test_a_new_comparison_keeps_the_table_that_is_there(finished, tmp_path, capsys):
+    damaged(finished, tmp_path / "out", lambda record: None)
+    before = (tmp_path / "out/compare.json").read_text()
+    compare(**TINY, flows=("masked-affine",), out=tmp_path / "out")
+    assert (
+        tmp_path / "out/compare-1.json"
+    ).read_text() == before and "kept as compare-1.json" in capsys.readouterr().out
+
+
+def test_a_table_of_an_earlier_version_is_refused_clearly(finished, tmp_path):
+    damaged(finished, tmp_path / "out", lambda record: record.pop("format") and None)
+    words = r"compare\.json was written by another version of compare\.py, and can't be read; "
+    with pytest.raises(ValueError, match=words + "start again without --resume"):
+        compare(**TINY, flows=("masked-affine",), out=tmp_path / "out", resume=True)
+    with pytest.raises(ValueError, match=words + "run it again"):
+        compare(load=tmp_path / "out")
+
+
+def test_two_comparisons_never_write_to_one_directory(finished, tmp_path):
+    damaged(finished, tmp_path / "out", lambda record: None)
+    before = (tmp_path / "out/compare.json").read_bytes()
+    with claimed(tmp_path / "out"), pytest.raises(RuntimeError, match="another run is writing to .*out: wait until"):
+        compare(**TINY, flows=("masked-affine",), out=tmp_path / "out")
+    assert (tmp_path / "out/compare.json").read_bytes() == before
+    with claimed(tmp_path / "out"):  # it ends with the run
+        pass
+
+
+@pytest.mark.parametrize("where", ["check", "score", "picture", "write"])
+def test_ctrl_c_at_any_moment_loses_nothing_that_was_saved(where, tmp_path, monkeypatch):
+    flows = ("masked-affine", "nflows-affine")
+    compare(**TINY, flows=flows[:1], out=tmp_path)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    before = (tmp_path / "compare.json").read_text()
+    module, name = {
+        "check": (gates, "check"),
+        "score": (tasks, "divergence"),
+        "picture": (tasks, "on_grid"),
+        "write": (os, "fsync"),
+    }[where]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module, name, interrupted)
+        compare(**TINY, flows=flows, out=tmp_path, resume=True)
+    rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    assert rows["masked-affine"]["trainings"] == json.loads(before)["rows"]["masked-affine"]["trainings"]
+    rows = compare(**TINY, flows=flows, out=tmp_path, resume=True)
+    assert all(set(scores(row)) == {0} for row in rows.values())
+    assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+
+
+def test_a_flow_that_can_not_be_checked_in_time_says_so(tmp_path, own_module):
+    own_module(
+        "slow",
+        "from adapters import build_flow\nfrom adapters.flow import Flow\n"
+        "def flow(features):\n"
+        "    flow = build_flow('masked-affine', features)\n"
+        "    def search(*_, **__):\n        while True:\n            pass\n"
+        "    flow.transform.inverse = search\n"
+        "    return flow\n",
+    )
+    effort = Effort(QUICK, patience=0.5)
+    out = {"out": tmp_path / "out", "seams": {"effort": effort}}
+    rows = compare(**TINY, flows=("slow:flow", "masked-affine"), **out)
+    assert rows["slow:flow"]["failed"] == "its check takes more than 0.5 s of CPU time" and scores(
+        rows["masked-affine"]
+    )
+    assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+
+
+def test_names_at_the_ends_of_curves_are_moved_apart():
+    assert spread([0.5, 0.1], 0.1) == [0.5, 0.1]
+    assert spread([0.5, 0.5, 0.52], 0.1) == pytest.approx([0.5, 0.6, 0.7])
+    assert spread([1.0, 0.95, 0.2], 0.1) == pytest.approx([1.0, 0.9, 0.2])
 
 
 # Wrong flows, damaged files

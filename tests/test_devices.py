@@ -106,9 +106,11 @@ SEAMS = {  # smaller figures, the same for both devices
 
 def untimed(figures):
     """The figures of a run without those that depend on the clock or on the machine's memory."""
-    timed = ("second", "share", "memory", "times", "curves", "mib", "device")
+    timed = ("second", "share", "memory", "times", "curve", "mib", "device")
     if isinstance(figures, dict):
         return {key: untimed(value) for key, value in figures.items() if not any(word in key for word in timed)}
+    if isinstance(figures, list):
+        return [untimed(value) for value in figures]
     return figures
 
 

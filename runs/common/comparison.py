@@ -2,9 +2,12 @@
 
 import math
 import re
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,11 +46,36 @@ class Effort:
         stopwatch: for how long each kind of call is timed.
         quadrature: how closely the gates look at ∫p.
         test_points: fresh points that a density in the plane is scored on.
+        patience: seconds of CPU time that the check of a flow may take, and its score likewise.
     """
 
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     quadrature: gates.Quadrature = gates.CLOSELY
     test_points: int = TEST_POINTS
+    patience: float = 120.0
+
+
+@contextmanager
+def patiently(what: str, seconds: float) -> Iterator[None]:
+    """Raise ``Unfit`` within as soon as that takes more CPU time than so many seconds, and again if that is caught.
+
+    Some inverses search for each of 784 coordinates, one after the other, for hours. In a thread other than the main
+    one, which may set no timer, nothing is raised.
+    """
+
+    def give_up(*_) -> None:
+        raise Unfit(f"{what} takes more than {seconds:g} s of CPU time")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGPROF, give_up)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, previous)
 
 
 def parse_budget(budget: str) -> tuple[float, bool]:
@@ -142,7 +170,8 @@ class Comparison:
                 continue
             try:
                 self._describe(name, row, target)
-                report = gates.check_before_training(self._small(name), self.task.features, self.effort.quadrature)
+                with patiently("its check", self.effort.patience):
+                    report = gates.check_before_training(self._small(name), self.task.features, self.effort.quadrature)
                 if not report:
                     row["untrained"] = report.reasons
             except FAILURES as error:
@@ -235,15 +264,19 @@ class Comparison:
         if fitted.interrupted:
             raise KeyboardInterrupt
         trial.loss.eval()
-        report = self._checked(flow) if seed == 0 else None  # which would take longer than a short training
-        value, stderr = trial.score()
+        report = None
+        if seed == 0:  # a check may take longer than a short training
+            with patiently("its check", self.effort.patience):
+                report = self._checked(flow)
+        with patiently("its score", self.effort.patience):
+            value, stderr = trial.score()
         if not math.isfinite(value):
             raise Unfit(f"its {task.measure} on the test data is {value}")
         if fitted.notes:
             row = self.table.rows[name]
             row["notes"] = list(dict.fromkeys((*row.get("notes", ()), *fitted.notes)))
         if seed == 0:  # the longest budget comes last, so that its picture stays
-            with torch.no_grad():
+            with torch.no_grad(), patiently("its picture", self.effort.patience):
                 save_learned(self.directory, name, trial.picture())
         pace, sign = fitted.seconds / fitted.steps, -1 if task.higher_is_better else 1
         return {
@@ -253,7 +286,7 @@ class Comparison:
             "stderr": stderr,
             "steps": fitted.steps,
             "seconds": fitted.seconds,
-            "curve": [(round(step * pace, 3), round(sign * loss, 5)) for step, loss in fitted.losses],
+            "curve": [[round(step * pace, 3), round(sign * loss, 5)] for step, loss in fitted.losses],
             "gates": {} if report is None else gates.errors(report),
             "gate_failures": [] if report is None else report.reasons,
         }

@@ -121,7 +121,7 @@ def draw_quality(table: Table, names: Sequence[str], path: Path) -> Path:
     shown = [loss for curve in curves.values() for loss in curve[len(curve) // 30 :, 1]]
     shown += [end for found in points.values() for end in (*(found[:, 1] - found[:, 2]), *(found[:, 1] + found[:, 2]))]
     logarithmic, limits = loss_axis(shown, task.measure == "KL", task.higher_is_better)
-    size = 3.1 * columns + 0.4, 2.3 * rows + 0.5
+    size = max(6.4, 3.1 * columns + 0.4), 2.3 * rows + 0.6  # at least as wide as what is written below
     with figures.figure(path, rows, columns, size, sharex=True, sharey=True, squeeze=False) as (drawing, axes):
         first = axes[0, 0]
         if logarithmic:
@@ -145,7 +145,8 @@ def draw_quality(table: Table, names: Sequence[str], path: Path) -> Path:
             name_the_ends(axis, {name: (points[name][-1, 0], points[name][-1, 1]) for name in panels[library]})
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
-        drawing.supxlabel("seconds of training", fontsize=9, color=figures.INK)
+        explained = "lines: loss of the training batches; points: test score after each budget, ± its spread over seeds"
+        drawing.supxlabel(f"seconds of training\n{explained}", fontsize=7.5, color=figures.INK)
         drawing.supylabel(f"{task.measure} ({task.unit})", fontsize=9, color=figures.INK)
     return path
 
