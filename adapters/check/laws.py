@@ -568,8 +568,6 @@ def mass(e: Evidence) -> Finding:
     """∫p over parts of the plane is the share of the samples there; around a standard normal for a mere layer."""
     if e.event_shape != (2,) or e.unit or e.forward.y.shape != e.x.shape:
         return Finding(UNASKED, "∫p is asked for two coordinates only")
-    if e.slow:
-        return Finding(UNASKED, "it takes too long to sample")
     subject = e.moved(GENTLE)
     drawing = _drawing(subject)
     scores, draws = (FORWARD, INVERSE) if subject.scores == FORWARD else (INVERSE, FORWARD)
