@@ -9,6 +9,8 @@
 5. Context: two contexts give two densities, and a batch of contexts gives what the same contexts give one by one.
 6. Device: on a device other than the CPU everything is computed, to the same numbers, and no tensor of the CPU is met.
 
+The mathematics, autograd's Jacobian and the quadrature among it, is that of ``adapters.check.measure``.
+
 They are checked in float64 (law 6 in float32), at parameters moved away from their start by ``randomise``, and again
 after some training steps: a layer can be right at its start and wrong later. Each law is a function here, which raises
 an ``AssertionError`` where it is broken. ``tests/test_laws.py`` applies them.
@@ -22,6 +24,9 @@ from nflows.flows import Flow
 from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.testing import assert_close
+
+from adapters.check.laws import MASS
+from adapters.check.measure import jacobian, log_abs_det, mass_error, move, one_by_one
 
 Pass = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # a transform's forward or inverse
 
@@ -67,13 +72,13 @@ def law_3_direction(flow: Flow, native_log_prob: Tensor, x: Tensor, context: Ten
     assert_close(native_log_prob.to(log_prob), log_prob)
 
 
-def law_4_normalised(flow: Flow, points: int = 401, edge: float = 20.0) -> None:
+def law_4_normalised(flow: Flow, cells: int = 400, edge: float = 20.0) -> None:
     """Law 4, for a flow of two dimensions: ∫ exp(log_prob) = 1, by quadrature on a grid over [−edge, edge]²."""
-    ticks = torch.linspace(-edge, edge, points, dtype=torch.float64)
-    grid = torch.cartesian_prod(ticks, ticks)
+    corner = torch.full((2,), edge, dtype=torch.float64)
     with torch.no_grad():
-        mass = sum(flow.log_prob(part).exp().sum() for part in grid.split(250_000)) * (ticks[1] - ticks[0]) ** 2
-    assert_close(float(mass), 1.0, atol=2e-3, rtol=0)
+        total, error = mass_error(flow.log_prob, flow.sample(20_000), -corner, corner, cells)
+    assert_close(total, 1.0, atol=2e-3, rtol=0)
+    assert error < MASS, "the samples are not of this density"
 
 
 def law_4_samples(
@@ -93,8 +98,7 @@ def law_4_samples(
 def law_5_context(flow: Flow, x: Tensor, contexts: Tensor) -> None:
     """Law 5, on densities: each row's context decides its density, whatever the other rows of the batch are."""
     together = assert_inputs_unchanged(flow.log_prob, x, contexts)
-    one_by_one = torch.cat([flow.log_prob(x[i : i + 1], contexts[i : i + 1]) for i in range(len(x))])
-    assert_close(together, one_by_one, atol=1e-6, rtol=1e-6)
+    assert_close(together, torch.cat([*one_by_one(flow.log_prob, x, contexts)]), atol=1e-6, rtol=1e-6)
     assert flow.log_prob(x[:1].expand_as(x), contexts).diff().abs().min() > 1e-6, "two contexts give one density"
 
 
@@ -126,11 +130,7 @@ def law_6_device(transform: Transform, device: torch.device, x: Tensor, context:
 
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
     """The module in float64, trained parameters moved by N(0, scale²): nothing passes because it is the identity."""
-    generator = torch.Generator().manual_seed(seed)
-    module.double()
-    with torch.no_grad():
-        for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters()):
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    move(module.double(), scale, seed)
     return module
 
 
@@ -166,13 +166,8 @@ def assert_inputs_unchanged(function: Callable, *inputs: Tensor | None):
 
 
 def autograd_log_det(function: Pass, x: Tensor, context: Tensor | None) -> Tensor:
-    """log|det J| of ``function(x, context) -> (y, log_det)`` at each row, from autograd's Jacobian.
-
-    Each row of y depends on its own row of x alone, so that the sum over the rows has all their Jacobians.
-    """
-    jacobians = torch.autograd.functional.jacobian(lambda rows: function(rows, context)[0].sum(0), x)
-    size = x[0].numel()
-    return torch.linalg.slogdet(jacobians.movedim(-x.dim(), 0).reshape(len(x), size, size)).logabsdet
+    """log|det J| of ``function(x, context) -> (y, log_det)`` at each row, from autograd's Jacobian."""
+    return log_abs_det(jacobian(function, x, context))
 
 
 def numbers_of_rows(event_shape: tuple[int, ...], context_features: int | None = None) -> list[int]:
@@ -182,12 +177,11 @@ def numbers_of_rows(event_shape: tuple[int, ...], context_features: int | None =
 
 def assert_rows_apart(function: Callable, inputs: Tensor, context: Tensor | None, tolerance: float = 1e-6) -> None:
     """``function(inputs, context)``, a tensor or two, is what it gives for each row by itself."""
-    contexts = [None] * len(inputs) if context is None else context.split(1)
-    one_by_one = [function(row, given) for row, given in zip(inputs.split(1), contexts, strict=True)]
+    alone = list(one_by_one(function, inputs, context))
     together = function(inputs, context)
     if isinstance(together, Tensor):
-        together, one_by_one = (together,), [(each,) for each in one_by_one]
-    for whole, parts in zip(together, zip(*one_by_one, strict=True), strict=True):
+        together, alone = (together,), [(each,) for each in alone]
+    for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
         assert whole.shape[0] == len(inputs)
         assert_close(whole, torch.cat(parts), atol=tolerance, rtol=tolerance, equal_nan=True)
 

@@ -491,6 +491,26 @@ class ComputedInInit(Shift):
         self.scale = self.t.exp()
 
 
+class Leaves(Shift):
+    def forward(self, z):
+        raise SystemExit(3)
+
+
+class OfTheFirstContext(Shift):
+    def __init__(self, mean: bool):
+        super().__init__()
+        self.mean = mean
+
+    def shift(self, context):
+        return self.t * (context.mean(0) if self.mean else context[0])[:2]
+
+    def forward(self, z, context=None):  # type: ignore[override]
+        return z + self.shift(context), z.new_zeros(len(z))
+
+    def inverse(self, z, context=None):  # type: ignore[override]
+        return z - self.shift(context), z.new_zeros(len(z))
+
+
 class OtherInTraining(Shift):
     def forward(self, z):
         return super().forward(z)[0] + (1.0 if self.training else 0.0), z.new_zeros(len(z))
@@ -555,6 +575,59 @@ NAMED = {  # what is wrong: the layer, its events' shape, the mistake
 }
 
 
+class TrainedMask(Hand):
+    """Its mask is a parameter of floats, which an optimiser would change."""
+
+    def __init__(self):
+        super().__init__((2,))
+        mask = self.mask
+        del self.mask
+        self.mask = nn.Parameter(mask)
+
+
+class InAList(Shift):
+    """What it depends on is in a list: networks are not moved to float64, and parameters of float64 stay untrained."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.hidden = [hidden]
+
+    def forward(self, z):
+        return z + self.shift(z), z.new_zeros(len(z))
+
+    def inverse(self, z):
+        return z - self.shift(z), z.new_zeros(len(z))
+
+    def shift(self, z):
+        hidden = self.hidden[0]
+        return self.t + (hidden(torch.zeros_like(z)) if isinstance(hidden, nn.Module) else hidden)
+
+
+class NoConstant(Course):
+    def log_prob(self, x):
+        z, log_det = self.inverse(x)
+        return log_det - 0.5 * (z**2).sum(1)
+
+
+class InPlace(Shift):
+    def forward(self, z):
+        z += self.t
+        return z, z.new_zeros(len(z))
+
+
+NAMED |= {
+    "mask trained": (TrainedMask, (2,), "the mask is a parameter, which training changes"),
+    "modules in a list": (lambda: InAList(nn.Linear(2, 2)), (2,), "parameters in a Python list"),
+    "parameters in a list": (
+        lambda: InAList(nn.Parameter(torch.zeros(2, dtype=torch.float64))),
+        (2,),
+        "parameters in a Python list",
+    ),
+    "flow, no constant": (lambda: NoConstant([Hand((2,))]), (2,), "the base's normalising constant is missing"),
+    "+=": (InPlace, (2,), "changes its input in place"),
+}
+
+
 @pytest.mark.parametrize("planted", NAMED)
 def test_a_planted_mistake_in_a_class_is_named(planted):
     thing, shape, mistake = NAMED[planted]
@@ -574,6 +647,7 @@ ONE_LINE = {  # what is wrong: the layer, and a part of the one line that says s
     ),
     "nothing": (Nothing, "forward returns None, where a pair is wanted"),
     "raises": (Raises, "return z @ self.t.expand(3, 3), 0)"),
+    "leaves the program": (Leaves, "forward raises SystemExit: 3 (test_check.py, line "),
     "hangs": (
         Hangs,
         "inverse has not come back within 0.3 s: is there a loop that does not end? (test_check.py, line ",
@@ -603,6 +677,12 @@ def test_what_can_not_be_called_is_one_line(planted):
     assert not report and len(report.broken) == 1 and not report.mistakes
     assert words in str(report), f"\n{report}"
     assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_a_context_of_another_row_is_named(mean):
+    report = check(OfTheFirstContext(mean), (2,), context_features=3)
+    assert report.mistakes == ["a row is given another row's context"], f"\n{report}"
 
 
 def test_a_missing_context_is_one_line():

@@ -63,7 +63,13 @@ def test_no_mistake_in_an_images_log_determinant_is_trained(planted):
     assert not report and EVENT in report.reasons[0], f"\n{report}"
 
 
-WITH_A_DENSITY_OF_THEIR_OWN = "flow, direction", "flow, sign", "flow, no log-determinant", "flow, summed"
+WITH_A_DENSITY_OF_THEIR_OWN = (
+    "flow, direction",
+    "flow, sign",
+    "flow, no log-determinant",
+    "flow, summed",
+    "flow, no constant",
+)
 CLASSES = {name: entry[:2] for name, entry in NAMED.items() if name not in WITH_A_DENSITY_OF_THEIR_OWN}
 NOT_WRONG_HERE = "a number", "a context that must be given"  # 0.0, added to others' log-determinants, does no harm
 CLASSES |= {name: (layer, (2,)) for name, (layer, _) in ONE_LINE.items() if name not in ("hangs", *NOT_WRONG_HERE)}

@@ -119,8 +119,8 @@ def test_laws_2_and_3_of_a_flow_in_every_library(name):
 
 @each_flow
 def test_law_4_normalised(name):
-    points = 1001 if name == "masked-histogram" else 401  # whose density has edges, for which a grid must be fine
-    law_4_normalised(flow(name, 2, None, False), points)
+    cells = 1000 if name == "masked-histogram" else 400  # whose density has edges, for which a grid must be fine
+    law_4_normalised(flow(name, 2, None, False), cells)
 
 
 @conditional_or_not

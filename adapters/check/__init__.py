@@ -25,7 +25,7 @@ import torch
 from nflows.flows import Flow
 from torch import Tensor
 
-from adapters.check.laws import LAWS, REMARK, RIGHT, UNASKED, WRONG, Finding, Law, theirs
+from adapters.check.laws import LAWS, REMARK, RIGHT, UNASKED, WRONG, Finding, Law, in_a_list, theirs
 from adapters.check.measure import Evidence, points, seeded
 from adapters.check.mistakes import Diagnosis, diagnose
 from adapters.check.subject import FORWARD, INVERSE, Subject, Wrong, known, said
@@ -160,7 +160,7 @@ def judge(name: str, evidence: Evidence, laws: Sequence[Law] = LAWS) -> Report:
         evidence.gather()
     except Wrong as error:
         report = Report(name, {laws[0].name: Finding(WRONG, str(error))}, [])
-        return replace(report, diagnoses=_of_a_part(report, evidence))
+        return replace(report, diagnoses=_hidden(evidence) or _of_a_part(report, evidence))
     for law in laws:
         finding = _measured(law, evidence, findings)
         findings[law.name] = finding
@@ -191,6 +191,14 @@ def _with_masks_of_parts(report: Report, evidence: Evidence) -> Report:
             findings = report.findings | {"mask": finding._replace(words=f"{part.where}, {finding.words}")}
             return replace(report, findings=findings, diagnoses=alone.diagnoses)
     return report
+
+
+def _hidden(evidence: Evidence) -> list[Diagnosis]:
+    """Of what can't be called: that a list hides its parameters, so that they did not become float64 with the rest."""
+    with suppress(Wrong):
+        if found := in_a_list(evidence.make()):
+            return [Diagnosis(found.mistake, f"{found.words}\n{found.remedy}", found.explains)]
+    return []
 
 
 def _of_a_part(report: Report, evidence: Evidence) -> list[Diagnosis]:

@@ -148,7 +148,7 @@ def inputs_kept(e: Evidence) -> Finding:
                 words,
                 "changes its input in place",
                 "write z = z.clone() first, and not z[…] = or z +=",
-                ("gradients", "precision"),
+                ("twice", "rows", "gradients", "training", "copies", "precision"),
             )
     return Finding(RIGHT)
 
@@ -241,10 +241,7 @@ def log_det(direction: str) -> Callable[[Evidence], Finding]:
             return Finding(RIGHT, f"to {worst:.0e}", error=worst)
         row = smallest(p.x, errors, TRIP)
         words = f"at {z_is(p, row)} {direction} says {number(p.log_det[row])}, autograd's Jacobian {number(exact[row])}"
-        offsets = p.log_det - exact
-        if len(offsets) > 1 and (offsets - offsets[0]).abs().max() < EXACT:
-            words += f"; off by the same {number(offsets[0])} in every row"
-        return Finding(WRONG, words, error=worst)
+        return Finding(WRONG, words + _offset(p.log_det - exact), error=worst)
 
     return measure
 
@@ -376,6 +373,8 @@ def training(e: Evidence) -> Finding:
 
 def copies(e: Evidence) -> Finding:
     """A copy, and a new layer that loads the parameters, compute the same; every tensor belongs to them."""
+    if hidden := in_a_list(e.subject):
+        return hidden
     for name, part in theirs(e.subject):
         for attribute, value in own_tensors(part):
             if attribute in vars(part) and not isinstance(value, nn.Parameter):
@@ -405,6 +404,34 @@ def copies(e: Evidence) -> Finding:
                 return Finding(WRONG, words, "ActNorm was not initialised", remedy)
             return Finding(WRONG, words)
     return Finding(RIGHT)
+
+
+def in_a_list(subject: Subject) -> Finding | None:
+    """The finding that a list, a tuple or a dictionary of Python holds what parameters() does not see, if one does."""
+    module = subject.module
+    seen = {id(one) for one in (*module.modules(), *module.parameters(), *module.buffers())}
+    for name, part in theirs(subject):
+        for attribute, value in vars(part).items():
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            if attribute.startswith("_") or not any(isinstance(one, nn.Module | Tensor) for one in inside):
+                continue
+            if all(id(one) in seen for one in inside if isinstance(one, nn.Module | Tensor)):
+                continue
+            called = f"{name}.{attribute}" if name else attribute
+            words = (
+                f"{called} is a {type(value).__name__} of Python: parameters(), .to(device) and state_dict don't see "
+            )
+            remedy = (
+                "write nn.ModuleList for modules, nn.ParameterList for parameters, and register_buffer for constants"
+            )
+            return Finding(
+                WRONG,
+                words + "what is in it",
+                "parameters in a Python list",
+                remedy,
+                ("outputs", "precision", "device"),
+            )
+    return None
 
 
 def precision(e: Evidence) -> Finding:
@@ -506,7 +533,7 @@ def samples(e: Evidence) -> Finding:
         if not worst <= TRIP:
             row = smallest(x, errors, TRIP)
             words = f"at x = {numbers(x[row])} log_prob says {number(claimed[row])}, base and log-determinant "
-            words += number((base + log_det)[row])
+            words += number((base + log_det)[row]) + _offset(claimed - base - log_det)
             mistake, remedy = _density_mistake(subject, x, context, claimed, base, log_det)
             return Finding(WRONG, words, mistake, remedy, error=worst)
     if came is not None:
@@ -532,6 +559,12 @@ def _samples_of(subject: Subject, rows: int, context: Tensor | None) -> tuple[Te
     return (x, log_prob) if context is None else (x[:, 0], log_prob[:, 0])
 
 
+def _offset(offsets: Tensor) -> str:
+    """What is said where all rows are off by one number."""
+    same = len(offsets) > 1 and (offsets - offsets[0]).abs().max() < EXACT
+    return f"; off by the same {number(offsets[0])} in every row" if same else ""
+
+
 def _worst(errors: Tensor, lost: float = 0.0) -> float:
     """The largest but for that share of them; infinite where it is NaN."""
     ordered = errors.nan_to_num(math.inf, math.inf).sort().values
@@ -551,6 +584,8 @@ def _density_mistake(
         return "wrong sign of the log-determinant", f"log_prob subtracts it: {right}"
     if _close(claimed, base):
         return "log-determinant is left out", f"log_prob has no log-determinant: {right}"
+    if _close(claimed - base - log_det, claimed.new_full(claimed.shape, x[0].numel() * math.log(2 * math.pi) / 2)):
+        return "the base's normalising constant is missing", "the standard normal's log-density has − (D/2) log 2π, too"
     other = INVERSE if subject.scores == FORWARD else FORWARD
     with torch.no_grad(), suppress(Wrong):
         z, other_log_det = subject.run(other, x, context)
@@ -568,8 +603,6 @@ def mass(e: Evidence) -> Finding:
     """∫p over parts of the plane is the share of the samples there; around a standard normal for a mere layer."""
     if e.event_shape != (2,) or e.unit or e.forward.y.shape != e.x.shape:
         return Finding(UNASKED, "∫p is asked for two coordinates only")
-    if e.slow:
-        return Finding(UNASKED, "it takes too long to sample")
     subject = e.moved(GENTLE)
     drawing = _drawing(subject)
     scores, draws = (FORWARD, INVERSE) if subject.scores == FORWARD else (INVERSE, FORWARD)

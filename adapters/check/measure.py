@@ -326,15 +326,15 @@ class Evidence:
     def mask(self) -> tuple[str, Tensor] | None:
         """Name and flat values, true and false, of the layer's own mask, in which 1 means unchanged."""
         for name, value in own_tensors(self.subject.transform):
-            named = name.lower().strip("_") == "b" or "mask" in name.lower()
-            if (
-                named
-                and value.numel() == self.size
-                and ((value == 0) | (value == 1)).all()
-                and value.unique().numel() == 2
-            ):
+            if value.numel() == self.size and is_mask(name, value):
                 return name, value.detach().flatten().bool()
         return None
+
+
+def is_mask(name: str, value: Tensor) -> bool:
+    """Whether a tensor of that name is a mask, of zeros and ones."""
+    named = name.lower().strip("_") == "b" or "mask" in name.lower()
+    return named and bool(((value == 0) | (value == 1)).all()) and value.unique().numel() == 2
 
 
 def _is_tame(p: Pass) -> bool:

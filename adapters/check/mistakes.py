@@ -11,7 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapters.check.measure import Evidence, Pass, equation_15, equation_16, is_rounded, same, seeded
+from adapters.check.measure import (
+    Evidence,
+    Pass,
+    equation_15,
+    equation_16,
+    is_mask,
+    is_rounded,
+    own_tensors,
+    same,
+    seeded,
+)
 from adapters.check.subject import FORWARD, INVERSE, Wrong, place
 
 EQUATIONS = {
@@ -115,7 +125,8 @@ def random_within(e: Evidence, law: str) -> str | None:
             answers.append(p.function(p.x.clone(), p.context)[0])
     if same(answers[0], answers[1]):
         return (
-            "with the same seed the answers agree, so that random numbers are drawn within: draw them once, in __init__"
+            "with the same seed the answers agree, so that random numbers are drawn within: draw them once, in "
+            "__init__, and say training=self.training to dropout"
         )
     return None
 
@@ -127,6 +138,17 @@ def changes_itself(e: Evidence, law: str) -> str | None:
     changed = [name for name, value in e.subject.module.state_dict().items() if not torch.equal(value, before[name])]
     if changed:
         return f"a call in evaluation mode changes {', '.join(changed[:3])}: do that only if self.training"
+    return None
+
+
+@mistake("the mask is a parameter, which training changes", "mask", "round_trip", "forward_log_det", explains=ALL)
+def trained_mask(e: Evidence, law: str) -> str | None:
+    for name, value in own_tensors(e.make().transform):
+        if is_mask(name, value) and value.requires_grad:
+            return (
+                f"{name} is moved as every parameter is, and is no longer 0 and 1: write "
+                f"self.register_buffer({name!r}, mask) in __init__"
+            )
     return None
 
 
@@ -230,6 +252,20 @@ def _by_statistics(e: Evidence) -> str | None:
         backwards = p.function(p.x.flip(0), None if e.context is None else e.context.flip(0))[0]
         if not same(fewer, p.y[1:]) and same(backwards.flip(0), p.y):
             return p.direction
+    return None
+
+
+@mistake("a row is given another row's context", "rows", explains=ALL)
+def contexts_mixed(e: Evidence, law: str) -> str | None:
+    if e.context is None:
+        return None
+    for p in e.passes:
+        one = e.context[:1].expand_as(e.context)
+        if same(p.function(p.x[1:], one[1:])[0], p.function(p.x, one)[0][1:]):
+            return (
+                f"where all rows have one context, {_at(e, p.direction)} keeps them apart, and otherwise not: give "
+                "each row of z its own row of the context, and no mean, first row or other order of them"
+            )
     return None
 
 

@@ -121,7 +121,7 @@ class Subject:
             if name not in (INVERSE, "sample"):
                 raise Wrong(f"{name} is not written yet") from None
             raise NoInverse(f"it has no inverse: {WRITE_INVERSE}") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise Wrong(f"{name} raises {said(error)}") from error
 
     def _given(self, x: Any, context: Tensor | None) -> tuple:

@@ -19,7 +19,7 @@ TRAINED = ("outputs", "log_det_shape", "rows", "round_trip", "forward_log_det", 
 LOST = 0.1  # share of the base's draws that need not come back from data: Φ of the preprocessing saturates far out
 FEW, MANY = 8, 100  # points at which a trained flow is looked at: few where it has more than so many coordinates
 SECONDS = 120.0  # that one call may take
-CLOSELY = Quadrature(cells=500, seconds=math.inf)
+CLOSELY = Quadrature(seconds=math.inf)
 IN_WORDS = (
     "Gates, in float64. Before training, two layers of each flow, with parameters moved by "
     f"N(0, {MOVED:g}²) (less where that is too steep), must hold all laws of `python -m adapters.check`. After it the "
@@ -40,10 +40,8 @@ def check_before_training(flow: Flow, features: int, quadrature: Quadrature = CL
         quadrature: how closely ∫p is looked at, for D = 2.
     """
     with quietly():
-        return judge(
-            type(flow).__name__,
-            Evidence(lambda: fresh(flow, SECONDS), (features,), quadrature=quadrature),
-        )
+        evidence = Evidence(lambda: fresh(flow, SECONDS), (features,), quadrature=quadrature)
+        return judge(type(flow).__name__, evidence)
 
 
 def check_after_training(
