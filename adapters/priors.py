@@ -13,16 +13,25 @@ class Laplace(nn.Module):
 To train under it with runs/pyro_vae.py, add a line for it to that script's ``PRIORS``.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
-import pyro.distributions as dist
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from nflows.flows import Flow
 from torch import Tensor, nn
 
 from adapters.bridges import as_flow
 from adapters.checks import check_positive
-from adapters.distribution import FlowDistribution
+from adapters.imports import Later
+
+if TYPE_CHECKING:
+    import pyro.distributions as dist
+
+    from adapters import distribution
+else:
+    dist, distribution = Later("pyro.distributions"), Later("adapters.distribution")
 
 
 class StandardNormalPrior(nn.Module):
@@ -97,8 +106,8 @@ class FlowPrior(nn.Module):
         super().__init__()
         self.flow = as_flow(flow)
 
-    def forward(self) -> FlowDistribution:
-        return FlowDistribution(self.flow)
+    def forward(self) -> distribution.FlowDistribution:
+        return distribution.FlowDistribution(self.flow)
 
 
 def _mixture(logits: Tensor, components: dist.TorchDistribution) -> dist.TorchDistribution:

@@ -12,11 +12,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
 from torch import Tensor
 
 from adapters import checkerboard_mask, random_mask, save_flow
@@ -48,8 +46,10 @@ from runs.common.samples import Sampling
 from runs.common.scores import score_images, shared_bits_per_dim
 from runs.common.training_state import Fitted
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # which takes long to import
+
 RESULTS = Path("results/mnist")
-TRACKERS = tuple(str(kind.value) for kind in LoggerType if kind != LoggerType.ALL)
 LAYERS = 8  # unless the masks say how many
 HIDDEN = {"mlp": (512, 512), "conv": (64, 64, 64)}  # widths or channels
 USUAL = {"activation": "gelu", "dropout": 0.1}  # where the flow has them and nothing else is asked for
@@ -184,11 +184,14 @@ class MnistRunOptions(ImageRunOptions):
     def check(self) -> None:
         super().check()
         if self.track is not None:
-            check_known(TRACKERS, track=self.track)
+            from accelerate.tracking import get_available_trackers  # here, as importing accelerate takes long
+            from accelerate.utils import LoggerType
+
+            check_known([str(kind.value) for kind in LoggerType if kind != LoggerType.ALL], track=self.track)
             if self.track not in {str(kind.value) for kind in get_available_trackers()}:
                 raise ImportError(f"--track {self.track} needs the package {self.track}: pip install {self.track}")
 
-    def accelerator(self, precision: str, out: Path) -> Accelerator:
+    def accelerator(self, precision: str, out: Path) -> "Accelerator":
         """Device, processes and tracker; a ValueError for a device or precision that can't be had here."""
         accelerator = make_accelerator(self.device, precision, log_with=self.track, project_dir=out)
         if self.track is not None:

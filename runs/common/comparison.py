@@ -6,10 +6,9 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from adapters.flow import Flow
@@ -25,6 +24,9 @@ from runs.common.table import Row, Table, new_row
 from runs.common.tasks import SPLINES, Task
 from runs.common.timing import Stopwatch, ratio
 from runs.common.training_state import Fitted, NotFinite
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # which takes long to import
 
 FAILURES = (Exception, SystemExit)  # of a user's or a library's code
 
@@ -83,7 +85,7 @@ class Comparison:
     layers: int
     hidden: tuple[int, ...]
     directory: Path
-    accelerator: Accelerator
+    accelerator: "Accelerator"
     effort: Effort
 
     def build(self, name: str, seed: int = 0, **changes: Any) -> Flow:

@@ -4,11 +4,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from adapters.vae import VAE
@@ -21,12 +20,14 @@ from runs.common.samples import decoded_samples
 from runs.common.scores import EVALUATION_SEED, draws_of_both
 from runs.common.training_state import Fitted
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 POINTS = 3_000  # draws shown of prior and posterior
 GRID = 120  # cells of the prior's density along either axis
 DENSITY_DRAWS = 20, 10_000  # of the prior, for its density: so many times so many
 COMPARED = 12  # test images shown with their reconstructions
 DRAWN = 49  # images that a column of priors.png shows
-STYLES = list(itertools.product(("-", "--", ":", "-."), dict.fromkeys(figures.SERIES + figures.MANY)))
 
 
 @dataclass
@@ -111,7 +112,7 @@ class PriorRecord:
         columns = self.reconstructions.shape[1]
         return figures.image_grid(path, self.reconstructions.flatten(0, 1).numpy(), columns, ["x", "p(x | z)"])
 
-    def show_posterior(self, axes: Axes, title: str) -> None:
+    def show_posterior(self, axes: "Axes", title: str) -> None:
         """Draws of the aggregate posterior, coloured by class, and each class's number near the middle of its draws."""
         self.show_density(axes, title)
         points, labels = self.posterior.numpy(), self.labels.numpy()
@@ -127,12 +128,12 @@ class PriorRecord:
                 axes.plot(*zip(middle, place, strict=True), color=figures.INK, linewidth=0.6)
             axes.text(place[0], place[1], str(label), **figures.OUTLINED)
 
-    def show_prior(self, axes: Axes, title: str) -> None:
+    def show_prior(self, axes: "Axes", title: str) -> None:
         """Draws of the prior over its density."""
         self.show_density(axes, title)
         axes.scatter(self.prior[:, 0], self.prior[:, 1], s=2.2, alpha=0.6, linewidths=0, color=figures.ACCENT)
 
-    def show_density(self, axes: Axes, title: str) -> None:
+    def show_density(self, axes: "Axes", title: str) -> None:
         """The prior's density in grey."""
         ends = (-self.reach, self.reach)
         axes.imshow(
@@ -170,7 +171,7 @@ class VAERecord(Record):
         """Training and validation ELBO, a curve for each prior."""
         with figures.figure(path, size=(6, 3.4)) as (_, axes):
             every = []
-            for (line, colour), prior in zip(itertools.cycle(STYLES), self.priors.values(), strict=False):
+            for (line, colour), prior in zip(itertools.cycle(styles()), self.priors.values(), strict=False):
                 steps, elbos = curve(prior.losses)
                 axes.plot(steps, elbos, line, color=colour, alpha=0.3, linewidth=0.7)
                 steps, elbos = curve(prior.validation)
@@ -263,6 +264,11 @@ def smooth(values: np.ndarray, width: float = 1.6) -> np.ndarray:
     for axis in (0, 1):
         values = np.apply_along_axis(np.convolve, axis, values, kernel / kernel.sum(), mode="same")
     return values
+
+
+def styles() -> list[tuple[str, str]]:
+    """Line styles and colours of the priors' curves, in turn."""
+    return list(itertools.product(("-", "--", ":", "-."), dict.fromkeys(figures.SERIES + figures.MANY)))
 
 
 def curve(losses: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
