@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from adapters.bridges import as_flow
 from adapters.checks import check_positive
 from adapters.imports import Later
+from adapters.words import in_one_line
 
 if TYPE_CHECKING:
     import pyro.distributions as dist
@@ -48,6 +49,9 @@ class StandardNormalPrior(nn.Module):
         check_positive(latent=latent)
         self.register_buffer("zero", torch.zeros(latent))
 
+    def __repr__(self) -> str:
+        return in_one_line(self, f"latent {len(self.zero)}")
+
     def forward(self) -> dist.TorchDistribution:
         return dist.Normal(self.zero, torch.ones_like(self.zero)).to_event(1)
 
@@ -66,6 +70,9 @@ class MixturePrior(nn.Module):
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, latent))
         self.log_scale = nn.Parameter(torch.zeros(components, latent))
+
+    def __repr__(self) -> str:
+        return in_one_line(self, f"latent {self.loc.shape[1]}", f"{len(self.loc)} components")
 
     def forward(self) -> dist.TorchDistribution:
         return _mixture(self.logits, dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(1))
@@ -91,6 +98,9 @@ class VampPrior(nn.Module):
         self.logits = nn.Parameter(torch.zeros(len(inputs)))
         self.pseudo_inputs = nn.Parameter(inputs.clamp(0.05, 0.95).logit())  # at 0 and 1 there would be no gradient
 
+    def __repr__(self) -> str:
+        return in_one_line(self, f"{len(self.pseudo_inputs)} pseudo-inputs")
+
     def forward(self) -> dist.TorchDistribution:
         return _mixture(self.logits, self.encoder(self.pseudo_inputs.sigmoid()))
 
@@ -105,6 +115,9 @@ class FlowPrior(nn.Module):
     def __init__(self, flow: Flow):
         super().__init__()
         self.flow = as_flow(flow)
+
+    def __repr__(self) -> str:
+        return f"FlowPrior({self.flow!r})"
 
     def forward(self) -> distribution.FlowDistribution:
         return distribution.FlowDistribution(self.flow)

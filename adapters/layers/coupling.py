@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adapters.checks import check_event, check_network, check_output
 from adapters.masks import check_mask
 from adapters.networks import condition
+from adapters.words import in_one_line, mask_in_words
 
 
 class MaskedCouplingLayer(Transform):
@@ -53,6 +54,9 @@ class MaskedCouplingLayer(Transform):
         """z' ↦ z = T⁻¹(z') and log|det J_T⁻¹(z')|: equation 16 and minus equation 17."""
         b, s, t = self._mask_scale_translation(z, context)
         return torch.where(b, z, (z - t) * (-s).exp()), -s.flatten(1).sum(1)
+
+    def __repr__(self) -> str:
+        return in_one_line(self, mask_in_words(self.mask))
 
     def _mask_scale_translation(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """b, (1 − b) ⊙ s(b ⊙ z) and (1 − b) ⊙ t(b ⊙ z); the same from z' as from z, since b ⊙ z = b ⊙ z'.
