@@ -1,4 +1,32 @@
-"""Hand-written and library normalizing flows side by side: every flow is an nflows ``Transform`` or ``Flow``."""
+"""Hand-written and library normalizing flows side by side: every flow is an nflows ``Transform`` or ``Flow``.
+
+One convention: ``Transform.forward`` runs data → noise inside a flow; in a mask 1 passes unchanged, 0 is transformed.
+Log-densities are in nats. What is where, in the order in which a newcomer meets it:
+
+The layer of the exercise, and its masks
+    MaskedCouplingLayer     equations 15 to 17: noise → data, so a flow holds it in an ``InverseTransform``
+    checkerboard_mask, random_mask, half_mask    and in ``adapters.masks``: the pyramid of masks
+    adapters.networks       the networks inside a layer: ``MLP``, ``ConvNet``
+    adapters.layers         more hand-written layers: packed affine, spline, histogram, autoregressive
+
+Is my layer right?
+    check                   ``check(layer, (2,))``, or ``python -m adapters.check my_layer.py:MyLayer``
+
+A whole flow
+    build_flow, flow_names  any flow of the catalogue by its name; ``python -m adapters`` lists and describes them
+    adapters.flow           ``Flow``: log_prob, sample, sample_and_log_prob, encode, decode; ``StandardNormal``
+    adapters.preprocess     fixed first layers: ``Standardize``, ``Logit``, ``Probit``, ``Marginals``
+    save_flow, load_flow    to a file and back, without pickle
+
+Other libraries' flows
+    as_transform, as_flow   a transform or flow of normflows, zuko, FrEIA, Pyro or torch as an nflows one
+    to_library              the way back
+
+In Pyro
+    FlowDistribution        a flow as a distribution: prior, guide or likelihood
+    adapters.priors         priors of a latent variable: normal, mixture, Vamp, flow
+    adapters.vae            a variational autoencoder: ``VAE``, ``Model``, ``Guide``, ``Encoder``, ``Decoder``
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
