@@ -16,6 +16,7 @@ A whole flow
     build_flow, flow_names  any flow of the catalogue by its name; ``python -m adapters`` lists and describes them
     adapters.flow           ``Flow``: log_prob, sample, sample_and_log_prob, encode, decode; ``StandardNormal``
     adapters.preprocess     fixed first layers: ``Standardize``, ``Logit``, ``Probit``, ``Marginals``
+    plot_density, plot_images    figures for notebooks
     save_flow, load_flow    to a file and back, without pickle
 
 Other libraries' flows
@@ -44,6 +45,7 @@ from adapters.masks import checkerboard_mask, half_mask, random_mask
 
 if TYPE_CHECKING:
     from adapters.distribution import FlowDistribution
+    from adapters.plots import plot_density, plot_images
 
 __version__ = "0.1.0"
 
@@ -58,12 +60,19 @@ __all__ = [
     "flow_names",
     "half_mask",
     "load_flow",
+    "plot_density",
+    "plot_images",
     "random_mask",
     "save_flow",
     "to_library",
 ]
 
-LATER = {"FlowDistribution": "adapters.distribution"}  # by name, the modules that bring Pyro or matplotlib with them
+# By name, the modules that bring Pyro or matplotlib with them.
+LATER = {
+    "FlowDistribution": "adapters.distribution",
+    "plot_density": "adapters.plots",
+    "plot_images": "adapters.plots",
+}
 
 
 def __getattr__(name: str) -> Any:
