@@ -1,11 +1,11 @@
 """Fit a flow to images, say its bits per dimension on the test set, and draw what it has learned.
 
-python runs/mnist.py --mask checker
+python runs/mnist.py --mask chequerboard
 python runs/mnist.py --mask random
 python runs/mnist.py --load results/mnist                  draw the pictures of the newest run again
 python runs/mnist.py --load results/mnist --samples 36     the same with new samples, in its directory again/
-accelerate launch --num_processes 2 runs/mnist.py --mask checker    on two GPUs
-torchrun --nproc_per_node 2 runs/mnist.py --mask checker            as two processes, on CPUs too
+accelerate launch --num_processes 2 runs/mnist.py --mask chequerboard    on two GPUs
+torchrun --nproc_per_node 2 runs/mnist.py --mask chequerboard            as two processes, on CPUs too
 """
 
 import math
@@ -56,7 +56,7 @@ USUAL = {"activation": "gelu", "dropout": 0.1}  # where the flow has them and no
 PREPROCESS = {"logit": lambda images: Logit(alpha=1e-6, high=HIGH), "affine": standardize, "marginals": Marginals.of}
 
 
-def checker_masks(layers: int, seed: int) -> list[Tensor]:
+def chequerboard_masks(layers: int, seed: int) -> list[Tensor]:
     """The chequerboard and its inverse, in turn."""
     mask = checkerboard_mask(*SHAPE).flatten()
     return [mask, 1 - mask]
@@ -68,15 +68,19 @@ def random_masks(layers: int, seed: int) -> list[Tensor]:
     return [random_mask(math.prod(SHAPE), generator) for _ in range(layers)]
 
 
-MASKS = {"checker": checker_masks, "random": random_masks, "pyramid": lambda layers, seed: pyramid_masks(*SHAPE)}
+MASKS = {
+    "chequerboard": chequerboard_masks,
+    "random": random_masks,
+    "pyramid": lambda layers, seed: pyramid_masks(*SHAPE),
+}
 
 
 @dataclass(frozen=True)
 class MnistFlowOptions(FlowOptions):
     """Which flow is trained, and how large it is."""
 
-    mask: str = "checker"
-    """checker (inverted at every layer), random (one draw a layer) or pyramid (coarse to fine)."""
+    mask: str = "chequerboard"
+    """chequerboard (inverted at every layer), random (one draw a layer) or pyramid (coarse to fine)."""
 
     net: str = "mlp"
     """the networks of a hand-written flow: mlp or conv."""
