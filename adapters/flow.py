@@ -71,6 +71,12 @@ class Flow(nflows.flows.Flow):
         ValueError: for inputs, noise or a context of another shape or on another device; for a context that is given
             but not wanted, or wanted but not given; for a number of samples below 1.
         nflows.transforms.InverseNotAvailable: when a flow is sampled or decodes whose transform has no inverse.
+
+    >>> from adapters import build_flow
+    >>> flow = build_flow("masked-affine", features=2)
+    >>> x, log_prob = flow.sample_and_log_prob(5)
+    >>> x.shape, log_prob.shape, torch.allclose(flow.decode(flow.encode(x)), x, atol=1e-5)
+    (torch.Size([5, 2]), torch.Size([5]), True)
     """
 
     blueprint: dict[str, Any]

@@ -27,6 +27,10 @@ class Standardize(PointwiseAffineTransform):
 
     Raises:
         ValueError: unless every mean is finite and every std positive and finite.
+
+    >>> y, log_det = Standardize(torch.tensor([1.0]), torch.tensor([2.0]))(torch.tensor([[5.0]]))
+    >>> y
+    tensor([[2.]])
     """
 
     arguments: dict[str, Any]

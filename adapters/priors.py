@@ -62,6 +62,9 @@ class MixturePrior(nn.Module):
     Args:
         latent: M, the width of z.
         components: K; their means start at draws of N(0, I), their deviations at 1.
+
+    >>> MixturePrior(latent=2, components=10)().sample((5,)).shape
+    torch.Size([5, 2])
     """
 
     def __init__(self, latent: int, components: int = 100):

@@ -56,3 +56,8 @@ def test_help_is_a_table_of_contents():
     for word in contents.split():
         if word.startswith("adapters."):
             importlib.import_module(word.rstrip(":,"))
+
+
+def test_every_public_name_has_an_example():
+    """pytest runs them: see ``--doctest-modules`` in pyproject.toml."""
+    assert [name for name in adapters.__all__ if ">>>" not in (inspect.getdoc(getattr(adapters, name)) or "")] == []

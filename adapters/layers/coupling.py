@@ -33,6 +33,13 @@ class MaskedCouplingLayer(Transform):
         TypeError: for a network that can't be called, such as a class; in a call, for an input that is no tensor.
         ValueError: for a mask that is empty, all ones or not of 0 and 1; in a call, for an input that is not of the
             mask's shape or a network whose output is not.
+
+    >>> from adapters import half_mask
+    >>> layer = MaskedCouplingLayer(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4), half_mask(4))
+    >>> z = torch.randn(3, 4)
+    >>> z_prime, log_det = layer(z)
+    >>> torch.allclose(layer.inverse(z_prime)[0], z, atol=1e-5), torch.equal(z_prime[:, :2], z[:, :2]), log_det.shape
+    (True, True, torch.Size([3]))
     """
 
     mask: Tensor
