@@ -75,6 +75,12 @@ def save_flow(
         ValueError: if the blueprint makes another flow than this one, because a part of the flow or a number in it was
             changed after it was built; or if a weight is not finite.
         OSError: if the file can't be written, as on a full disk. What was there before is untouched.
+
+    >>> import tempfile
+    >>> from adapters import build_flow
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_flow(build_flow("masked-affine", features=2), directory).name
+    'flow.safetensors'
     """
     path = _file(directory)
     flow = as_flow(_unwrapped(flow))
@@ -109,6 +115,15 @@ def load_flow(directory: str | Path, maker: str | None = None) -> Flow:
         ValueError: if the file is damaged, was not written by this version's ``save_flow``, or holds a blueprint that
             makes no flow; if it was saved with another maker than this one.
         ImportError: if the flow is of a library that is not installed.
+
+    >>> import tempfile
+    >>> from adapters import build_flow
+    >>> flow, x = build_flow("masked-affine", features=2), torch.zeros(1, 2)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     path = save_flow(flow, directory)
+    ...     again = load_flow(directory)
+    >>> torch.equal(again.log_prob(x), flow.log_prob(x))
+    True
     """
     path = _file(directory)
     if not path.is_file():

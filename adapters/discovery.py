@@ -4,6 +4,8 @@ import importlib
 import pkgutil
 from types import ModuleType
 
+from adapters.imports import validation_unchanged
+
 # The files that can't be imported, by module name, with the reason. None is tried twice.
 _failed: dict[str, str] = {}
 
@@ -19,7 +21,8 @@ def modules(package: str) -> list[ModuleType]:
     """
     found = pkgutil.iter_modules(importlib.import_module(package).__path__)
     names = [f"{package}.{module.name}" for module in found if not module.ispkg]
-    return [module for name in names if (module := _imported(name)) is not None]
+    with validation_unchanged():
+        return [module for name in names if (module := _imported(name)) is not None]
 
 
 def _imported(name: str) -> ModuleType | None:

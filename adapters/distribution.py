@@ -9,18 +9,17 @@ from nflows.distributions.mixture import MADEMoG
 from nflows.flows import Flow
 from nflows.transforms.base import InputOutsideDomain
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
 
 from adapters.bridges import as_flow
 from adapters.bridges.common.tensors import like
 from adapters.checks import check_no_labels, check_tensor, shown, sizes
+from adapters.imports import validation_unchanged
 from adapters.last_result import LastResult
 from adapters.parts import base_of, context_width_of, embedding_of, event_shape_of, transform_of
 
-_default = Distribution._validate_args
-from pyro.distributions import TorchDistribution  # noqa: E402
-
-Distribution.set_default_validate_args(_default)  # importing Pyro switches validation on for the whole process
+with validation_unchanged():
+    from pyro.distributions import TorchDistribution
 
 
 class FlowDistribution(TorchDistribution):

@@ -21,6 +21,7 @@ from adapters.checks import (
     shown,
 )
 from adapters.parts import base_of, embedding_of, noise_shape_of, transform_of
+from adapters.words import in_one_line, shape_in_words
 
 Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
@@ -38,6 +39,9 @@ class StandardNormal(nflows.distributions.StandardNormal):
         with torch.device("cpu"):  # nflows makes a float64 constant, which not every device has
             super().__init__(shape)
         self._log_z = torch.zeros(()) + self._log_z.to(torch.get_default_dtype()).item()
+
+    def __repr__(self) -> str:
+        return f"StandardNormal({shape_in_words(self._shape)})"
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
         leading = (num_samples,) if context is None else (context.shape[0], num_samples)
@@ -67,6 +71,12 @@ class Flow(nflows.flows.Flow):
         ValueError: for inputs, noise or a context of another shape or on another device; for a context that is given
             but not wanted, or wanted but not given; for a number of samples below 1.
         nflows.transforms.InverseNotAvailable: when a flow is sampled or decodes whose transform has no inverse.
+
+    >>> from adapters import build_flow
+    >>> flow = build_flow("masked-affine", features=2)
+    >>> x, log_prob = flow.sample_and_log_prob(5)
+    >>> x.shape, log_prob.shape, torch.allclose(flow.decode(flow.encode(x)), x, atol=1e-5)
+    (torch.Size([5, 2]), torch.Size([5]), True)
     """
 
     blueprint: dict[str, Any]
@@ -95,6 +105,14 @@ class Flow(nflows.flows.Flow):
     def __setattr__(self, name: str, value) -> None:
         """Set an attribute; a new ``transform`` or ``base`` replaces the old one under the name that nflows uses."""
         super().__setattr__({"transform": "_transform", "base": "_distribution"}.get(name, name), value)
+
+    def __repr__(self) -> str:
+        """One line; ``print(flow.transform)`` shows the layers."""
+        made = vars(self).get("blueprint", {})
+        what = [made["name"], f"{made['layers']} layers"] if "name" in made else []
+        what.append(f"data {shape_in_words(self.event_shape)}")
+        what += [] if self.context_features is None else [f"context {self.context_features}"]
+        return in_one_line(self, *what, f"base {type(self.base).__name__}")
 
     def forward(self, *args: Any) -> NoReturn:
         """Refused: a flow is no function of x.

@@ -44,6 +44,10 @@ def random_mask(features: int, generator: torch.Generator | None = None) -> Tens
     Raises:
         ValueError: if ``features`` is below 1.
         TypeError: if ``features`` is no integer, or ``generator`` is no generator.
+
+    >>> mask = random_mask(784, torch.Generator().manual_seed(0))
+    >>> mask.shape, mask.sum()
+    (torch.Size([784]), tensor(392.))
     """
     (features,) = _sizes(features)
     if not isinstance(generator, torch.Generator | None):

@@ -31,6 +31,9 @@ class MLP(nn.Sequential):
 
     Raises:
         ValueError: for an activation that is not known.
+
+    >>> MLP(2, 4, context_features=3)(torch.randn(5, 2), torch.randn(5, 3)).shape
+    torch.Size([5, 4])
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from torch.nn.functional import softplus
 
 from adapters.checks import check_positive, must_wait
 from adapters.normal import ndtri
+from adapters.words import shape_in_words
 
 
 class Standardize(PointwiseAffineTransform):
@@ -26,6 +27,10 @@ class Standardize(PointwiseAffineTransform):
 
     Raises:
         ValueError: unless every mean is finite and every std positive and finite.
+
+    >>> y, log_det = Standardize(torch.tensor([1.0]), torch.tensor([2.0]))(torch.tensor([[5.0]]))
+    >>> y
+    tensor([[2.]])
     """
 
     arguments: dict[str, Any]
@@ -41,6 +46,9 @@ class Standardize(PointwiseAffineTransform):
                 raise ValueError(f"{rule}, but holds {values[0].item()}")
         super().__init__(shift=-mean / std, scale=1 / std)
         self.arguments = {"mean": mean, "std": std}
+
+    def __repr__(self) -> str:
+        return f"Standardize({shape_in_words(self.arguments['mean'].shape) or 'one mean and deviation'})"
 
     @classmethod
     def of(cls, data: Tensor) -> "Standardize":
@@ -75,6 +83,9 @@ class UnitInterval(Transform, ABC):
         super().__init__()
         self.arguments = {"alpha": alpha, "high": high}
         self.slope = (1 - 2 * alpha) / high
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}([0, {self.arguments['high']:g}], alpha {self.arguments['alpha']:g})"
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         alpha, high = self.arguments["alpha"], self.arguments["high"]
@@ -175,6 +186,9 @@ class Marginals(Transform):
         exact = masses.double() / masses.double().sum(1, keepdim=True)
         self.register_buffer("masses", exact.to(torch.get_default_dtype()))
         self.register_buffer("below", (exact.cumsum(1) - exact).to(torch.get_default_dtype()))
+
+    def __repr__(self) -> str:
+        return f"Marginals({len(self.masses)} features, {self.masses.shape[1]} levels)"
 
     @classmethod
     def of(cls, levels: Tensor, number: int = 256, high: float = 256 / 255, prior: float = 100.0) -> "Marginals":

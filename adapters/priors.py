@@ -13,16 +13,26 @@ class Laplace(nn.Module):
 To train under it with runs/pyro_vae.py, add a line for it to that script's ``PRIORS``.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
-import pyro.distributions as dist
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from nflows.flows import Flow
 from torch import Tensor, nn
 
 from adapters.bridges import as_flow
 from adapters.checks import check_positive
-from adapters.distribution import FlowDistribution
+from adapters.imports import Later
+from adapters.words import in_one_line
+
+if TYPE_CHECKING:
+    import pyro.distributions as dist
+
+    from adapters import distribution
+else:
+    dist, distribution = Later("pyro.distributions"), Later("adapters.distribution")
 
 
 class StandardNormalPrior(nn.Module):
@@ -39,6 +49,9 @@ class StandardNormalPrior(nn.Module):
         check_positive(latent=latent)
         self.register_buffer("zero", torch.zeros(latent))
 
+    def __repr__(self) -> str:
+        return in_one_line(self, f"latent {len(self.zero)}")
+
     def forward(self) -> dist.TorchDistribution:
         return dist.Normal(self.zero, torch.ones_like(self.zero)).to_event(1)
 
@@ -49,6 +62,9 @@ class MixturePrior(nn.Module):
     Args:
         latent: M, the width of z.
         components: K; their means start at draws of N(0, I), their deviations at 1.
+
+    >>> MixturePrior(latent=2, components=10)().sample((5,)).shape
+    torch.Size([5, 2])
     """
 
     def __init__(self, latent: int, components: int = 100):
@@ -57,6 +73,9 @@ class MixturePrior(nn.Module):
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, latent))
         self.log_scale = nn.Parameter(torch.zeros(components, latent))
+
+    def __repr__(self) -> str:
+        return in_one_line(self, f"latent {self.loc.shape[1]}", f"{len(self.loc)} components")
 
     def forward(self) -> dist.TorchDistribution:
         return _mixture(self.logits, dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(1))
@@ -82,6 +101,9 @@ class VampPrior(nn.Module):
         self.logits = nn.Parameter(torch.zeros(len(inputs)))
         self.pseudo_inputs = nn.Parameter(inputs.clamp(0.05, 0.95).logit())  # at 0 and 1 there would be no gradient
 
+    def __repr__(self) -> str:
+        return in_one_line(self, f"{len(self.pseudo_inputs)} pseudo-inputs")
+
     def forward(self) -> dist.TorchDistribution:
         return _mixture(self.logits, self.encoder(self.pseudo_inputs.sigmoid()))
 
@@ -97,8 +119,11 @@ class FlowPrior(nn.Module):
         super().__init__()
         self.flow = as_flow(flow)
 
-    def forward(self) -> FlowDistribution:
-        return FlowDistribution(self.flow)
+    def __repr__(self) -> str:
+        return f"FlowPrior({self.flow!r})"
+
+    def forward(self) -> distribution.FlowDistribution:
+        return distribution.FlowDistribution(self.flow)
 
 
 def _mixture(logits: Tensor, components: dist.TorchDistribution) -> dist.TorchDistribution:

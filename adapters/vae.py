@@ -5,22 +5,29 @@ log p(x) ≥ ELBO(x) = E_q(z|x)[log p(x|z) + log p(z) − log q(z|x)]   (nats; K
 Prior, encoder and decoder are modules whose call gives a Pyro distribution: p(z), q(z | x) and p(x | z).
 """
 
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from __future__ import annotations
 
-import pyro
-import pyro.distributions as dist
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from nflows.flows import Flow
-from pyro import poutine
-from pyro.distributions.transforms import AffineTransform
-from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from adapters.bridges import as_flow
 from adapters.checks import check_positive, must_wait
-from adapters.distribution import FlowDistribution
+from adapters.imports import Later
+
+if TYPE_CHECKING:
+    import pyro
+    import pyro.distributions as dist
+    from pyro import poutine
+
+    from adapters import distribution
+else:
+    pyro, dist, poutine = Later("pyro"), Later("pyro.distributions"), Later("pyro.poutine")
+    distribution = Later("adapters.distribution")
 
 
 class Encoder(nn.Module):
@@ -50,7 +57,7 @@ class Encoder(nn.Module):
         self.network = _network((pixels, *hidden_features, 2 * latent), dropout)
         self.flow = None if flow is None else as_flow(flow)
         if self.flow is not None:
-            event_shape = FlowDistribution(self.flow, torch.zeros(1, 2 * latent)).event_shape
+            event_shape = distribution.FlowDistribution(self.flow, torch.zeros(1, 2 * latent)).event_shape
             _check_width(event_shape, latent, "the posterior's flow")
 
     def forward(self, x: Tensor) -> dist.TorchDistribution:
@@ -58,8 +65,10 @@ class Encoder(nn.Module):
         if self.flow is None:
             return dist.Normal(loc, log_scale.exp(), validate_args=False).to_event(1)
         # The cache keeps u of the sample z = μ + σ ⊙ u, so that log q of that sample needs no second pass of the flow.
-        to_data = AffineTransform(loc, log_scale.exp(), event_dim=1, cache_size=1)
-        return dist.TransformedDistribution(FlowDistribution(self.flow, parameters), [to_data], validate_args=False)
+        to_data = dist.transforms.AffineTransform(loc, log_scale.exp(), event_dim=1, cache_size=1)
+        return dist.TransformedDistribution(
+            distribution.FlowDistribution(self.flow, parameters), [to_data], validate_args=False
+        )
 
 
 class Decoder(nn.Module):
@@ -164,24 +173,6 @@ class VAE(nn.Module):
         posterior = self.encoder(x)
         z = posterior.rsample((samples,))
         return self.decoder(z).log_prob(x) + self.prior().log_prob(z) - posterior.log_prob(z)
-
-
-class ReparameterizedELBO(Trace_ELBO):
-    """Pyro's ``Trace_ELBO`` for guides whose samples are all reparameterised, such as ``Guide``'s.
-
-    Its value and gradient are the same: log p(x, z) − log q(z) at draws of z from q. But ``Trace_ELBO`` reads several
-    numbers of each step into Python, for which it has to wait for a GPU; here they stay on the device. A guide with a
-    sample that is not reparameterised is handed to ``Trace_ELBO`` as it is.
-    """
-
-    def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
-        elbo: Any = 0.0  # a tensor from the first particle on
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            sites = guide_trace.iter_stochastic_nodes()
-            if not all(getattr(site["fn"], "has_rsample", False) for _, site in sites):
-                return super().differentiable_loss(model, guide, *args, **kwargs)
-            elbo = elbo + (model_trace.log_prob_sum() - guide_trace.log_prob_sum()) / self.num_particles
-        return -elbo
 
 
 def check_images(x: Tensor) -> None:

@@ -1,23 +1,21 @@
 """Fit a flow to images, say its bits per dimension on the test set, and draw what it has learned.
 
-python runs/mnist.py --mask checker
+python runs/mnist.py --mask chequerboard
 python runs/mnist.py --mask random
 python runs/mnist.py --flow my_layer.py:MyLayer            your own layer
 python runs/mnist.py --load results/mnist                  draw the pictures of the newest run again
 python runs/mnist.py --load results/mnist --samples 36     the same with new samples, in its directory again/
-accelerate launch --num_processes 2 runs/mnist.py --mask checker    on two GPUs
-torchrun --nproc_per_node 2 runs/mnist.py --mask checker            as two processes, on CPUs too
+accelerate launch --num_processes 2 runs/mnist.py --mask chequerboard    on two GPUs
+torchrun --nproc_per_node 2 runs/mnist.py --mask chequerboard            as two processes, on CPUs too
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
 from nflows.transforms import Transform
 from torch import Tensor
 
@@ -50,8 +48,10 @@ from runs.common.samples import Sampling
 from runs.common.scores import score_images, shared_bits_per_dim
 from runs.common.training_state import Fitted
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # which takes long to import
+
 RESULTS = Path("results/mnist")
-TRACKERS = tuple(str(kind.value) for kind in LoggerType if kind != LoggerType.ALL)
 SAMPLES_OF_FEW = 25  # under --limit
 LAYERS = 8  # unless the masks say how many
 HIDDEN = {"mlp": (512, 512), "conv": (64, 64, 64)}  # widths or channels
@@ -64,7 +64,7 @@ PREPROCESS: dict[str, Callable[[Tensor], Transform | None]] = {
 }
 
 
-def checker_masks(layers: int, seed: int) -> list[Tensor]:
+def chequerboard_masks(layers: int, seed: int) -> list[Tensor]:
     """The chequerboard and its inverse, in turn."""
     mask = checkerboard_mask(*SHAPE).flatten()
     return [mask, 1 - mask]
@@ -76,15 +76,19 @@ def random_masks(layers: int, seed: int) -> list[Tensor]:
     return [random_mask(math.prod(SHAPE), generator) for _ in range(layers)]
 
 
-MASKS = {"checker": checker_masks, "random": random_masks, "pyramid": lambda layers, seed: pyramid_masks(*SHAPE)}
+MASKS = {
+    "chequerboard": chequerboard_masks,
+    "random": random_masks,
+    "pyramid": lambda layers, seed: pyramid_masks(*SHAPE),
+}
 
 
 @dataclass(frozen=True)
 class MnistFlowOptions(FlowOptions):
     """Which flow is trained, and how large it is."""
 
-    mask: str = "checker"
-    """checker (inverted at every layer), random (one draw a layer) or pyramid (coarse to fine)."""
+    mask: str = "chequerboard"
+    """chequerboard (inverted at every layer), random (one draw a layer) or pyramid (coarse to fine)."""
 
     net: str = "mlp"
     """the networks of a hand-written flow: mlp or conv."""
@@ -198,11 +202,14 @@ class MnistRunOptions(ImageRunOptions):
     def check(self) -> None:
         super().check()
         if self.track is not None:
-            check_known(TRACKERS, track=self.track)
+            from accelerate.tracking import get_available_trackers  # here, as importing accelerate takes long
+            from accelerate.utils import LoggerType
+
+            check_known([str(kind.value) for kind in LoggerType if kind != LoggerType.ALL], track=self.track)
             if self.track not in {str(kind.value) for kind in get_available_trackers()}:
                 raise ImportError(f"--track {self.track} needs the package {self.track}: pip install {self.track}")
 
-    def accelerator(self, precision: str, out: Path) -> Accelerator:
+    def accelerator(self, precision: str, out: Path) -> "Accelerator":
         """Device, processes and tracker; a ValueError for a device or precision that can't be had here."""
         accelerator = make_accelerator(self.device, precision, log_with=self.track, project_dir=out)
         if self.track is not None:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import nflows.flows
 import torch
 from torch import Tensor, nn
 
@@ -128,12 +127,14 @@ def imported(size: SizeOptions, x: Tensor) -> Iterator[Pair]:
 
 def exported(size: SizeOptions, x: Tensor) -> Iterator[Pair]:
     """A flow of ours in each library's own density class, and in nflows."""
+    from nflows.flows import Flow as NflowsFlow  # after adapters, which imports it without matplotlib
+
     for bridge in filter(installed, bridges()):
         for name in bridge.LIBRARIES:
             flow = build_flow("masked-affine", size.features, layers=size.layers, hidden_features=size.hidden)
             flow.to(x.device)
             library_flow = to_library(name, flow)
-            plain = nflows.flows.Flow(flow.transform, StandardNormal([size.features]).to(x.device))
+            plain = NflowsFlow(flow.transform, StandardNormal([size.features]).to(x.device))
             yield Pair(name, flow, partial(bridge.native_log_prob, library_flow, x), partial(plain.log_prob, x))
 
 

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors.torch
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from adapters import save_flow
@@ -55,6 +54,9 @@ from runs.common.scores import EVALUATION_SEED, gain, mean_elbo, mean_over_seeds
 from runs.common.training_state import STATE, Fitted, check_resumable
 from runs.common.vae_benchmark import ROUNDS, benchmark
 from runs.common.vae_report import report, title
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # which takes long to import
 
 PIXELS = math.prod(SHAPE)
 RESULTS = Path("results/pyro_vae")
@@ -361,7 +363,7 @@ def main(
     return means
 
 
-def train(options: Options, images: Images, directory: Path, accelerator: Accelerator) -> tuple[VAE, Fitted]:
+def train(options: Options, images: Images, directory: Path, accelerator: "Accelerator") -> tuple[VAE, Fitted]:
     """One VAE, under one prior and from one seed, and how its training went."""
     model, training = options.model, options.training
     torch.manual_seed(training.seed)

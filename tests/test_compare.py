@@ -498,7 +498,7 @@ def test_batch_normalisation_is_timed_as_it_is_used(tmp_path, own_module):
 def test_steps_are_timed_in_training_mode_and_the_rest_in_evaluation_mode(own_module):
     """In training mode nflows' batch normalisation has no inverse, and scoring would change its running statistics."""
     own_module("normed", NORMED)
-    timed = speed.make_timed(["normed:flow", speed.BARE, *speed.NATIVE_FLOWS], 4, 2, (8,), CPU)
+    timed = speed.make_timed(["normed:flow", speed.BARE, *speed.libraries_own()], 4, 2, (8,), CPU)
     flow = timed["normed:flow"].flow
     for kind in KINDS:
         before = [buffer.clone() for buffer in flow.buffers()]
@@ -671,7 +671,7 @@ def test_speed(tmp_path, capsys):
     found = speed.measure_speed(
         ("freia-affine",), 2, (4, 4), False, tmp_path, CPU, features=6, widths=(2, 4), depths=(1, 2), stopwatch=QUICK
     )
-    assert set(found["table"]) == {*contestants.OURS, *speed.NATIVE_FLOWS, "freia-affine", speed.BARE}
+    assert set(found["table"]) == {*contestants.OURS, *speed.libraries_own(), "freia-affine", speed.BARE}
     assert found["table"][speed.BARE]["step_to_bare"] == found["table"]["masked-affine"]["step_ours"] == 1
     printed, drawn = capsys.readouterr().out, pictures_in(tmp_path)
     assert "per layer at D=2" in printed and width_of(tmp_path / "growth.png") > 300
@@ -777,11 +777,11 @@ def test_an_out_that_is_a_file_is_named_before_any_work(task, tmp_path):
         compare(task=task, out=tmp_path / "file")
 
 
-@pytest.mark.parametrize("name", speed.NATIVE_FLOWS)
+@pytest.mark.parametrize("name", speed.libraries_own())
 def test_a_librarys_samples_are_of_the_density_that_it_scores(name):
     torch.manual_seed(0)
     mask = torch.tensor([1.0, 0.0])
-    native = speed.NATIVE_FLOWS[name](2, [mask, 1 - mask, mask], (8,))
+    native = speed.libraries_own()[name](2, [mask, 1 - mask, mask], (8,))
     with torch.no_grad():
         for parameter in native.parameters:
             parameter.add_(0.2 * torch.randn_like(parameter))

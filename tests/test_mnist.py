@@ -432,7 +432,7 @@ def test_neighbours_are_the_nearest():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mask": "chess"}, "unknown mask 'chess'; known: checker, random, pyramid"),
+        ({"mask": "chess"}, "unknown mask 'chess'; known: chequerboard, random, pyramid"),
         ({"flow": "affine"}, "unknown flow 'affine'; known: masked-affine"),
         ({"net": "resnet"}, "unknown net 'resnet'; known: mlp, conv"),
         ({"dataset": "CIFAR10"}, "unknown dataset 'CIFAR10'; known: MNIST, FashionMNIST"),
@@ -581,4 +581,6 @@ def test_command_line_says_a_mistake_in_one_line(tmp_path):
         [sys.executable, ROOT / "runs/mnist.py", "--mask", "nosuch"],
         capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False,
     )  # fmt: skip
-    assert done.returncode == 1 and done.stderr == "error: unknown mask 'nosuch'; known: checker, random, pyramid\n"
+    assert (
+        done.returncode == 1 and done.stderr == "error: unknown mask 'nosuch'; known: chequerboard, random, pyramid\n"
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from runs import compare, mnist, toy
 from runs.common.command_line import parse
 from runs.common.options import (
     Checked,
@@ -139,3 +140,11 @@ def test_what_the_scripts_share_imports_no_script():
             else:
                 continue
             assert not {f"runs.{script}" for script in scripts} & set(found), path
+
+
+@pytest.mark.parametrize("word", ["chequerboard", "checker", "checkerboard", "checkered", "chequer", "chequered"])
+def test_the_chequerboard_may_be_spelled_otherwise(word):
+    assert parse(mnist.Options, ["--mask", word]).flow.mask == "chequerboard"
+    assert parse(toy.Options, [f"--data={word}"]).density.data == "chequerboard"
+    assert parse(compare.Options, ["--task", word, "--out", word]).equal.task == "chequerboard"
+    assert str(parse(compare.Options, ["--out", word]).run.out) == word

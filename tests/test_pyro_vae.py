@@ -25,15 +25,16 @@ from torch.distributions import Distribution, MultivariateNormal, kl_divergence
 from torch.testing import assert_close
 
 from adapters import FlowDistribution, build_flow, load_flow
+from adapters.elbo import ReparameterizedELBO
 from adapters.preprocess import Standardize
 from adapters.priors import FlowPrior, MixturePrior, StandardNormalPrior
-from adapters.vae import VAE, Decoder, Encoder, ReparameterizedELBO
+from adapters.vae import VAE, Decoder, Encoder
 from runs import pyro_vae
 from runs.common import progress, scores
 from runs.common.command_line import cli, was_interrupted
 from runs.common.images import Batches, Images, binarize, threshold, warped
 from runs.common.objectives import without_argument_checks
-from runs.common.pictures.pyro_vae import STYLES, VAERecord, figures
+from runs.common.pictures.pyro_vae import VAERecord, figures, styles
 from runs.common.recipe import Recipe
 from runs.common.training_state import STATE, NotFinite
 from runs.common.vae_benchmark import plain_loss, pyro_loss
@@ -429,7 +430,7 @@ def test_a_prior_of_ones_own_is_a_line_in_the_table(tmp_path, monkeypatch, capsy
     assert drawn.keys() == {"elbo.png", "priors.png"} | {
         f"{kind}-{prior}.png" for kind in ("samples", "reconstructions", "match") for prior in metrics
     }
-    colours = {ImageColor.getrgb(colour) for _, colour in STYLES[: len(metrics)]}
+    colours = {ImageColor.getrgb(colour) for _, colour in styles()[: len(metrics)]}
     with Image.open(tmp_path / "elbo.png") as image:
         shown = {colour[:3] for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
     assert len(colours) == len(metrics) and colours <= shown
@@ -445,7 +446,7 @@ def test_a_prior_that_does_not_fit_is_refused_before_the_others_are_trained(tmp_
 
 
 def test_there_is_a_look_for_each_of_many_priors():
-    assert len(set(STYLES)) == len(STYLES) >= 40
+    assert len(set(styles())) == len(styles()) >= 40
 
 
 def test_the_pictures_of_a_run_are_drawn_again_without_training(tmp_path, capsys):

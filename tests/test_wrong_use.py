@@ -552,7 +552,7 @@ COMMANDS = [
     ("toy --load nowhere --steps 3 --data chequerboard", "--load trains nothing, so --data, --steps would be ignored"),
     ("toy --resume", "nothing to resume: no training.pt in"),
     ("toy --device gpu", "no device 'gpu' here; there are: auto, cpu"),
-    ("mnist --mask chequer", "unknown mask 'chequer'; known: checker, random, pyramid"),
+    ("mnist --mask chess", "unknown mask 'chess'; known: chequerboard, random, pyramid"),
     ("mnist --net cnn", "unknown net 'cnn'; known: mlp, conv"),
     ("mnist --flow resflow", "unknown flow 'resflow'"),
     ("mnist --dataset CIFAR", "unknown dataset 'CIFAR'; known: MNIST, FashionMNIST, KMNIST, QMNIST"),

@@ -73,6 +73,12 @@ def as_transform(foreign) -> Transform:
     Raises:
         TypeError: if ``foreign`` is of no known library, or no transform.
         nflows.transforms.InverseNotAvailable, ValueError: from the bridge, for a transform that no flow can use.
+
+    >>> import torch
+    >>> exp = as_transform(torch.distributions.transforms.ExpTransform())  # noise → data
+    >>> noise, log_det = exp(torch.ones(1, 2))  # data → noise, the logarithm
+    >>> noise
+    tensor([[0., 0.]])
     """
     if isinstance(foreign, Flow):
         its = "flow.transform" if hasattr(foreign, "transform") else "adapters.parts.transform_of(flow)"  # nflows' own
@@ -94,6 +100,13 @@ def as_flow(foreign) -> Flow:
     Raises:
         TypeError: if ``foreign`` is of no known library, or no flow.
         ValueError: from the bridge, for a flow that cannot be right.
+
+    >>> import torch
+    >>> from torch.distributions import Independent, LogNormal
+    >>> theirs = Independent(LogNormal(torch.zeros(2), torch.ones(2)), 1)
+    >>> flow, x = as_flow(theirs), torch.rand(5, 2)
+    >>> torch.allclose(flow.log_prob(x), theirs.log_prob(x), atol=1e-5)
+    True
     """
     bridge = hub if isinstance(foreign, Flow | Transform) else _bridge_of(foreign)
     flow = bridge.flow_in(foreign)
@@ -123,6 +136,14 @@ def to_library(
         ValueError: for a library that is not known; for a wrong ``event_dim``.
         ImportError: for one that is not installed, naming the extra that installs it.
         TypeError: if ``flow_or_transform`` is neither an nflows ``Transform`` nor a ``Flow``.
+
+    >>> import torch
+    >>> from adapters import build_flow
+    >>> flow, x = build_flow("masked-affine", 2), torch.rand(5, 2)
+    >>> normal = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), torch.ones(2)), 1)
+    >>> theirs = torch.distributions.TransformedDistribution(normal, [to_library("torch", flow)])
+    >>> torch.allclose(theirs.log_prob(x), flow.log_prob(x), atol=1e-5)
+    True
     """
     bridge = next((bridge for bridge in bridges() if library in bridge.LIBRARIES), None)
     if bridge is None:

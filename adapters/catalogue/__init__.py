@@ -155,6 +155,33 @@ def flow_options(name: str) -> list[str]:
     return [option for option in inspect.signature(_maker(name)).parameters if option != "specification"]
 
 
+def defaults(name: str) -> dict[str, Any]:
+    """The options of ``flow_options``, each with the value that it has unless another one is given.
+
+    Raises:
+        ValueError: for a name that is not known.
+
+    >>> defaults("masked-affine")["dropout"]
+    0.0
+    """
+    parameters = inspect.signature(_maker(name)).parameters
+    return {option: parameters[option].default for option in flow_options(name)}
+
+
+def library_of(name: str) -> str | None:
+    """The library of that flow, by the name of its files here; ``None`` for a flow of our own layers.
+
+    Raises:
+        ValueError: for a name that is not known.
+
+    >>> library_of("nflows-rqs"), library_of("masked-affine")
+    ('nflows', None)
+    """
+    _maker(name)
+    _, bridge = _flows()[name]
+    return None if bridge is None else file_name(bridge)
+
+
 def describe_flow(name: str) -> str:
     """One paragraph on a flow: which layers of which library it is made of, and what is particular about them.
 

@@ -22,6 +22,7 @@ from torch.nn.functional import linear, pad
 
 from adapters.checks import check_event, check_output, check_positive
 from adapters.networks import ACTIVATIONS, MAX_INPUT, MAX_LOG_SCALE, check_activation, condition, within
+from adapters.words import in_one_line
 
 
 class MaskedLinear(nn.Linear):
@@ -184,6 +185,9 @@ class MaskedAutoregressiveLayer(Transform):
         parameters = condition(self.conditioner, within(z_prime, MAX_INPUT), context)
         minus_s, t = self._scale_translation(parameters, z_prime, -within(self.scale_bound, MAX_LOG_SCALE))
         return (z_prime - t) * minus_s.exp(), minus_s.sum(1)
+
+    def __repr__(self) -> str:
+        return in_one_line(self, f"{self.features} features")
 
     def _scale_translation(self, parameters: Tensor, z: Tensor, scale_bound: Tensor) -> tuple[Tensor, Tensor]:
         check_output(parameters, (z.shape[0], 2 * z.shape[1]), "conditioner")

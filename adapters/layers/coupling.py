@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adapters.checks import check_event, check_network, check_output
 from adapters.masks import check_mask
 from adapters.networks import condition
+from adapters.words import in_one_line, mask_in_words
 
 
 class MaskedCouplingLayer(Transform):
@@ -32,6 +33,13 @@ class MaskedCouplingLayer(Transform):
         TypeError: for a network that can't be called, such as a class; in a call, for an input that is no tensor.
         ValueError: for a mask that is empty, all ones or not of 0 and 1; in a call, for an input that is not of the
             mask's shape or a network whose output is not.
+
+    >>> from adapters import half_mask
+    >>> layer = MaskedCouplingLayer(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4), half_mask(4))
+    >>> z = torch.randn(3, 4)
+    >>> z_prime, log_det = layer(z)
+    >>> torch.allclose(layer.inverse(z_prime)[0], z, atol=1e-5), torch.equal(z_prime[:, :2], z[:, :2]), log_det.shape
+    (True, True, torch.Size([3]))
     """
 
     mask: Tensor
@@ -53,6 +61,9 @@ class MaskedCouplingLayer(Transform):
         """z' ↦ z = T⁻¹(z') and log|det J_T⁻¹(z')|: equation 16 and minus equation 17."""
         b, s, t = self._mask_scale_translation(z, context)
         return torch.where(b, z, (z - t) * (-s).exp()), -s.flatten(1).sum(1)
+
+    def __repr__(self) -> str:
+        return in_one_line(self, mask_in_words(self.mask))
 
     def _mask_scale_translation(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """b, (1 − b) ⊙ s(b ⊙ z) and (1 − b) ⊙ t(b ⊙ z); the same from z' as from z, since b ⊙ z = b ⊙ z'.

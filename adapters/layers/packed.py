@@ -25,6 +25,7 @@ from adapters.checks import check_event, check_output, check_positive
 from adapters.masks import check_mask
 from adapters.networks import MAX_INPUT, MAX_LOG_SCALE, condition, within
 from adapters.parts import parts_of
+from adapters.words import in_one_line, mask_in_words
 
 Elementwise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # PackedCoupling.elementwise or its inverse
 
@@ -91,6 +92,10 @@ class PackedCoupling(Transform):
         By default z itself, clamped so that no sum in the network overflows.
         """
         return within(z, MAX_INPUT)
+
+    def __repr__(self) -> str:
+        mask = torch.ones(math.prod(self.event_shape), device=self.transformed.device)
+        return in_one_line(self, mask_in_words(mask.index_fill(0, self.transformed, 0).view(self.event_shape)))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """z ↦ z' and log|det J|, noise → data. Shapes ``(batch, *event)`` and ``(batch,)``."""

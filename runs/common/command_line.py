@@ -1,5 +1,6 @@
 """From a command line to a script's ``main``, and its errors back to the user."""
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,9 @@ import tyro
 
 from runs.common.options import Checked, checks_afterwards
 
+CHEQUERBOARD = "chequerboard"  # the one spelling that options show, beside those that they accept
+OTHER_SPELLINGS = ("checker", "checkerboard", "checkered", "chequer", "chequered")
+SPELLED = ("--data", "--mask", "--task")  # the options that may be asked for it
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 Options = TypeVar("Options", bound=Checked)
 
@@ -62,5 +66,20 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, descripti
         ValueError: for an option whose value can't be right.
         SystemExit: for ``--help``, for an unknown flag, or for a word where a number is wanted.
     """
+    words = spelled(sys.argv[1:] if arguments is None else arguments)
     with checks_afterwards():
-        return tyro.cli(kind, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
+        return tyro.cli(kind, args=words, description=description, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def spelled(words: Sequence[str]) -> list[str]:
+    """The words of a command line with every accepted spelling of the chequerboard as the options have it.
+
+    >>> spelled(["--mask", "checker", "--data=checkerboard", "--out", "checker"])
+    ['--mask', 'chequerboard', '--data=chequerboard', '--out', 'checker']
+    """
+    found = []
+    for before, word in itertools.pairwise(["", *words]):
+        option, equals, value = word.rpartition("=") if word.startswith(SPELLED) else (before, "", word)
+        known = option in SPELLED and value in OTHER_SPELLINGS
+        found.append(f"{option}=" * bool(equals) + CHEQUERBOARD if known else word)
+    return found

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from adapters.check import Report
@@ -30,6 +29,9 @@ from runs.common.table import Row, Table, new_row, number_with_digits
 from runs.common.tasks import SPLINES, Task
 from runs.common.timing import Stopwatch, ratio
 from runs.common.training_state import Fitted, NotFinite
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # which takes long to import
 
 FAILURES = (Exception, SystemExit)  # of a user's or a library's code
 
@@ -137,7 +139,7 @@ class Comparison:
     layers: int
     hidden: tuple[int, ...]
     directory: Path
-    accelerator: Accelerator
+    accelerator: "Accelerator"
     effort: Effort
     direction: str | None = None
 

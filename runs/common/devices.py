@@ -3,13 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # which takes long to import
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -40,7 +41,7 @@ def choose_device(name: str) -> torch.device | None:
     return torch.device(name)
 
 
-def make_accelerator(device: str = "auto", precision: str = "no", **options) -> Accelerator:
+def make_accelerator(device: str = "auto", precision: str = "no", **options) -> "Accelerator":
     """Device, precision and processes, as they were asked for, or else as accelerate finds them.
 
     On a machine without a GPU accelerate needs help: it would take each of torchrun's processes for the only one. Its
@@ -55,6 +56,9 @@ def make_accelerator(device: str = "auto", precision: str = "no", **options) -> 
         ValueError: for a device that there is not, for one device number for several processes, or for a precision
             that the device does not compute in.
     """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
     chosen = choose_device(device)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and chosen is not None and chosen.index is not None:

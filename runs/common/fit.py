@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,6 +21,9 @@ from runs.common.devices import can_fuse, make_accelerator
 from runs.common.recipe import Recipe
 from runs.common.step import backward, faster_step, set_rate, update
 from runs.common.training_state import Fitted, TrainingState, set_aside
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # which takes long to import
 
 ASK_EVERY = 20  # steps; a device other than the CPU is asked for its losses once in so many: see ``fit``
 SNAPSHOT_EVERY = 100  # steps; a loss that is not finite costs at most so many
@@ -39,7 +41,7 @@ def fit(
     resume: bool = False,
     identity: dict[str, Any] | None = None,
     save_weights: Callable[[], Path] | None = None,
-    accelerator: Accelerator | None = None,
+    accelerator: "Accelerator | None" = None,
     quiet: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Fitted:
@@ -295,7 +297,7 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
-def _agree(accelerator: Accelerator, losses: Tensor, seconds: float, stop: bool) -> tuple[list[float], float, bool]:
+def _agree(accelerator: "Accelerator", losses: Tensor, seconds: float, stop: bool) -> tuple[list[float], float, bool]:
     """The losses as numbers, the time, and whether any process was asked to stop.
 
     Here the program waits for the device. With several processes the losses and the time are means over them, so that

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pyro
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from adapters.flow import Flow
 from adapters.priors import FlowPrior
-from adapters.vae import VAE, ReparameterizedELBO
+from adapters.vae import VAE
 from runs.common.images import bits_per_dim
 
 
@@ -46,6 +45,8 @@ class NegativeELBO(nn.Module):
 
     def __init__(self, vae: VAE):
         super().__init__()
+        from adapters.elbo import ReparameterizedELBO  # here, as importing Pyro takes long
+
         self.elbo = ReparameterizedELBO()(vae.model, vae.guide)
         self.compiled_parts = [vae.encoder.network, vae.decoder.network]
         if isinstance(vae.prior, FlowPrior):
@@ -63,6 +64,8 @@ def without_argument_checks() -> Iterator[None]:
     ``pyro.validation_enabled`` alone would set torch's switch to the state of Pyro's, which may have been another.
     """
     before = Distribution._validate_args
+    import pyro  # here, as this takes long, and after it the switch would be another
+
     try:
         with pyro.validation_enabled(False):
             yield

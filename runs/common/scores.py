@@ -4,9 +4,9 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -16,6 +16,9 @@ from runs.common.densities import Density
 from runs.common.devices import device_of, seeded
 from runs.common.images import bits_per_dim, context_for, dequantize
 from runs.common.progress import progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # which takes long to import
 
 TEST_POINTS = 100_000  # fresh points of a density in the plane
 POINTS = 10_000  # of them scored at once
@@ -145,7 +148,7 @@ def score_images(flow: Flow, images: Tensor, labels: Tensor, importance: int = 0
     return metrics
 
 
-def shared_bits_per_dim(flow: Flow, images: Tensor, labels: Tensor, accelerator: Accelerator) -> float:
+def shared_bits_per_dim(flow: Flow, images: Tensor, labels: Tensor, accelerator: "Accelerator") -> float:
     """Mean bits per dimension of held-out images; several processes share the work, and all get the same figure."""
     share = (accelerator.process_index, accelerator.num_processes)
     scores = log_likelihoods(flow, images, context_for(flow, labels), share=share)

@@ -7,7 +7,7 @@ gradient. No coupling layer with these networks can be faster.
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adapters.catalogue import native_flows
+from adapters.catalogue.specification import NativeFlow
 from adapters.masks import checkerboard_mask
 from adapters.networks import MLP
 from runs.common.contestants import OURS, REFERENCE, build
@@ -29,27 +30,31 @@ WIDTHS = (2, 8, 32, 128, 512, 2048, 4096)
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 BATCH = 128
 BARE = "bare conditioners"
-NATIVE_FLOWS = {name: make for flows in native_flows().values() for name, make in flows.items()}
+
+
+def libraries_own() -> dict[str, Callable[..., NativeFlow]]:
+    """The libraries' own flows by name, as their authors would build them."""
+    return {name: make for flows in native_flows().values() for name, make in flows.items()}
 
 
 def timed_names(flows: Sequence[str]) -> list[str]:
     """The names of all that are timed: ours, these flows of the catalogue, and the libraries' own."""
-    return list(dict.fromkeys((*OURS, *flows, *NATIVE_FLOWS)))
+    return list(dict.fromkeys((*OURS, *flows, *libraries_own())))
 
 
 def make_timed(
     names: Sequence[str], features: int, layers: int, hidden: Sequence[int], device: torch.device
 ) -> dict[str, TimedFlow]:
     """Each of these flows, or the bare conditioners, of that size, with a batch of standard normal rows."""
-    made = {}
+    made, native = {}, libraries_own()
     with device:  # what is made without saying where is made there
         mask = checkerboard_mask(features)
         masks = [mask if i % 2 else 1 - mask for i in range(layers)]
         for name in names:
             torch.manual_seed(0)
             x = torch.randn(BATCH, features)
-            if name in NATIVE_FLOWS:
-                made[name] = TimedFlow.native(NATIVE_FLOWS[name](features, masks, tuple(hidden)), x)
+            if name in native:
+                made[name] = TimedFlow.native(native[name](features, masks, tuple(hidden)), x)
             elif name == BARE:
                 made[name] = _bare_conditioners(x, masks, hidden)
             else:

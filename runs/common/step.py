@@ -3,14 +3,16 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from runs.common.devices import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # which takes long to import
 
 # How a step is compiled. In each call a compiled function checks whether anything has changed that the compiler took
 # for granted. It need not check torch's own modules in a flow, since a training changes only their weights: this saves
@@ -22,7 +24,7 @@ COMPILE: dict[str, Any] = {
 WARMUP = 3  # steps before one is recorded, in which CUDA's libraries choose algorithms and allocate their memory
 
 
-def backward(module: nn.Module, optimizer: Any, batches: Sequence[Any], accelerator: Accelerator) -> Tensor:
+def backward(module: nn.Module, optimizer: Any, batches: Sequence[Any], accelerator: "Accelerator") -> Tensor:
     """Compute the mean gradient over the batches, and return the mean of their losses, a tensor on the device.
 
     Nothing here waits for the device.
@@ -37,7 +39,7 @@ def backward(module: nn.Module, optimizer: Any, batches: Sequence[Any], accelera
     return total
 
 
-def update(parameters: Sequence[Tensor], optimizer: Any, clip: float | None, accelerator: Accelerator) -> None:
+def update(parameters: Sequence[Tensor], optimizer: Any, clip: float | None, accelerator: "Accelerator") -> None:
     """Clip the gradient, and let the optimiser change the parameters."""
     if clip is not None:
         accelerator.clip_grad_norm_(parameters, clip)
@@ -151,7 +153,7 @@ class GraphedStep:
             self.recorded = Recorded(graph, inputs, output)
 
 
-def can_be_graphed(accelerator: Accelerator) -> bool:
+def can_be_graphed(accelerator: "Accelerator") -> bool:
     """Whether a step can be a CUDA graph: on CUDA, by one process, and not in fp16, which reads its loss scale."""
     return (
         accelerator.device.type == "cuda" and accelerator.num_processes == 1 and accelerator.mixed_precision != "fp16"
@@ -172,7 +174,7 @@ def faster_step(
     module: nn.Module,
     optimizer: Any,
     batch: Callable[[], Any],
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
     hold: Callable[[], None],
     note: Callable[[str], None],
 ) -> Iterator[Callable[[Sequence[Any]], Tensor]]:

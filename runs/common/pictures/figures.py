@@ -17,8 +17,9 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from adapters.checkpoint import write_atomically
+from adapters.plots import DENSITY, GAP, INK, draw_density, draw_points, mosaic
+from adapters.plots import OVER as OVER
 
-INK = "#22303c"
 ACCENT = "#c8553d"
 FAINT = "#5d6b75"
 SERIES = (INK, "#4f8a8b", "#c9973f", ACCENT)  # one colour for each of several curves
@@ -26,10 +27,7 @@ SERIES = (INK, "#4f8a8b", "#c9973f", ACCENT)  # one colour for each of several c
 MANY = ("#22303c", "#2a9d9d", "#c9973f", "#7a5ea8", "#3f7fd0", "#7d9a3a", "#c67fb0", "#8c6d5a", "#58b5e0", "#9aa5ad")
 # For ten classes of points on grey.
 CLASSES = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#f27ccf", "#111111", "#c2b500", "#17c3d9")
-OVER = "#3fc1c9"  # a colour that the map of the densities has not, for what lies above its end
-DENSITY = matplotlib.colormaps["magma"].with_extremes(over=OVER)
 HEADROOM = 1.3  # the colours of densities end at so many times the true maximum
-GAP = 2  # pixels between the images of a grid
 LABEL = 11
 STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
@@ -84,10 +82,8 @@ def density(axes: Axes, values: np.ndarray, top: float, title: str) -> AxesImage
 
     What lies above ``top`` has the colour ``OVER``, and the title says how high the density goes.
     """
-    unit_square(axes, f"{title} (up to {values.max():.3g})")
-    return axes.imshow(
-        values, origin="lower", extent=(0, 1, 0, 1), cmap=DENSITY, vmin=0, vmax=top, interpolation="nearest"
-    )
+    unit_square(axes, title)
+    return draw_density(axes, values, (0, 1, 0, 1), top, title)
 
 
 def density_scale(drawing: Figure, image: AxesImage, axes: Sequence[Axes], above: bool) -> None:
@@ -101,7 +97,7 @@ def density_scale(drawing: Figure, image: AxesImage, axes: Sequence[Axes], above
 def scatter(axes: Axes, points: np.ndarray, title: str) -> None:
     """Points over (0, 1)², as many as stay distinguishable."""
     unit_square(axes, title)
-    axes.plot(points[:, 0], points[:, 1], ".", markersize=1.6, color=INK, alpha=0.35, markeredgewidth=0)
+    draw_points(axes, points)
 
 
 def curve(axes: Axes, steps: Sequence[int], values: Sequence[float], smooth: int, label: str) -> None:
@@ -148,18 +144,14 @@ def image_grid(path: Path, images: np.ndarray, columns: int, labels: Sequence[st
         labels: one for each row, written at its left.
         title: a line above the grid.
     """
-    count, height, width = images.shape
-    rows = -(-count // columns)
-    mosaic = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP), np.nan)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
-        mosaic[top : top + height, left : left + width] = image
-    scale = max(1, round(1200 / mosaic.shape[1])) if mosaic.shape[1] < 1200 else 1
-    size = (scale * mosaic.shape[1] / STYLE["figure.dpi"], scale * mosaic.shape[0] / STYLE["figure.dpi"])
+    height = images.shape[1]
+    grid = mosaic(images, columns)
+    scale = max(1, round(1200 / grid.shape[1])) if grid.shape[1] < 1200 else 1
+    size = (scale * grid.shape[1] / STYLE["figure.dpi"], scale * grid.shape[0] / STYLE["figure.dpi"])
     with plt.rc_context({**STYLE, "figure.constrained_layout.use": False}):
         drawing = plt.figure(figsize=size)
         axes = drawing.add_axes((0, 0, 1, 1))
-        axes.imshow(mosaic, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
         for row, label in enumerate(labels):
             middle = row * (height + GAP) + height / 2

@@ -4,13 +4,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
 from adapters.vae import VAE
@@ -23,13 +20,16 @@ from runs.common.samples import decoded_samples
 from runs.common.scores import EVALUATION_SEED, draws_of_both
 from runs.common.training_state import Fitted
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 POINTS = 3_000  # draws shown of prior and posterior
 GRID = 120  # cells of the prior's density along either axis
 POSTERIOR = "aggregate posterior: z of test images"
 DENSITY_DRAWS = 10_000  # of the prior at once, for its density
 COMPARED = 12  # test images shown with their reconstructions
 DRAWN = 49  # images that a column of priors.png shows
-STYLES = list(itertools.product(("-", "--", ":", "-."), dict.fromkeys(figures.SERIES + figures.MANY)))
 
 
 @dataclass
@@ -123,18 +123,18 @@ class PriorRecord:
         """How often the classifier is right, in words."""
         return f"{100 * self.prior_match:.1f} ± {100 * self.prior_match_stderr:.1f} %"
 
-    def show_posterior(self, axes: Axes, title: str) -> None:
+    def show_posterior(self, axes: "Axes", title: str) -> None:
         """Draws of the aggregate posterior, coloured by the class of their image."""
         self.show_density(axes, title)
         colours = [figures.CLASSES[label] for label in self.labels.tolist()]
         axes.scatter(self.posterior[:, 0], self.posterior[:, 1], s=4, alpha=0.7, linewidths=0, c=colours)
 
-    def show_prior(self, axes: Axes, title: str) -> None:
+    def show_prior(self, axes: "Axes", title: str) -> None:
         """Draws of the prior over its density."""
         self.show_density(axes, title)
         axes.scatter(self.prior[:, 0], self.prior[:, 1], s=3, alpha=0.6, linewidths=0, color=figures.ACCENT)
 
-    def show_density(self, axes: Axes, title: str) -> None:
+    def show_density(self, axes: "Axes", title: str) -> None:
         """The prior's density in grey."""
         ends = (-self.reach, self.reach)
         axes.imshow(
@@ -172,7 +172,7 @@ class VAERecord(Record):
         """Training and validation ELBO, a curve for each prior."""
         with figures.figure(path, size=(6, 3.4)) as (_, axes):
             every = []
-            for (line, colour), prior in zip(itertools.cycle(STYLES), self.priors.values(), strict=False):
+            for (line, colour), prior in zip(itertools.cycle(styles()), self.priors.values(), strict=False):
                 steps, elbos = curve(prior.losses)
                 axes.plot(steps, elbos, line, color=colour, alpha=0.3, linewidth=0.7)
                 steps, elbos = curve(prior.validation)
@@ -216,8 +216,10 @@ class VAERecord(Record):
         return path
 
 
-def legend_of_classes(drawing: Figure) -> None:
+def legend_of_classes(drawing: "Figure") -> None:
     """The colour of each class, in a row above the axes."""
+    from matplotlib.lines import Line2D
+
     spots = [Line2D([], [], color=colour, marker="o", linewidth=0, markersize=6) for colour in figures.CLASSES]
     names = list(map(str, range(len(spots))))
     title = "class of the image that a draw of the posterior belongs to"
@@ -282,6 +284,11 @@ def smooth(values: np.ndarray, width: float = 1.6) -> np.ndarray:
     for axis in (0, 1):
         values = np.apply_along_axis(np.convolve, axis, values, kernel / kernel.sum(), mode="same")
     return values
+
+
+def styles() -> list[tuple[str, str]]:
+    """Line styles and colours of the priors' curves, in turn."""
+    return list(itertools.product(("-", "--", ":", "-."), dict.fromkeys(figures.SERIES + figures.MANY)))
 
 
 def curve(losses: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

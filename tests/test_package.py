@@ -1,0 +1,63 @@
+"""The package as people meet it: ``python -m adapters``, ``help(adapters)`` and the version."""
+
+import importlib
+import inspect
+import pydoc
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import adapters
+from adapters.__main__ import main
+from adapters.bridges import bridges
+from adapters.discovery import file_name
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_overview_names_every_flow_and_library(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*adapters.flow_names(), *map(file_name, bridges()), adapters.__version__))
+
+
+def test_a_library_that_is_missing_says_how_to_install_it(capsys, uninstall):
+    uninstall("zuko")
+    assert main([]) == 0 and "pip install 'flow-adapters[zuko]'" in capsys.readouterr().out
+    assert main(["zuko-nsf"]) == 1 and "pip install 'flow-adapters[zuko]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", adapters.flow_names())
+def test_a_flow_is_described_with_its_options(name, capsys):
+    assert main([name]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{name}: ") and len(shown.splitlines()[0]) > len(name) + 20
+
+
+def test_a_mistake_is_one_line(capsys):
+    assert main(["no-flow"]) == 1
+    assert capsys.readouterr().err.startswith("error: unknown flow 'no-flow'; known: masked-affine")
+    assert main(["--no-option"]) == 2 and main(["--help"]) == 0
+
+
+def test_the_version_has_one_source():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "adapters.__version__"
+
+
+def test_help_is_a_table_of_contents():
+    shown = pydoc.plain(pydoc.render_doc(adapters))
+    contents = inspect.getdoc(adapters) or ""
+    assert contents.splitlines()[0] in shown
+    for name in adapters.__all__:
+        assert name in contents and inspect.getdoc(getattr(adapters, name))
+    for word in contents.split():
+        if word.startswith("adapters."):
+            importlib.import_module(word.rstrip(":,"))
+
+
+def test_every_public_name_has_an_example():
+    """pytest runs them: see ``--doctest-modules`` in pyproject.toml."""
+    assert [name for name in adapters.__all__ if ">>>" not in (inspect.getdoc(getattr(adapters, name)) or "")] == []
