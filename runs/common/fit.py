@@ -191,7 +191,7 @@ class Report:
         training: TrainingState,
         recipe: Recipe,
         describe: Callable[[float], str],
-        accelerator: Accelerator,
+        accelerator: "Accelerator",
         quiet: bool,
     ):
         self.training, self.recipe, self.describe, self.accelerator = training, recipe, describe, accelerator
