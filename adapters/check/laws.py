@@ -413,24 +413,14 @@ def in_a_list(subject: Subject) -> Finding | None:
     for name, part in theirs(subject):
         for attribute, value in vars(part).items():
             inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-            if attribute.startswith("_") or not any(isinstance(one, nn.Module | Tensor) for one in inside):
-                continue
-            if all(id(one) in seen for one in inside if isinstance(one, nn.Module | Tensor)):
+            hidden = [one for one in inside if isinstance(one, nn.Module | nn.Parameter) and id(one) not in seen]
+            if attribute.startswith("_") or not hidden:
                 continue
             called = f"{name}.{attribute}" if name else attribute
-            words = (
-                f"{called} is a {type(value).__name__} of Python: parameters(), .to(device) and state_dict don't see "
-            )
-            remedy = (
-                "write nn.ModuleList for modules, nn.ParameterList for parameters, and register_buffer for constants"
-            )
-            return Finding(
-                WRONG,
-                words + "what is in it",
-                "parameters in a Python list",
-                remedy,
-                ("outputs", "precision", "device"),
-            )
+            words = f"{called} is a {type(value).__name__}: parameters(), .to(device) and state_dict don't look into it"
+            remedy = "write nn.ModuleList for modules, nn.ParameterList for parameters"
+            explains = "outputs", "precision", "device"
+            return Finding(WRONG, words, "parameters in a Python list", remedy, explains)
     return None
 
 
