@@ -17,9 +17,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from adapters import flow_names
@@ -46,6 +45,9 @@ from runs.common.speed import measure_speed, show_speed
 from runs.common.table import REPORT, TABLE, Row, Table
 from runs.common.tasks import IMAGE_TASKS, TASKS, make_task
 from runs.common.training_state import Fitted
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # which takes long to import
 
 RESULTS = Path("results/compare")
 SPEED, ALL = "speed", "all"
@@ -219,7 +221,7 @@ def only(options: Options, task: str) -> Options:
     )
 
 
-def open_table(options: Options, directory: Path, accelerator: Accelerator, claims: ExitStack) -> Table:
+def open_table(options: Options, directory: Path, accelerator: "Accelerator", claims: ExitStack) -> Table:
     """The table of one task: that in the directory if it is to be resumed, or else a new one.
 
     The directory is claimed, so that no second comparison writes there meanwhile. A table that is there already and not
@@ -241,7 +243,7 @@ def open_table(options: Options, directory: Path, accelerator: Accelerator, clai
 
 
 def open_comparison(
-    options: Options, directory: Path, table: Table, accelerator: Accelerator, effort: Effort
+    options: Options, directory: Path, table: Table, accelerator: "Accelerator", effort: Effort
 ) -> Comparison:
     """The comparison on one task, with its data; a line says what it is."""
     equal, seeds = options.equal, options.contestants.seeds

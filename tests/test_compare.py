@@ -411,7 +411,7 @@ def test_ctrl_c_at_any_moment_loses_nothing_that_was_saved(where, tmp_path, monk
 
     before = (tmp_path / "compare.json").read_text()
     module, name = {
-        "check": (gates, "check"),
+        "check": (gates, "check_after_training"),
         "score": (tasks, "divergence"),
         "picture": (tasks, "on_grid"),
         "write": (os, "fsync"),

@@ -456,7 +456,7 @@ def _vae(**flags):
 
 @pytest.mark.parametrize("name", ["my_layer.py:MyLayer", "my_layer.py:Turned", "course.py:flow"])
 def test_toy_trains_saves_resumes_and_draws_again(name, here, capsys):
-    figures = _toy(flow=name)
+    figures = _toy(flow=name, keep_state=True)
     out = here / "results/toy" / f"two-gaussians-{in_short(name).replace(':', '-')}"
     printed = capsys.readouterr().out
     assert (f"{name}: its forward is taken as {FORMS[name]}, --direction " in printed) == (FORMS[name] is not None)
@@ -468,12 +468,12 @@ def test_toy_trains_saves_resumes_and_draws_again(name, here, capsys):
 
 
 def test_a_training_is_not_resumed_in_the_other_direction(here):
-    _toy(flow="my_layer.py:MyLayer")
+    _toy(flow="my_layer.py:MyLayer", keep_state=True)
     with pytest.raises(ValueError, match="belongs to another training: direction was None, not data-to-noise"):
         _toy(flow="my_layer.py:MyLayer", direction=DATA_TO_NOISE, resume=True)
 
 
-@pytest.mark.parametrize("mask", ["checker", "random", "pyramid"])
+@pytest.mark.parametrize("mask", ["chequerboard", "random", "pyramid"])
 def test_mnist_gives_the_masks_that_are_asked_for(mask, here):
     name = "my_layer.py:MyLayer"
     _mnist(flow=name, mask=mask, out=here / "run")
@@ -485,7 +485,7 @@ def test_mnist_gives_the_masks_that_are_asked_for(mask, here):
 
 def test_mnist_draws_and_resumes_a_layer_with_a_mask_of_its_own(here):
     name = "my_layer.py:OwnMask"
-    figures = _mnist(flow=name, out=here / "run")
+    figures = _mnist(flow=name, out=here / "run", keep_state=True)
     assert _mnist(flow=name, out=here / "run", resume=True)["bits_per_dim"] == figures["bits_per_dim"]
     drawn = pictures_in(here / "run")
     run("mnist", load=here / "run", samples=4)
@@ -506,7 +506,7 @@ def test_mnist_conditions_the_layer_that_takes_a_context_and_refuses_the_other(h
 
 def test_the_vae_has_it_as_prior_and_as_posterior(here):
     name = "my_layer.py:Conditional"
-    _vae(flow=name, prior="flow", posterior="flow")
+    _vae(flow=name, prior="flow", posterior="flow", keep_state=True)
     out = here / "results/pyro_vae/flow-my_layer-Conditional"
     assert load_flow(out, maker=name).sample(2).shape == (2, 3)
     _vae(flow=name, prior="flow", posterior="flow", resume=True)
@@ -521,8 +521,8 @@ def test_compare_has_a_row_for_a_file_elsewhere(here):
     (here / "my_layer.py").rename(here / "code/their_layer.py")
     name = "code/their_layer.py:MyLayer"
     tiny = {"task": "two-gaussians", "budget": "3steps", "layers": 2, "hidden": (8,), "out": here / "out"}
-    rows = run("compare", flows=(name, "masked-affine"), direction=DATA_TO_NOISE, **tiny)
-    assert rows[name]["scores"] and "Its forward is taken as data-to-noise." in rows[name]["footnote"]
+    rows = run("compare", flows=(name, "masked-affine"), direction=DATA_TO_NOISE, **tiny)["two-gaussians"]
+    assert rows[name]["trainings"] and "Its forward is taken as data-to-noise." in rows[name]["footnote"]
     assert pictures_in(here / "out")
 
 

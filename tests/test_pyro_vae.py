@@ -1,5 +1,6 @@
 """The VAE, its priors and runs/pyro_vae.py: against closed forms, with every prior and library, and with bad input."""
 
+import importlib
 import itertools
 import json
 import math
@@ -483,7 +484,7 @@ def test_the_classes_have_colours_of_their_own_and_the_pictures_a_legend(tmp_pat
         boxes.sort(key=lambda box: box.x0)
         assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
 
-    monkeypatch.setattr(figures, "save", look)
+    monkeypatch.setattr(importlib.import_module("runs.common.pictures.figures"), "save", look)
     run("pyro_vae", load=tmp_path)
     assert len(set(figures.CLASSES)) == 10
     for name in ("priors.png", "match-flow.png"):

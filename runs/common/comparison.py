@@ -59,14 +59,18 @@ class Effort:
 
 @contextmanager
 def patiently(what: str, seconds: float) -> Iterator[None]:
-    """Raise ``Unfit`` within as soon as that takes more CPU time than so many seconds, and again if that is caught.
+    """Raise ``Unfit`` within as soon as that takes more CPU time than so many seconds.
 
-    Some inverses search for each of 784 coordinates, one after the other, for hours. In a thread other than the main
-    one, which may set no timer, nothing is raised.
+    If that is caught within, it is raised again: every second, and at the end. Some inverses search for each of 784
+    coordinates, one after the other, for hours. In a thread other than the main one, which may set no timer, nothing is
+    raised.
     """
 
+    late = []
+
     def give_up(*_) -> None:
-        raise Unfit(f"{what} takes more than {seconds:g} s of CPU time")
+        late.append(Unfit(f"{what} takes more than {seconds:g} s of CPU time"))
+        raise late[-1]
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -78,6 +82,8 @@ def patiently(what: str, seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         signal.signal(signal.SIGPROF, previous)
+    if late:
+        raise late[-1]
 
 
 def parse_budget(budget: str) -> tuple[float, bool]:

@@ -4,9 +4,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from adapters.checkpoint import write_atomically
@@ -14,6 +14,9 @@ from runs.common.contestants import REFERENCE
 from runs.common.cost import KINDS
 from runs.common.pictures import figures
 from runs.common.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 HAND_WRITTEN = "hand-written"
 PANELS = 3  # in a row
@@ -188,7 +191,7 @@ def colours_of(names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def name_the_ends(axis: Axes, ends: dict[str, tuple[float, float]]) -> None:
+def name_the_ends(axis: "Axes", ends: dict[str, tuple[float, float]]) -> None:
     """Write each flow's name beside its last point, at the panel's right, and apart from the other names."""
     to_share = axis.transData + axis.transAxes.inverted()
     heights = [float(np.clip(to_share.transform(end)[1], 0, 1)) for end in ends.values()]
