@@ -49,7 +49,7 @@ class EqualOptions(Deciding):
     """What is equal for all flows. A comparison is resumed with the same of these."""
 
     task: str = "chequerboard"
-    """two-gaussians, chequerboard, mnist, vae-prior, or speed, which trains nothing."""
+    """two-gaussians, chequerboard, mnist, vae-prior, npe or npe-gaussian, or speed, which trains nothing."""
 
     budget: str = "30s"
     """of each training: 30s for so many seconds, or 2000steps."""

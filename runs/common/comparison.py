@@ -95,6 +95,7 @@ class Comparison:
         torch.manual_seed(seed)
         task, hidden = self.task, tuple(self.table.rows.get(name, {}).get("hidden", self.hidden))
         size = {"layers": self.layers, "hidden_features": hidden, "preprocess": task.preprocess} | changes
+        size["context_features"] = task.context_features
         return build(name, task.features, masks=task.masks, options=SPLINES, **size)
 
     def prepare(self, names: list[str], matched: bool) -> None:
@@ -118,7 +119,9 @@ class Comparison:
                 continue
             try:
                 self._describe(name, row, target)
-                if failed := gates.failures(gates.check_moved(self._small(name), points, self.effort.quadrature)):
+                if failed := gates.failures(
+                    gates.check_moved(self.task.alone(self._small(name)), points, self.effort.quadrature)
+                ):
                     row |= {"gate_failures": failed, "untrained": True}
             except FAILURES as error:
                 row["failed"] = reason(error)
@@ -152,7 +155,7 @@ class Comparison:
         x, timed = self.task.vectors(self.task.batch_size), {}
         for name in dict.fromkeys((REFERENCE, *rows)):
             try:
-                timed[name] = TimedFlow.of(self.build(name).to(self.task.device), x)
+                timed[name] = TimedFlow.of(self.task.alone(self.build(name).to(self.task.device)), x)
             except FAILURES as error:
                 if name == REFERENCE:
                     raise
@@ -198,7 +201,7 @@ class Comparison:
         if fitted.interrupted:
             raise KeyboardInterrupt
         trial.loss.eval()
-        self._check(flow, seed, row)
+        self._check(task.alone(flow), seed, row)
         value, error = trial.score()
         if not math.isfinite(value):
             raise Unfit(f"its {task.measure} on the test data is {value}")

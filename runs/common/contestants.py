@@ -3,7 +3,8 @@
 A name with a colon, ``my_module:my_flow``, is a dotted path to
 
 - a function that gives a flow or a transform of any library. It is called with those of ``features=``, ``layers=``,
-  ``hidden_features=`` and ``masks=`` that it takes. A library's own class is such a function: ``zuko.flows:NAF``;
+  ``hidden_features=`` and ``masks=`` that it takes, and with ``context_features=`` if the task has a context. A
+  library's own class is such a function: ``zuko.flows:NAF``;
 - or a subclass of nflows' ``Transform``, whose ``forward`` runs data → noise. A stack of its layers is made, one for
   each mask; each is called with those of ``features=``, ``hidden_features=`` and ``mask=`` that it takes.
 """
@@ -35,7 +36,11 @@ def check_contestants(names: Sequence[str]) -> None:
     for name in names:
         if ":" in name:
             make = load(name)
-            _arguments(name, make, ("features", "hidden_features", "mask" if _is_layer(make) else "masks", "layers"))
+            _arguments(
+                name,
+                make,
+                ("features", "hidden_features", "mask" if _is_layer(make) else "masks", "layers", "context_features"),
+            )
         elif name not in flow_names():
             raise ValueError(
                 f"unknown flow {name!r}; known: {', '.join(flow_names())}, and your own as my_module:my_flow"
@@ -72,12 +77,14 @@ def build(
     masks: Sequence[Tensor],
     preprocess: Transform | None = None,
     options: dict[str, Any] | None = None,
+    context_features: int | None = None,
 ) -> Flow:
     """The flow of that name.
 
     Args:
         name: of the catalogue, or the path of somebody's own.
-        features, layers, hidden_features, masks, preprocess: as for ``build_flow``; an own flow gets those it takes.
+        features, layers, hidden_features, masks, preprocess, context_features: as for ``build_flow``; an own flow gets
+            those it takes.
         options: further options, of which each flow of the catalogue gets those that it has.
 
     Raises:
@@ -85,12 +92,15 @@ def build(
     """
     if ":" not in name:
         known = {key: value for key, value in (options or {}).items() if key in flow_options(name)}
-        return build_flow(
-            name, features, layers=layers, hidden_features=hidden_features, masks=masks, preprocess=preprocess, **known
-        )
+        size = {"layers": layers, "hidden_features": hidden_features, "masks": masks, "preprocess": preprocess}
+        return build_flow(name, features, context_features, **size, **known)
     make = load(name)
     masks = [masks[i % len(masks)] for i in range(layers)]
-    size = {"features": features, "hidden_features": tuple(hidden_features)}
+    size: dict[str, Any] = {"features": features, "hidden_features": tuple(hidden_features)}
+    if context_features is not None:
+        size["context_features"] = context_features
+        if _is_layer(make) or "context_features" not in _arguments(name, make, (*size, "layers", "masks")):
+            raise TypeError(f"this task conditions on {context_features} numbers: {name} must take context_features=")
     if _is_layer(make):
         made = CompositeTransform([_call(name, make, size | {"mask": mask}) for mask in reversed(masks)])
     else:
@@ -102,7 +112,7 @@ def build(
         transform, base = as_transform(made), StandardNormal([features])
     if preprocess is not None:
         transform = CompositeTransform([preprocess, transform])
-    return Flow(transform, base, (features,))
+    return Flow(transform, base, (features,), context_features)
 
 
 def _is_layer(make: Callable) -> bool:
