@@ -43,7 +43,7 @@ from runs.common.pictures import compare as pictures
 from runs.common.results import claimed, open_directory, read_metrics, where
 from runs.common.speed import measure_speed, show_speed
 from runs.common.table import REPORT, TABLE, Row, Table
-from runs.common.tasks import IMAGE_TASKS, TASKS, make_task
+from runs.common.tasks import DENSITY_TASKS, IMAGE_TASKS, TASKS, make_task
 from runs.common.training_state import Fitted
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class EqualOptions(Deciding):
     """What is equal for all flows. A comparison is resumed with the same of these."""
 
     task: str = "chequerboard"
-    """two-gaussians, chequerboard, mnist, vae-prior, all of these, or speed, which trains nothing."""
+    """two-gaussians, chequerboard, mnist, vae-prior, or all of these; npe or npe-gaussian (posteriors, with sbi); or
+    speed, which trains nothing."""
 
     budget: tuple[str, ...] = ("30s",)
     """of each training: 30s for so many seconds, or 2000steps; several, as in --budget 3s 10s, for trainings of each.
@@ -185,7 +186,7 @@ def main(
         size = options.equal.layers or 8, options.equal.hidden or (256, 256)
         flows, device = options.contestants.flows, accelerator.device
         return measure_speed(flows, *size, run.compile, open_directory(out), device, stopwatch=effort.stopwatch)
-    directories = {name: out / name for name in TASKS} if task == ALL else {task: out}
+    directories = {name: out / name for name in DENSITY_TASKS} if task == ALL else {task: out}
     if run.resume and not any((directory / TABLE).is_file() for directory in directories.values()):
         raise FileNotFoundError(f"nothing to resume: no {TABLE} in {', '.join(map(str, directories.values()))}")
     names = list(dict.fromkeys(options.contestants.flows or flow_names()))

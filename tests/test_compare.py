@@ -29,7 +29,7 @@ from runs.common.pictures.compare import draw_quality, loss_axis, spread
 from runs.common.recipe import Recipe
 from runs.common.results import claimed, parameter_count, write_metrics
 from runs.common.table import Table
-from runs.common.tasks import TASKS
+from runs.common.tasks import DENSITY_TASKS, TASKS
 from runs.common.timing import Stopwatch, ratio
 from tests.scripts import pictures_in, run
 
@@ -303,14 +303,14 @@ def test_one_command_trains_every_seed_and_budget_of_every_task_and_goes_on(tmp_
     with pytest.raises(KeyboardInterrupt):
         compare(**common, seams={"fit": Stops(at=18)})
     assert "all trainings that have ended are kept; --resume goes on" in capsys.readouterr().err
-    done = {task: json.loads((tmp_path / task / "compare.json").read_text())["rows"] for task in TASKS}
+    done = {task: json.loads((tmp_path / task / "compare.json").read_text())["rows"] for task in DENSITY_TASKS}
     order = [(training["seed"], training["budget"]) for training in done["mnist"]["masked-affine"]["trainings"]]
     assert order == [(0, "2steps"), (0, "4steps")]  # the first seed of all tasks comes before the second of any
     assert [len(row["trainings"]) for row in done["two-gaussians"].values()] == [3, 3]
     rest = Stops()
     rows = compare(**common, resume=True, seams={"fit": rest, "draw": True})
-    assert len(rest.clocks) == 32 - 18 and list(rows) == list(TASKS)
-    for task in TASKS:
+    assert len(rest.clocks) == 32 - 18 and list(rows) == list(DENSITY_TASKS)
+    for task in DENSITY_TASKS:
         assert [len(row["trainings"]) for row in rows[task].values()] == [4, 4]
         kept = done[task]["masked-affine"]["trainings"]
         assert scores(rows[task]["masked-affine"])[0] == pytest.approx(kept[1]["score"])
@@ -321,7 +321,7 @@ def test_one_command_trains_every_seed_and_budget_of_every_task_and_goes_on(tmp_
                    out=tmp_path / "mnist", resume=True)["masked-affine"] == rows["mnist"]["masked-affine"]  # fmt: skip
     capsys.readouterr()
     compare(load=tmp_path, out=tmp_path / "again")
-    assert all((tmp_path / "again" / task / "compare.md").is_file() for task in TASKS)
+    assert all((tmp_path / "again" / task / "compare.md").is_file() for task in DENSITY_TASKS)
 
 
 def test_ranks_are_claimed_only_where_the_seeds_show_them():

@@ -621,7 +621,10 @@ COMMANDS = [
     ("pyro_vae --load nowhere", "no pictures.pt in nowhere: give the directory of a run that has ended"),
     ("pyro_vae --load nowhere --prior all", "--load trains nothing, so --prior would be ignored: leave it out"),
     ("pyro_vae --resume", "nothing to resume: no training.pt in"),
-    ("compare --task cifar", "unknown task 'cifar'; known: two-gaussians, chequerboard, mnist, vae-prior, speed"),
+    (
+        "compare --task cifar",
+        "unknown task 'cifar'; known: two-gaussians, chequerboard, mnist, vae-prior, npe, npe-gaussian, speed",
+    ),
     ("compare --flows maf", "unknown flow 'maf'; known: masked-affine,"),
     ("compare --flows math:pi", "math:pi is a float; it must be a layer, a flow, or a class or function"),
     ("compare --budget soon", "budget must be seconds or steps, at most 10⁹, such as 30s or 2000steps, not 'soon'"),

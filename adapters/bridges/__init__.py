@@ -5,6 +5,7 @@
 
 import importlib.util
 import inspect
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -23,6 +24,9 @@ class Bridge(Protocol):
 
     A bridge imports its library only when it is asked to convert something, so that a library that is not installed
     is no trouble to anybody else.
+
+    A library whose own type is a whole density, base and all, has a fifth function, ``flow_out(source, **options)``.
+    ``to_library`` hands it the flow as it is, or the name or factory of one, and its options.
 
     Attributes:
         PACKAGES: the packages whose classes it knows, e.g. ``("zuko",)``. The library is installed if the first one is.
@@ -116,13 +120,21 @@ def as_flow(foreign) -> Flow:
 
 
 def to_library(
-    library: str, flow_or_transform: Transform | Flow, *, event_dim: EventDim | None = None, conditional: bool = False
+    library: str,
+    flow_or_transform: Transform | Flow | str | Callable[..., Any],
+    *,
+    event_dim: EventDim | None = None,
+    conditional: bool = False,
+    **options: Any,
 ):
     """An nflows ``Transform`` (data → noise) as that library's own transform type, for its own flow class.
 
     Of a whole ``Flow`` only the transform is exported, since the library's own flow class brings a base of its own.
     Wherever the library's type is a module, the result holds the transform as a submodule: training it there trains it
     here.
+
+    Only sbi takes a flow with its base. ``to_library("sbi", flow)`` is what ``NPE(prior, density_estimator=…)`` wants.
+    Instead of a flow, it may be given a name of ``build_flow``, or a factory: see ``adapters.bridges.sbi.flow_out``.
 
     Args:
         library: one of ``libraries()``.
@@ -131,11 +143,12 @@ def to_library(
             transform that changes the shape, the shapes of a datum and of its noise. A flow knows this itself.
         conditional: whether the transform takes a context. Pyro has a type for either case, and the other libraries
             ignore this argument. A flow knows this itself.
+        options: of that library, such as sbi's ``embedding_net``. Most libraries have none.
 
     Raises:
         ValueError: for a library that is not known; for a wrong ``event_dim``.
         ImportError: for one that is not installed, naming the extra that installs it.
-        TypeError: if ``flow_or_transform`` is neither an nflows ``Transform`` nor a ``Flow``.
+        TypeError: if ``flow_or_transform`` is nothing that this library can be given; for an option that it has not.
 
     >>> import torch
     >>> from adapters import build_flow
@@ -148,22 +161,27 @@ def to_library(
     bridge = next((bridge for bridge in bridges() if library in bridge.LIBRARIES), None)
     if bridge is None:
         raise ValueError(f"unknown library {shown(library)}; known: {', '.join(libraries())}")
-    if not isinstance(flow_or_transform, Transform | Flow):
+    flow_out = getattr(bridge, "flow_out", None)
+    made_later = flow_out is not None and (isinstance(flow_or_transform, str) or _is_factory(flow_or_transform))
+    if not (made_later or isinstance(flow_or_transform, Transform | Flow)):
         raise TypeError(
             f"to_library exports an nflows Transform, not {_name(flow_or_transform)}; as_transform makes one of "
             "another library's transform, and as_flow makes an nflows Flow, whose transform to_library exports, of "
             "another library's flow"
         )
     check_installed(bridge)
+    if flow_out is not None:
+        check_event_dim(1 if event_dim is None else event_dim)
+        return flow_out(flow_or_transform, **options)
+    if options:
+        raise TypeError(f"to_library({library!r}, …) takes no {', '.join(options)}")
     if isinstance(flow_or_transform, Flow):
         event_dim = event_dim_of(flow_or_transform) if event_dim is None else event_dim
         conditional = conditional or reads_context(flow_or_transform)
-        transform = whole_transform(flow_or_transform)
-    else:
-        transform = flow_or_transform
+        flow_or_transform = whole_transform(flow_or_transform)
     event_dim = 1 if event_dim is None else event_dim
     check_event_dim(event_dim)
-    return bridge.transform_out(transform, library, event_dim, conditional)
+    return bridge.transform_out(cast(Transform, flow_or_transform), library, event_dim, conditional)
 
 
 def bridges() -> list[Bridge]:
@@ -213,6 +231,14 @@ def _bridge_of(foreign) -> Bridge:
     )
     also = (f"; not installed: {missing}" if missing else "") + "".join(f"; {why}" for why in failures(__name__))
     raise TypeError(f"{_name(foreign)} is of no known library; known: {known}{also}")
+
+
+def _is_factory(thing: Any) -> bool:
+    """Whether it is a function, or a class, that is called with the ``features`` of a flow."""
+    try:
+        return callable(thing) and "features" in inspect.signature(thing).parameters
+    except ValueError:  # of a function that does not say what it takes
+        return False
 
 
 def _name(foreign) -> str:

@@ -158,6 +158,7 @@ class Comparison:
         torch.manual_seed(seed)
         task, hidden = self.task, tuple(self.table.rows.get(name, {}).get("hidden", self.hidden))
         size = {"layers": self.layers, "hidden_features": hidden, "preprocess": task.preprocess} | changes
+        size["context_features"] = task.context_features
         options = SPLINES | ({} if self.direction is None else {"direction": self.direction})
         return build(name, task.features, masks=task.masks, options=options, **size)
 
@@ -179,7 +180,8 @@ class Comparison:
             try:
                 self._describe(name, row, target)
                 with patiently("its check", self.effort.patience):
-                    report = gates.check_before_training(self._small(name), self.task.features, self.effort.quadrature)
+                    small = self.task.alone(self._small(name))
+                    report = gates.check_before_training(small, self.task.features, self.effort.quadrature)
                 if not report:
                     row["untrained"] = report.reasons
             except FAILURES as error:
@@ -214,7 +216,7 @@ class Comparison:
         x, timed = self.task.vectors(self.task.batch_size), {}
         for name in dict.fromkeys((REFERENCE, *rows)):
             try:
-                timed[name] = TimedFlow.of(self.build(name).to(self.task.device), x)
+                timed[name] = TimedFlow.of(self.task.alone(self.build(name).to(self.task.device)), x)
             except FAILURES as error:
                 if name == REFERENCE:
                     raise
@@ -275,7 +277,7 @@ class Comparison:
         report = None
         if seed == 0:  # a check may take longer than a short training
             with patiently("its check", self.effort.patience):
-                report = self._checked(flow)
+                report = self._checked(task.alone(flow))
         with patiently("its score", self.effort.patience):
             value, stderr = trial.score()
         if not math.isfinite(value):

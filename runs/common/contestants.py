@@ -34,17 +34,17 @@ def build(
     masks: Sequence[Tensor],
     preprocess: Transform | None = None,
     options: dict[str, Any] | None = None,
+    context_features: int | None = None,
 ) -> Flow:
     """The flow of that name.
 
     Args:
-        name, features, layers, hidden_features, masks, preprocess: as for ``build_flow``.
+        name, features, layers, hidden_features, masks, preprocess, context_features: as for ``build_flow``.
         options: further options, of which each flow gets those that it has.
     """
     known = {key: value for key, value in (options or {}).items() if key in flow_options(name)}
-    return build_flow(
-        name, features, layers=layers, hidden_features=hidden_features, masks=masks, preprocess=preprocess, **known
-    )
+    size = {"layers": layers, "hidden_features": hidden_features, "masks": masks, "preprocess": preprocess}
+    return build_flow(name, features, context_features, **size, **known)
 
 
 def match_parameters(

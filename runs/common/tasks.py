@@ -1,16 +1,14 @@
 """What flows are compared on: each task has its data, its loss, its score, and a picture of what was learned."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
 from nflows.transforms import Transform
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters.flow import Flow
 from adapters.masks import checkerboard_mask
@@ -20,6 +18,7 @@ from adapters.vae import VAE, Decoder, Encoder
 from runs.common.densities import DENSITIES
 from runs.common.devices import seeded
 from runs.common.images import SHAPE, Batches, bits_per_dim, dequantize, load_images, mosaic, threshold
+from runs.common.npe import LinearGaussian, TwoMoons
 from runs.common.objectives import BitsPerDim, NegativeELBO, NegativeLogLikelihood
 from runs.common.samples import base_noise, decode, decoded_samples
 from runs.common.scores import (
@@ -31,70 +30,10 @@ from runs.common.scores import (
     on_grid,
     standard_error,
 )
+from runs.common.task import Task, Trial
 
 SPLINES = {"bins": 8, "tail_bound": 4.0}  # of every flow that has them
 GRID = 150
-
-
-class Trial(NamedTuple):
-    """One flow's training, ready to start.
-
-    Attributes:
-        loss: a module; ``loss(batch(i))`` is what is minimised, in the task's measure.
-        batch: ``batch(i)`` is the i-th batch.
-        score: the measure on test data, and its standard error.
-        picture: an image of what was learned.
-    """
-
-    loss: nn.Module
-    batch: Callable[[int], Any]
-    score: Callable[[], tuple[float, float]]
-    picture: Callable[[], np.ndarray]
-
-
-class Task(ABC):
-    """A task.
-
-    Attributes:
-        measure: what the score is, and ``unit`` in what; lower is better, unless ``higher_is_better``.
-        features, layers, hidden, batch_size, masks, preprocess: what every flow is built with.
-        recipe: what every flow is trained with, beside the budget.
-        box: where a density in the plane lies, for ∫p; ``None`` if there is none.
-        device: where data and flows are.
-    """
-
-    measure: ClassVar[str]
-    unit: ClassVar[str] = "nats"
-    higher_is_better: ClassVar[bool] = False
-    features: ClassVar[int]
-    layers: ClassVar[int]
-    hidden: ClassVar[tuple[int, ...]]
-    batch_size: ClassVar[int]
-    recipe: ClassVar[dict[str, Any]]
-    box: ClassVar[tuple[float, float] | None] = None
-    device: torch.device
-
-    @property
-    def masks(self) -> list[Tensor]:
-        mask = checkerboard_mask(self.features)
-        return [mask, 1 - mask]
-
-    @property
-    def preprocess(self) -> Transform | None:
-        return None
-
-    @classmethod
-    def true_picture(cls) -> np.ndarray | None:
-        """What a perfect flow's picture would show; ``None`` where nobody knows."""
-        return None
-
-    @abstractmethod
-    def vectors(self, n: int) -> Tensor:
-        """Data as the flow sees them, for gates and timing, ``(n, D)``."""
-
-    @abstractmethod
-    def trial(self, flow: Flow, seed: int) -> Trial:
-        """That flow's training with that seed, from its start."""
 
 
 class PlaneTask(Task):
@@ -221,7 +160,10 @@ TASKS: dict[str, type[Task]] = {
     "chequerboard": Chequerboard,
     "mnist": Mnist,
     "vae-prior": VaePrior,
+    "npe": TwoMoons,
+    "npe-gaussian": LinearGaussian,
 }
+DENSITY_TASKS = [name for name, task in TASKS.items() if task.context_features is None]  # none of them needs sbi
 IMAGE_TASKS = [name for name, task in TASKS.items() if issubclass(task, ImageTask)]
 
 
@@ -241,7 +183,6 @@ def make_task(
         data_dir, limit: see ``ImageTask``.
     """
     kind = TASKS[name]
-    if issubclass(kind, PlaneTask):
-        return kind(device, test_points)
-    assert issubclass(kind, ImageTask)
-    return kind(device, data_dir, limit)
+    if issubclass(kind, ImageTask):
+        return kind(device, data_dir, limit)
+    return kind(device, test_points)  # type: ignore[call-arg]  # all others take these

@@ -1,0 +1,541 @@
+"""sbi: builders for NPE, NLE and MarginalTrainer, their estimators' contract, and sbi's own estimators as flows."""
+
+import copy
+import pickle
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from nflows.flows import Flow as NflowsFlow
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+from torch.testing import assert_close
+
+from adapters import FlowDistribution, as_flow, as_transform, build_flow, flow_names, load_flow, save_flow, to_library
+from adapters.bridges.sbi import import_sbi
+from adapters.flow import Flow, StandardNormal
+from tests.examples.sbi import estimator as sbi_estimator
+from tests.laws import randomise
+
+sbi = import_sbi()
+from sbi.inference import NLE, NPE, MarginalTrainer  # noqa: E402  # after import_sbi, which keeps torch as it is
+from sbi.utils import BoxUniform  # noqa: E402
+from sbi.utils.metrics import c2st  # noqa: E402
+
+SMALL = {"layers": 2, "hidden_features": (8,)}
+pytestmark = pytest.mark.filterwarnings("ignore:Maximum number of epochs")  # a test trains for a few only
+
+
+@pytest.fixture(autouse=True)
+def logs_elsewhere(tmp_path, monkeypatch):
+    """sbi writes its logs to the working directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+def simulations(n=100, parameters=2, width=3):
+    """Parameters and what they give, neither of them standard."""
+    theta = 2 + 3 * torch.randn(n, parameters)
+    return theta, 5 * theta.sum(1, keepdim=True) + torch.arange(width) + torch.randn(n, width)
+
+
+def conditional(name="masked-affine", features=2, context_features=3):
+    return randomise(build_flow(name, features, context_features, **SMALL), scale=0.1).float()
+
+
+def made(source="masked-affine", **options):
+    """An estimator of that source, its parameters moved."""
+    options = (SMALL if isinstance(source, str) else {}) | options
+    return randomise(to_library("sbi", source, **options)(*simulations()), scale=0.1).float()
+
+
+def quietly(trainer, theta, x, **options):
+    inference = trainer(BoxUniform(-12 * torch.ones(2), 16 * torch.ones(2)), show_progress_bars=False, **options)
+    return inference.append_simulations(theta, x)
+
+
+# -- out: the estimator's contract -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", flow_names())
+def test_every_flow_of_the_catalogue_is_a_density_estimator(name):
+    theta, x = simulations()
+    estimator = to_library("sbi", name, **SMALL)(theta, x)
+    assert isinstance(estimator, sbi.ConditionalDensityEstimator)
+    assert estimator.input_shape == (2,) and estimator.condition_shape == (3,)
+    loss = estimator.loss(theta[:7], x[:7])
+    assert loss.shape == (7,) and loss.dtype == torch.float32
+    loss.mean().backward()
+    assert all(p.grad is not None for p in estimator.parameters() if p.requires_grad)
+    assert estimator.sample((4,), x[:3]).shape == (4, 3, 2)
+
+
+@pytest.mark.parametrize("sample_shape", [(), (4,), (4, 5), (1,)])
+def test_samples_belong_to_their_conditions(sample_shape):
+    """The reshaping that sbi's own wrapper of nflows gets wrong: samples of one condition scored under another."""
+    estimator, (_, x) = made(), simulations()
+    with torch.no_grad():
+        samples, log_prob = estimator.sample_and_log_prob(sample_shape, x[:3])
+        assert samples.shape == (*sample_shape, 3, 2) and log_prob.shape == (*sample_shape, 3)
+        assert estimator.sample(sample_shape, x[:3]).shape == samples.shape
+        rows = estimator.log_prob(samples.reshape(-1, 3, 2), x[:3]).reshape(log_prob.shape)
+        assert_close(rows, log_prob, atol=1e-3, rtol=1e-3)
+        far = torch.stack((x.mean(0) - 100, x.mean(0) + 100))
+        torch.manual_seed(3)
+        both = estimator.sample((500,), far)
+        for i in range(2):
+            torch.manual_seed(4)
+            alone = estimator.sample((500,), far[i : i + 1])[:, 0]
+            assert_close(both[:, i].mean(0), alone.mean(0), atol=1.0, rtol=0.1)
+
+
+def test_log_prob_broadcasts_inputs_and_conditions():
+    estimator, (theta, x) = made(), simulations(12)
+    expected = torch.stack([estimator.log_prob(theta[i : i + 1], x[i : i + 1])[0, 0] for i in range(12)])
+    cases = {
+        "pairs": (theta, x, expected[None]),
+        "samples": (theta.reshape(3, 4, 2), x.reshape(3, 4, 3), expected.reshape(3, 4)),
+        "one condition": (theta[:, None], x[:1], estimator.log_prob(theta, x[:1].expand(12, 3))[0][:, None]),
+        "one input": (theta[:1], x, estimator.log_prob(theta[:1].expand(12, 2), x)),
+    }
+    for name, (inputs, conditions, wanted) in cases.items():
+        found = estimator.log_prob(inputs, conditions)
+        assert found.shape == wanted.shape, name
+        assert_close(found, wanted, msg=name)
+    assert_close(estimator.loss(theta, x), -expected)
+    with pytest.raises(ValueError, match="Shape of condition"):
+        estimator.log_prob(theta, x[:, :2])
+    with pytest.raises(ValueError, match="Shape of input"):
+        estimator.log_prob(theta[:, :1], x)
+
+
+def test_each_condition_is_embedded_once_however_many_inputs():
+    rows = []
+
+    class Counting(nn.Linear):
+        def forward(self, input):
+            rows.append(len(input))
+            return super().forward(input)
+
+    estimator, (_, x) = made(embedding_net=Counting(3, 5)), simulations()
+    rows.clear()
+    estimator.log_prob(torch.randn(50, 2, 2), x[:2])
+    estimator.sample((50,), x[:2])
+    assert rows == [2, 2]
+
+
+def test_the_inverse_transform_gives_the_noise_that_makes_the_sample():
+    estimator, (theta, x) = made(), simulations(6)
+    noise = estimator.inverse_transform(theta, x)
+    assert noise.shape == theta.shape
+    assert_close(estimator.inverse_transform(theta[:, None], x[:1])[:, 0], estimator.inverse_transform(theta, x[:1]))
+    assert_close(estimator.net.decode(noise, estimator.embedding_net(x)), theta, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("z_score", ["none", None, "independent", "structured"])
+def test_it_is_standardised_as_sbi_does(z_score):
+    theta, x = simulations()
+    flow = conditional()
+    estimator = to_library("sbi", flow, z_score_theta=z_score, z_score_x=z_score)(theta, x)
+
+    def standardised(data):
+        if z_score == "independent":
+            return (data - data.mean(0)) / data.std(0), data.std(0).log().sum()
+        if z_score == "structured":
+            std = data.std(1).mean()
+            return (data - data.mean()) / std, data.shape[1] * std.log()
+        return data, torch.zeros(())
+
+    (u, log_scale), (v, _) = standardised(theta), standardised(x)
+    assert_close(estimator.log_prob(theta, x)[0], flow.log_prob(u, v) - log_scale, atol=1e-4, rtol=1e-4)
+
+
+def test_standardised_it_is_sbis_own_estimator():
+    """sbi's own flow, without its z-scoring, which the builder then adds: with the same weights the same density."""
+    for name in ("maf", "zuko_maf"):
+        torch.manual_seed(1)
+        whole = sbi_estimator(name, 2, (3,))
+        torch.manual_seed(1)
+        bare = sbi_estimator(name, 2, (3,), z_score_theta="none", z_score_x="none")
+        torch.manual_seed(1)
+        theta, x = 2 + 3 * torch.randn(50, 2), 5 * torch.randn(50, 3) - 1  # as sbi_estimator draws them
+        found = to_library("sbi", as_flow(bare))(theta, x)
+        assert_close(found.log_prob(theta, x), whole.log_prob(theta, x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["copy", "pickle"]
+)
+def test_builders_and_estimators_are_copied_and_pickled(way):
+    theta, x = simulations()
+    for source in ("masked-affine", conditional(), conditional().transform):
+        estimator = made(source)
+        again = way(estimator)
+        assert_close(again.log_prob(theta, x), estimator.log_prob(theta, x), rtol=0, atol=0)
+        assert not {id(p) for p in again.parameters()} & {id(p) for p in estimator.parameters()}
+        builder = to_library("sbi", source, **(SMALL if isinstance(source, str) else {}))
+        assert way(builder)(theta, x).log_prob(theta, x).shape == (1, 100)
+    marginal = to_library("sbi", "masked-affine", **SMALL)(x)
+    assert_close(way(marginal).log_prob(x), marginal.log_prob(x), rtol=0, atol=0)
+
+
+def test_it_moves_to_another_device(device):
+    estimator, (theta, x) = made("masked-affine", embedding_net=nn.Linear(3, 2)), simulations(5)
+    expected = estimator.log_prob(theta, x)
+    estimator.to(device)
+    assert_close(estimator.log_prob(theta.to(device), x.to(device)).cpu(), expected)
+    assert estimator.sample((3,), x.to(device)).device.type == device.type
+
+
+# -- out: what a builder takes -----------------------------------------------------------------------------------------
+
+
+def own_factory(features, context_features):
+    import zuko
+
+    return zuko.flows.NSF(features, context_features, transforms=2, hidden_features=(8,))
+
+
+def mixture(features, context_features):
+    import zuko
+
+    layer = zuko.flows.MaskedAutoregressiveTransform(features, context_features, hidden_features=(8,))
+    return zuko.lazy.Flow(layer, zuko.flows.GMM(features, context_features, hidden_features=(8,)))
+
+
+SOURCES = {
+    "flow": conditional,
+    "transform": lambda: conditional().transform,
+    "library's flow": lambda: as_flow(own_factory(2, 3)),
+    "factory of a library's flow": lambda: own_factory,
+    "factory of a transform": lambda: (
+        lambda features, context_features: conditional(features=features, context_features=context_features).transform
+    ),
+    "conditional base": lambda: mixture,
+    "class": lambda: partial(build_flow, "normflows-affine", **SMALL),
+    "nflows' own with an embedding": lambda: NflowsFlow(
+        conditional(context_features=4).transform, StandardNormal([2]), nn.Linear(3, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_builder_takes_a_flow_a_transform_or_a_factory(name):
+    theta, x = simulations(400)
+    inference = quietly(NPE, theta, x, density_estimator=to_library("sbi", SOURCES[name]()))
+    before = to_library("sbi", SOURCES[name]())(theta, x).loss(theta, x).mean()
+    estimator = inference.train(max_num_epochs=5, learning_rate=1e-2, training_batch_size=50)
+    assert estimator.loss(theta, x).mean() < before
+    samples, log_prob = estimator.sample_and_log_prob((4,), x[:3])
+    assert_close(estimator.log_prob(samples, x[:3]), log_prob, atol=1e-3, rtol=1e-3)
+    flow = as_flow(estimator)
+    assert flow.event_shape == (2,) and flow.context_features == 3
+    assert_close(flow.log_prob(theta, x), estimator.log_prob(theta, x)[0])
+    assert inference.build_posterior().sample((5,), x=x[:1], show_progress_bars=False).shape == (5, 2)
+
+
+def test_a_flow_of_images_and_a_condition_of_images():
+    flow = as_flow(build_flow("masked-affine", 2, 5, **SMALL))
+    embedding_net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.LazyLinear(5))
+    embedding_net(torch.randn(1, 1, 6, 6))
+    theta, x = torch.randn(60, 2), torch.randn(60, 1, 6, 6)
+    inference = quietly(NPE, theta, x, density_estimator=to_library("sbi", flow, embedding_net=embedding_net))
+    estimator = inference.train(max_num_epochs=1)
+    assert estimator.condition_shape == (1, 6, 6)
+    assert estimator.sample((4,), x[:3]).shape == (4, 3, 2)
+    assert_close(as_flow(estimator).log_prob(theta, x), estimator.log_prob(theta, x)[0])
+    assert set(embedding_net.parameters()) <= set(estimator.parameters())  # as with sbi's own builders
+
+
+def test_a_condition_that_is_no_vector_is_flattened():
+    theta, x = torch.randn(60, 2), torch.randn(60, 2, 3)
+    estimator = to_library("sbi", "masked-affine", **SMALL)(theta, x)
+    assert estimator.log_prob(theta, x).shape == (1, 60)
+    assert_close(as_flow(estimator).log_prob(theta, x), estimator.log_prob(theta, x)[0])
+
+
+def test_each_call_of_a_builder_makes_an_estimator_of_its_own():
+    flow, (theta, x) = conditional(), simulations()
+    builder = to_library("sbi", flow)
+    first, second = builder(theta, x), builder(theta, x)
+    assert not {id(p) for p in first.parameters()} & {id(p) for p in (*second.parameters(), *flow.parameters())}
+    assert_close(first.log_prob(theta, x), second.log_prob(theta, x), rtol=0, atol=0)
+    inference = quietly(NPE, theta, x, density_estimator=builder)
+    weights = [p.clone() for p in flow.parameters()]
+    trained = inference.train(max_num_epochs=2)
+    again = inference.train(max_num_epochs=1, retrain_from_scratch=True, force_first_round_loss=True)
+    assert not any(p is q for p in trained.parameters() for q in again.parameters())
+    assert all(map(torch.equal, weights, flow.parameters()))
+
+
+def test_the_builder_hands_its_flow_back():
+    flow = conditional()
+    assert as_flow(to_library("sbi", flow)) is flow and as_transform(to_library("sbi", flow)) is flow.transform
+    assert as_transform(to_library("sbi", flow.transform)) is flow.transform
+    for function in (as_flow, as_transform):
+        with pytest.raises(TypeError, match="was given a name or a factory, so it has no flow before it is called"):
+            function(to_library("sbi", "masked-affine"))
+
+
+# -- out: inference ----------------------------------------------------------------------------------------------------
+
+
+def test_as_a_likelihood():
+    theta, x = simulations(400, width=2)
+    embedding_net = nn.Linear(2, 4)
+    builder = to_library("sbi", "masked-affine", estimates="likelihood", embedding_net=embedding_net, **SMALL)
+    inference = quietly(NLE, theta, x, density_estimator=builder)
+    estimator = inference.train(max_num_epochs=3)
+    assert estimator.input_shape == (2,) and set(embedding_net.parameters()) <= set(estimator.parameters())
+    assert estimator.log_prob(x[:5], theta[:5]).shape == (1, 5)
+    posterior = inference.build_posterior()
+    assert posterior.potential(theta[:4], x=x[:3]).shape == (4,)  # three trials, independent of each other
+
+
+def test_as_a_marginal():
+    _, x = simulations(400)
+    trainer = MarginalTrainer(to_library("sbi", "masked-affine", **SMALL), show_progress_bars=False).append_samples(x)
+    estimator = trainer.train(max_num_epochs=3)
+    assert isinstance(estimator, sbi.UnconditionalDensityEstimator)
+    assert estimator.log_prob(x.reshape(4, 100, 3)).shape == (4, 100) and estimator.loss(x).shape == (400,)
+    samples, log_prob = estimator.sample_and_log_prob((5, 2))
+    assert samples.shape == (5, 2, 3) and estimator.sample((5, 2)).shape == (5, 2, 3)
+    assert_close(estimator.log_prob(samples), log_prob, atol=1e-3, rtol=1e-3)
+    assert_close(as_flow(estimator).log_prob(x), estimator.log_prob(x)[0])
+
+
+def test_in_rounds():
+    """Sequential inference: the posterior of a round proposes the parameters of the next."""
+    prior = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
+    builder = to_library("sbi", "masked-affine", **SMALL)
+    inference, proposal, x_o = NPE(prior, density_estimator=builder, show_progress_bars=False), prior, torch.ones(1, 2)
+    for _ in range(2):
+        theta = proposal.sample((200,)) if proposal is prior else proposal.sample((200,), show_progress_bars=False)
+        x = theta + 0.3 * torch.randn_like(theta)
+        estimator = inference.append_simulations(theta, x, proposal=proposal).train(max_num_epochs=5)
+        proposal = inference.build_posterior(estimator).set_default_x(x_o)
+    assert proposal.sample((10,), show_progress_bars=False).shape == (10, 2)
+    pickle.dumps(proposal)
+
+
+@pytest.mark.parametrize("name", ["masked-affine", "masked-spline"])
+def test_a_linear_gaussian_posterior(name):
+    """θ ~ N(0, I), x = θ + N(0, 0.3 I): the posterior is N(x / 1.3, 0.3 / 1.3 I), and a classifier can hardly tell."""
+    prior = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    theta = prior.sample((1500,))
+    x = theta + 0.3**0.5 * torch.randn_like(theta)
+    builder = to_library("sbi", name, layers=2, hidden_features=(16, 16))
+    inference = NPE(prior, density_estimator=builder, show_progress_bars=False).append_simulations(theta, x)
+    inference.train(max_num_epochs=25, learning_rate=5e-3)
+    x_o = torch.tensor([[0.5, -0.5]])
+    samples = inference.build_posterior().sample((500,), x=x_o, show_progress_bars=False)
+    exact = x_o / 1.3 + (0.3 / 1.3) ** 0.5 * torch.randn(500, 2)
+    assert c2st(samples, exact).item() < 0.6
+
+
+# -- out: what is refused ----------------------------------------------------------------------------------------------
+
+BUILT_WRONG = {
+    "unknown flow": (lambda: to_library("sbi", "masked-afine"), ValueError, "unknown flow 'masked-afine'; known: "),
+    "unknown option": (
+        lambda: to_library("sbi", "masked-affine", bins=3),
+        TypeError,
+        "masked-affine has no option 'bins'",
+    ),
+    "option of a flow": (
+        lambda: to_library("sbi", conditional(), layers=3),
+        TypeError,
+        "a flow that is built already takes no layers; give its name or a factory",
+    ),
+    "estimates": (
+        lambda: to_library("sbi", conditional(), estimates="evidence"),
+        ValueError,
+        "estimates must be 'posterior', for NPE, or 'likelihood', for NLE, not 'evidence'",
+    ),
+    "z-scoring": (
+        lambda: to_library("sbi", conditional(), z_score_theta="transform_to_unconstrained"),
+        ValueError,
+        "z_score_theta must be 'independent', 'structured' or 'none', not 'transform_to_unconstrained'",
+    ),
+    "embedding": (
+        lambda: to_library("sbi", conditional(), embedding_net=nn.Linear),
+        TypeError,
+        "embedding_net must be an nn.Module, not <class",
+    ),
+    "no factory": (lambda: to_library("sbi", print), TypeError, "to_library exports an nflows Transform, not"),
+    "network": (lambda: to_library("sbi", nn.Linear(2, 2)), TypeError, "to_library exports an nflows Transform, not"),
+    "other library": (
+        lambda: to_library("pyro", conditional(), embedding_net=nn.Linear(2, 2)),
+        TypeError,
+        r"to_library\('pyro', …\) takes no embedding_net",
+    ),
+    "name to another library": (lambda: to_library("pyro", "masked-affine"), TypeError, "not builtins.str; as_trans"),
+}
+
+
+@pytest.mark.parametrize("name", BUILT_WRONG)
+def test_no_builder_is_made_of_what_makes_no_estimator(name):
+    call, kind, message = BUILT_WRONG[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+REFUSED = {
+    "context": (
+        lambda: conditional(context_features=4),
+        {},
+        r"takes a context of 4 numbers, but the condition has 3, once embedded: build the flow with context_features=3",
+    ),
+    "embedded context": (conditional, {"embedding_net": nn.Linear(3, 5)}, "condition has 5, once embedded"),
+    "embedding": (
+        conditional,
+        {"embedding_net": nn.Linear(4, 3)},
+        r"network can't be given conditions of shape \(3,\)",
+    ),
+    "unconditional flow": (
+        lambda: conditional(context_features=None),
+        {},
+        "this flow is unconditional: it would ignore what NPE and NLE condition on; build it with context_features=3",
+    ),
+    "unconditional transform": (
+        lambda: build_flow("nflows-affine", 2, **SMALL).transform,
+        {},
+        "this flow is unconditional: it would ignore what NPE and NLE condition on",
+    ),
+    "transform that takes no context": (
+        lambda: build_flow("masked-affine", 2, **SMALL).transform,
+        {},
+        "this flow is unconditional: it would ignore what NPE and NLE condition on; build its layers with a context",
+    ),
+    "unconditional factory": (
+        lambda: lambda features: build_flow("masked-affine", features, **SMALL),
+        {},
+        "this flow is unconditional",
+    ),
+    "transform of another context": (
+        lambda: conditional(context_features=4).transform,
+        {},
+        r"this flow takes another context \(.*\); build its layers with a context of 3 numbers",
+    ),
+    "prior": (
+        lambda: conditional(features=3),
+        {},
+        r"the prior's parameters have the shape \(2,\), but the flow is of data of shape \(3,\): build it with feat",
+    ),
+    "likelihood": (
+        conditional,
+        {"estimates": "likelihood"},
+        r"the simulations have the shape \(3,\), but the flow is of data of shape \(2,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_fits_no_simulations_is_refused_before_training(name):
+    source, options, message = REFUSED[name]
+    inference = quietly(NPE, *simulations(), density_estimator=to_library("sbi", source(), **options))
+    with pytest.raises(ValueError, match=message):
+        inference.train()
+
+
+def test_a_conditional_flow_is_no_marginal():
+    with pytest.raises(ValueError, match="of a context of 3 numbers, and MarginalTrainer conditions on nothing"):
+        to_library("sbi", conditional())(simulations()[0])
+
+
+def test_probing_a_flow_leaves_no_trace():
+    """Layers that initialise themselves on their first batch do so in training, not while the builder looks."""
+    theta, x = simulations()
+    embedding_net = nn.BatchNorm1d(3)
+    from nflows.transforms import ActNorm, CompositeTransform
+
+    layers = CompositeTransform([ActNorm(2), conditional().transform])
+    estimator = to_library("sbi", layers, embedding_net=embedding_net)(theta, x)
+    assert embedding_net.num_batches_tracked == 0
+    assert not any(module.initialized for module in estimator.modules() if isinstance(module, ActNorm))
+
+
+# -- in ----------------------------------------------------------------------------------------------------------------
+
+OWN = ["maf", "maf_rqs", "nsf", "made", "zuko_bpf", "zuko_maf", "zuko_nsf", "zuko_ncsf", "zuko_nice", "zuko_gf"]
+OWN += ["zuko_naf", "zuko_unaf", "zuko_sospf"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_sbis_own_estimators_score_as_in_sbi(name):
+    native = sbi_estimator(name, 2, (3,), embedding_net=nn.Linear(3, 4))
+    flow, (theta, x) = as_flow(native), simulations()
+    assert isinstance(flow, Flow) and flow.event_shape == (2,) and flow.context_features == 3
+    assert_close(flow.log_prob(theta, x), native.log_prob(theta, x)[0], atol=1e-5, rtol=1e-4)
+    assert {id(p) for p in flow.parameters()} == {id(p) for p in native.parameters()}
+    samples, log_prob = flow.sample_and_log_prob(3, x[:4])
+    assert samples.shape == (4, 3, 2) and log_prob.shape == (4, 3)
+    p = FlowDistribution(flow, x[:4], validate_args=False)
+    assert p.batch_shape == (4,) and p.sample((5,)).shape == (5, 4, 2)
+
+
+def test_an_estimator_on_the_priors_support():
+    prior = BoxUniform(-torch.ones(2), torch.ones(2))
+    native = sbi_estimator("zuko_nsf", 2, (3,), z_score_theta="transform_to_unconstrained", x_dist=prior)
+    theta, (_, x) = prior.sample((100,)), simulations()
+    flow = as_flow(native)
+    assert_close(flow.log_prob(theta, x), native.log_prob(theta, x)[0], atol=1e-4, rtol=1e-4)
+    assert flow.sample(100, x[:1]).abs().max() <= 1
+
+
+def test_what_is_no_flow_of_sbis_is_refused():
+    for native in (sbi_estimator("mdn", 2, (3,)), nn.Sequential(sbi_estimator("maf", 2, (3,)))):
+        with pytest.raises(TypeError, match="is no flow|is of no known library"):
+            as_flow(native)
+    theta, x = simulations()
+    inference = quietly(NPE, theta, x, density_estimator=to_library("sbi", "masked-affine", **SMALL))
+    inference.train(max_num_epochs=1)
+    with pytest.raises(TypeError, match=r"is cut to the support of its prior.*as_flow\(posterior.posterior_estimator"):
+        as_flow(inference.build_posterior())
+
+
+@pytest.mark.parametrize("source", ["maf", "zuko_maf", to_library("sbi", "masked-affine", **SMALL)], ids=str)
+def test_a_trained_posterior_is_a_prior_in_pyro(source):
+    theta, x = simulations(300)
+    estimator = quietly(NPE, theta, x, density_estimator=source).train(max_num_epochs=1)
+    flow, x_o = as_flow(estimator), x[0]
+    guide_flow = build_flow("masked-affine", 2, **SMALL)
+
+    def model(y):
+        z = pyro.sample("z", FlowDistribution(flow, x_o, validate_args=False))
+        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
+
+    def guide(y):
+        pyro.module("guide", guide_flow)
+        pyro.sample("z", FlowDistribution(guide_flow))
+
+    pyro.clear_param_store()
+    step = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step
+    assert all(torch.isfinite(torch.tensor(step(torch.zeros(2)))) for _ in range(3))
+    prior = FlowDistribution(flow, x_o)
+    assert_close(prior.log_prob(theta[:5]), estimator.log_prob(theta[:5, None], x_o[None])[:, 0])
+
+
+def make_sbi(name, features, width):
+    """The maker of a checkpoint: an estimator of that kind and shape, whatever its weights and its standardisation."""
+    return sbi_estimator(name, features, (width,))
+
+
+def make_ours(name, features, width):
+    return to_library("sbi", name, **SMALL)(torch.randn(9, features), torch.randn(9, width))
+
+
+@pytest.mark.parametrize(
+    ("maker", "name"), [("make_sbi", "maf"), ("make_sbi", "zuko_nsf"), ("make_ours", "masked-affine")]
+)
+def test_a_trained_estimator_is_saved_and_loaded(maker, name, tmp_path):
+    theta, x = simulations(300)
+    make = globals()[maker]
+    estimator = quietly(NPE, theta, x, density_estimator=lambda theta, x: make(name, 2, 3)).train(max_num_epochs=1)
+    where = f"{__name__}:{maker}"
+    save_flow(as_flow(estimator), tmp_path, where, {"name": name, "features": 2, "width": 3})
+    torch.manual_seed(7)
+    loaded = load_flow(tmp_path, where)
+    assert_close(loaded.log_prob(theta, x), estimator.log_prob(theta, x)[0], rtol=0, atol=0)
