@@ -496,7 +496,9 @@ def test_what_is_no_flow_of_sbis_is_refused():
         as_flow(inference.build_posterior())
 
 
-@pytest.mark.parametrize("source", ["maf", "zuko_maf", to_library("sbi", "masked-affine", **SMALL)], ids=["maf", "zuko_maf", "ours"])
+@pytest.mark.parametrize(
+    "source", ["maf", "zuko_maf", to_library("sbi", "masked-affine", **SMALL)], ids=["maf", "zuko_maf", "ours"]
+)
 def test_a_trained_posterior_is_a_prior_in_pyro(source):
     theta, x = simulations(300)
     estimator = quietly(NPE, theta, x, density_estimator=source).train(max_num_epochs=1)
