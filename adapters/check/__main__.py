@@ -9,7 +9,7 @@ import tyro
 
 from adapters.check import SECONDS, check
 from adapters.check.laws import WRONG
-from adapters.check.subject import said
+from adapters.check.subject import Wrong, said
 from adapters.own import Offer, load, make
 
 
@@ -50,7 +50,7 @@ def main(
         values = {name: _value(text) for name, text in (arguments or {}).items()}
         thing = make(load(layer), Offer(event_shape, context_features), values, "--arguments")
     except Exception as error:
-        print(f"{WRONG} {said(error)}")
+        print(f"{WRONG} {error if isinstance(error, Wrong) else said(error)}")
         return 1
     report = check(thing, event_shape, context_features, seconds)
     print(report)
