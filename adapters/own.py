@@ -230,7 +230,7 @@ def options_of(name: str) -> list[str]:
     """
     found = load(name)
     if not _is_maker(found):
-        if not callable(found) and not _is_list(found):
+        if not callable(found) and not is_list(found):
             raise ValueError(
                 f"{name} is {kind(found)}; it must be a layer, a flow, or a class or function that makes one"
             )
@@ -324,7 +324,7 @@ def _parts(name: str, offer: Offer, arguments: dict[str, Any]) -> list[Any]:
     """The layers, from the noise side to the data side, or whatever is the whole transform or flow alone."""
     found = load(name)
     first = make(found, offer, arguments)
-    if _is_list(first):
+    if is_list(first):
         return [known(_copy(part)) for part in first]
     if not _is_maker(found):
         return [_copy(first)]
@@ -336,7 +336,7 @@ def _parts(name: str, offer: Offer, arguments: dict[str, Any]) -> list[Any]:
     return [first, *(make(found, other, arguments) for other in others)]
 
 
-def _is_list(thing: Any) -> bool:
+def is_list(thing: Any) -> bool:
     """Whether it is several layers; torch's ``Sequential`` is too, which can't itself be a layer."""
     return isinstance(thing, list | tuple | nn.ModuleList) or type(thing) is nn.Sequential
 

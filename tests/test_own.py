@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from adapters import build_flow, check, discovery, flow_names, load_flow, save_flow
 from adapters.catalogue import flow_options
+from adapters.check.__main__ import main as check_command
 from adapters.own import DATA_TO_NOISE, NOISE_TO_DATA, in_short
 from runs.common.images import Images
 from tests.laws import randomise
@@ -363,6 +364,11 @@ def test_a_file_may_have_the_name_of_a_module(name, asked, here, capsys):
     assert build_flow(asked.format(name), 2, layers=1).sample(2).shape == (2, 2)
     assert not str(importlib.import_module(name).__file__).startswith(str(here))
     assert sys.path[0] != str(here)
+
+
+def test_the_check_goes_through_a_list(here, capsys):
+    assert check_command("course.py:listed") == 0
+    assert capsys.readouterr().out.count("Right: ") == 3
 
 
 def test_a_list_has_layers_and_no_flow(here):
