@@ -6,7 +6,8 @@ The name is of a module or a file, and of something in it. That may be
   plain ``nn.Module`` whose ``forward`` and ``inverse`` return ``(outputs, log_det)``, as the exercise's layer does;
 - a flow's class, or a function that makes a flow or a transform: if it takes ``masks`` or ``layers``, it makes all of
   the layers itself. A function that takes ``mask`` makes one layer, as a class does;
-- a layer or a flow that is made already. Each flow gets a copy of it.
+- a layer or a flow that is made already. Each flow gets a copy of it;
+- a list of layers, from the noise side to the data side, or a function that gives one.
 
 A class or a function is called with what it asks for by the names of its parameters: see ``Offer``. A flow may be of
 any library, or the course's own, with ``base``, ``forward``, ``inverse``, ``log_prob`` and ``sample``.
@@ -18,6 +19,7 @@ transforms, data → noise, and the exercise's for other modules. Inverted, an e
 
 import copy
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import math
@@ -145,11 +147,9 @@ def load(name: str) -> Any:
         raise ValueError(f"{name!r} names no layer or flow; write my_layer:MyLayer, or my_layer.py:MyLayer")
     if path.suffix == ".py" and not path.is_file():
         raise ImportError(f"{name}: there is no file {module}")
-    directory = str(path.resolve().parent) if path.suffix == ".py" else ""
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
     try:
-        found = _of_file(path.resolve()) if path.suffix == ".py" else importlib.import_module(module)
+        with _searched_first(str(path.resolve().parent) if path.suffix == ".py" else ""):
+            found = _of_file(path.resolve()) if path.suffix == ".py" else importlib.import_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's code does while it is read
         remedy = "run from the directory it is in" if isinstance(error, ModuleNotFoundError) else "mend it first"
         raise ImportError(f"{name}: {module} can't be imported ({said(error)}); {remedy}") from error
@@ -158,6 +158,24 @@ def load(name: str) -> Any:
             raise ValueError(f"{name}: {module} has no {part}{_what_it_has(found)}")
         found = getattr(found, part)
     return found
+
+
+@contextmanager
+def _searched_first(directory: str) -> Iterator[None]:
+    """Search it for modules before all else within, and after all else from then on.
+
+    The user's files may import each other at any time. Yet a ``zuko.py`` among them must not stand in for a library
+    that this package imports later.
+    """
+    if directory in sys.path:
+        yield
+        return
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        sys.path.remove(directory)
+        sys.path.append(directory)
 
 
 def _what_it_has(module: Any) -> str:
@@ -176,7 +194,7 @@ def _of_file(path: Path) -> ModuleType:
     As any module it is read once. Somebody may change it while a training goes on, which has to end with what it began.
     """
     if path not in _of_files:
-        name = f"own_{path.stem}" if path.stem in sys.modules else path.stem
+        name = f"own_{path.stem}" if _is_taken(path) else path.stem
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -187,6 +205,14 @@ def _of_file(path: Path) -> ModuleType:
             raise
         _of_files[path] = module
     return _of_files[path]
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether a module of the file's name is imported already, or installed and may be imported later."""
+    if path.stem in sys.modules:
+        return True
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != path.parent]
+    return importlib.machinery.PathFinder.find_spec(path.stem, elsewhere) is not None
 
 
 def in_short(name: str) -> str:
@@ -204,7 +230,7 @@ def options_of(name: str) -> list[str]:
     """
     found = load(name)
     if not _is_maker(found):
-        if not callable(found):
+        if not callable(found) and not is_list(found):
             raise ValueError(
                 f"{name} is {kind(found)}; it must be a layer, a flow, or a class or function that makes one"
             )
@@ -234,12 +260,19 @@ def make(found: Any, offer: Offer, arguments: dict[str, Any], flag: str = "--opt
 
     Raises:
         TypeError: if it asks for something that is not offered, or an argument is not one of its own.
+        Wrong: for whatever it raises itself.
     """
     if not _is_maker(found):
         if arguments:
             raise TypeError(f"{_name(found)} is made already, and takes no arguments")
         return found
-    return found(**_arguments(_name(found), found, offer, arguments, flag))
+    given = _arguments(_name(found), found, offer, arguments, flag)
+    parameters = _parameters(_name(found), found)[0].values()
+    in_order = [given.pop(one.name) for one in parameters if one.kind is one.POSITIONAL_ONLY and one.name in given]
+    try:
+        return found(*in_order, **given)
+    except (Exception, SystemExit) as error:  # of the user's own code
+        raise Wrong(f"making it raises {said(error)}") from error
 
 
 def _arguments(name: str, found: Callable, offer: Offer, arguments: dict[str, Any], flag: str) -> dict[str, Any]:
@@ -251,7 +284,7 @@ def _arguments(name: str, found: Callable, offer: Offer, arguments: dict[str, An
         if key in arguments:
             continue
         if offer.given(key, parameter):
-            given[key] = values[key]()
+            given[key] = values["hidden" if _is_one_width(key, parameter) else key]()
         elif parameter.default is parameter.empty:
             raise TypeError(
                 f"{name} wants {key}: say {flag} {key} VALUE, or give it a default, or name a function that makes it "
@@ -259,6 +292,11 @@ def _arguments(name: str, found: Callable, offer: Offer, arguments: dict[str, An
                 "context_features"
             )
     return given
+
+
+def _is_one_width(name: str, parameter: inspect.Parameter) -> bool:
+    """Whether ``hidden_features`` is one integer there, rather than the widths of all hidden layers."""
+    return name == "hidden_features" and (parameter.annotation in (int, "int") or isinstance(parameter.default, int))
 
 
 def _parameters(name: str, found: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -286,14 +324,30 @@ def _parts(name: str, offer: Offer, arguments: dict[str, Any]) -> list[Any]:
     """The layers, from the noise side to the data side, or whatever is the whole transform or flow alone."""
     found = load(name)
     first = make(found, offer, arguments)
+    if is_list(first):
+        return [known(_copy(part)) for part in first]
     if not _is_maker(found):
-        return [copy.deepcopy(first)]
+        return [_copy(first)]
     parameters = _parameters(name, found)[0].keys()
     one_layer = isinstance(found, type) or not parameters.isdisjoint((*MASK, *SCALE, *TRANSLATION))
     if not one_layer or not parameters.isdisjoint(("layers", "masks")) or _is_flow(first):
         return [first]
     others = (replace(offer, masks=[*offer.masks[i:], *offer.masks[:i]]) for i in range(1, offer.layers))
     return [first, *(make(found, other, arguments) for other in others)]
+
+
+def is_list(thing: Any) -> bool:
+    """Whether it is several layers; torch's ``Sequential`` is too, which can't itself be a layer."""
+    return isinstance(thing, list | tuple | nn.ModuleList) or type(thing) is nn.Sequential
+
+
+def _copy(thing: Any) -> Any:
+    try:
+        return copy.deepcopy(thing)
+    except Exception as error:
+        raise Wrong(
+            f"it can't be copied ({said(error)}): keep nothing in it that __init__ computes from weights"
+        ) from error
 
 
 def _is_flow(thing: Any) -> bool:
@@ -352,6 +406,10 @@ def transform_and_base(
         raise ValueError(f"unknown direction {direction!r}; known: {', '.join(DIRECTIONS)}")
     with _sentences(name):
         parts = _parts(name, offer, arguments)
+        if not parts:
+            raise Wrong("it is a list of no layers")
+        if len(parts) > 1 and any(map(_is_flow, parts)):
+            raise Wrong("a flow is among its layers, which has a base of its own: give its transform")
         first, base, chosen = known(parts[0]), StandardNormal(offer.event_shape), None
         if isinstance(first, nflows.flows.Flow):
             transforms, base = [whole_transform(first)], base_of(first)
@@ -406,20 +464,24 @@ def _base_of_the_courses(flow: Any, event_shape: tuple[int, ...]) -> Distributio
             "distribution over events, such as Independent(Normal(…), 1)"
         )
     if (shape := base().event_shape) != torch.Size(event_shape):
+        if base().batch_shape + shape == torch.Size(event_shape):
+            raise Wrong(f"its base gives a log-density for each coordinate: write Independent(…, {len(event_shape)})")
         raise Wrong(f"its base is of events {tuple(shape)}, and the data of {event_shape}: ask for features and use it")
     return TorchBase(OwnBase(base), torch.Size(event_shape))
 
 
 def _tried(parts: list[Any], offer: Offer) -> "_Tried":
-    """The first part that does something, tried: of random masks in the plane, every fourth is all ones."""
-    for part in parts:
-        tried = _Tried(part, offer)
-        if not tried.forward.kept.all():
-            return tried
-    raise Wrong(
-        "forward(z) is z itself, whatever its parameters are: write equation 15 in forward, 16 in inverse, and 17 for "
-        "both log-determinants"
-    )
+    """Of all parts, tried, one that tells the direction: of random masks in the plane, every fourth is all ones."""
+    tried = [_Tried(part, offer) for part in parts]
+    if not any(one.trained for one in tried):
+        raise Wrong("it has no parameters to train: keep its networks as attributes, or in an nn.ModuleList")
+    moving = [one for one in tried if not one.forward.kept.all()]
+    if not moving:
+        raise Wrong(
+            "forward(z) is z itself, whatever its parameters are: write equation 15 in forward, 16 in inverse, and 17 "
+            "for both log-determinants"
+        )
+    return next((one for one in moving if not one.subject.is_flow and one.equation()), moving[0])
 
 
 class _Tried:
@@ -434,11 +496,8 @@ class _Tried:
             if not hasattr(thing, FORWARD):
                 Subject(thing, SECONDS).explain_signatures(offer.context_features)
             raise Wrong(f"{kind(thing)} has no parameters to train: derive its class from nn.Module")
-        parameters = [parameter for parameter in thing.parameters() if parameter.requires_grad]
-        if not parameters:
-            raise Wrong("it has no parameters to train: keep its networks as attributes, or in an nn.ModuleList")
-        self.offer = offer
-        self.subject = Subject(copy.deepcopy(thing).eval(), SECONDS)
+        self.trained = any(parameter.requires_grad for parameter in thing.parameters())
+        self.subject = Subject(_copy(thing).eval(), SECONDS)
         self.subject.explain_signatures(offer.context_features)
         with torch.random.fork_rng([]), torch.no_grad():
             torch.manual_seed(0)
@@ -452,10 +511,14 @@ class _Tried:
         """Which way ``forward`` runs: as ``log_prob`` says, as the equations say, or else as is usual."""
         if self.subject.is_flow:
             return self._direction_of_log_prob()
+        return self.equation() or (DATA_TO_NOISE if isinstance(self.subject.thing, Transform) else NOISE_TO_DATA)
+
+    def equation(self) -> str | None:
+        """The direction that the exercise's equations tell, if ``forward`` computes one of them."""
         for equation, direction in ((equation_15, NOISE_TO_DATA), (equation_16, DATA_TO_NOISE)):
             if self.forward.networks(equation):
                 return direction
-        return DATA_TO_NOISE if isinstance(self.subject.thing, Transform) else NOISE_TO_DATA
+        return None
 
     @torch.no_grad()
     def _direction_of_log_prob(self) -> str:
@@ -474,7 +537,7 @@ class _Tried:
         def function(rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
             return self.subject.run(direction, rows, context)
 
-        with watching(self.subject.module) as seen:
+        with watching(self.subject.module, len(x)) as seen:
             try:
                 y, log_det = function(x.clone(), self.context)
             except Wrong as error:

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from adapters import build_flow, check, discovery, flow_names, load_flow, save_flow
 from adapters.catalogue import flow_options
+from adapters.check.__main__ import main as check_command
 from adapters.own import DATA_TO_NOISE, NOISE_TO_DATA, in_short
 from runs.common.images import Images
 from tests.laws import randomise
@@ -208,6 +209,31 @@ def make_baseless(features, masks):
 
 
 flow = make_flow(2, [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])])
+
+
+class Flip(nn.Module):  # without parameters
+    def forward(self, z):
+        return z.flip(1), z.new_zeros(len(z))
+
+    inverse = forward
+
+
+class OneWidth(MyLayer):  # whose hidden layer has one width
+    def __init__(self, features, mask, /, hidden_features: int = 5):
+        one = nn.Sequential(nn.Linear(features, hidden_features), nn.Linear(hidden_features, features))
+        bounded = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(features, features)), nn.Tanh())
+        super().__init__(bounded, one, mask)
+
+
+def make_list(features, masks):
+    return [Flip(), *layers(features, masks)]
+
+
+def make_module_list(features, masks):
+    return nn.ModuleList(layers(features, masks))
+
+
+listed = nn.Sequential(*make_list(2, [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]))
 """
 )
 
@@ -225,6 +251,10 @@ FORMS = {
     "course.py:make_flow": None,
     "course.py:make_turned": None,
     "course.py:flow": None,
+    "course.py:OneWidth": NOISE_TO_DATA,
+    "course.py:make_list": NOISE_TO_DATA,
+    "course.py:make_module_list": NOISE_TO_DATA,
+    "course.py:listed": NOISE_TO_DATA,
     "adapters:MaskedCouplingLayer": NOISE_TO_DATA,
     "nflows.transforms:LULinear": DATA_TO_NOISE,
     "normflows.flows:MaskedAffineFlow": None,
@@ -327,10 +357,25 @@ def test_a_file_is_known_by_its_name_wherever_it_lies(here):
             load_flow(here / "saved", maker=maker)
 
 
-def test_a_file_may_have_the_name_of_a_module(here):
-    Path("copy.py").write_text(LAYER)
-    assert build_flow("copy.py:MyLayer", 2, layers=1).sample(2).shape == (2, 2)
-    assert importlib.import_module("copy").deepcopy
+@pytest.mark.parametrize("name", ["copy", "this"])  # imported already, and not yet
+@pytest.mark.parametrize("asked", ["{}.py:MyLayer", "my_layer.py:MyLayer", "my_layer:MyLayer"])
+def test_a_file_may_have_the_name_of_a_module(name, asked, here, capsys):
+    Path(f"{name}.py").write_text(LAYER)
+    assert build_flow(asked.format(name), 2, layers=1).sample(2).shape == (2, 2)
+    assert not str(importlib.import_module(name).__file__).startswith(str(here))
+    assert sys.path[0] != str(here)
+
+
+def test_the_check_goes_through_a_list(here, capsys):
+    assert check_command("course.py:listed") == 0
+    assert capsys.readouterr().out.count("Right: ") == 3
+
+
+def test_a_list_has_layers_and_no_flow(here):
+    Path("lists.py").write_text("from course import *\nnone = []\ntwo = [flow, flow]")
+    for name, words in {"none": "it is a list of no layers", "two": "a flow is among its layers"}.items():
+        with pytest.raises(ValueError, match=f"lists.py:{name}: {words}"):
+            build_flow(f"lists.py:{name}", 2)
 
 
 # What can't be a layer: one sentence that says what to write
@@ -361,6 +406,17 @@ MISTAKES = {
         ("z = z", "z = torch.nn.functional.conv2d(z, torch.ones(1, 1, 1, 1))"),
         "it takes images of shape (1, 2, 2), and is given vectors of 4: begin forward and inverse with z = z.view(",
     ),
+    "a mask of bools": (
+        ("self.mask = mask", "self.mask = mask.bool()"),
+        "forward raises NotImplementedError: Subtraction, the `-` operator, with a bool tensor is not supported.",
+    ),
+    "super().__init__() forgotten": (("super().__init__()", "pass"), "making it raises AttributeError: cannot assign"),
+    "an error in its making": (("super()", "{}['a']; super()"), "making it raises KeyError: 'a' (wrong.py, line 17: "),
+    "lazy modules": (("nn.Linear(features, 2", "nn.LazyLinear(2"), "its lazy modules have no sizes before they are"),
+    "old weight normalisation": (
+        ("nn.Linear(features, 2 * features)", "old(nn.Linear(features, 2 * features))"),
+        "it can't be copied (RuntimeError: Only",
+    ),
     "what nobody offers": (
         ("features, mask", "features, mask, hunger"),
         "wants hunger: say --options hunger VALUE",
@@ -371,6 +427,13 @@ import torch
 from torch import nn
 from nflows.transforms import Transform
 Base = KIND
+
+
+def old(net):  # keeps a tensor that it computes from weights, as torch's first weight_norm did
+    del net._parameters["weight"]
+    net.weight_v = nn.Parameter(torch.ones(8, 4))
+    net.weight = 2 * net.weight_v
+    return net
 
 
 class Layer(Base):

@@ -9,8 +9,8 @@ import tyro
 
 from adapters.check import SECONDS, check
 from adapters.check.laws import WRONG
-from adapters.check.subject import said
-from adapters.own import Offer, load, make
+from adapters.check.subject import Wrong, said
+from adapters.own import Offer, is_list, load, make
 
 
 def main(
@@ -32,7 +32,8 @@ def main(
     python -m adapters.check my_layer:make_flow --arguments hidden 64 bins 8
 
     A class or a function is called with those of features, event_shape, context_features, mask, scale_net and
-    translation_net that it asks for. The exit status is 0 if all laws hold, 1 if one does not.
+    translation_net that it asks for. Of a list of layers each is checked. The exit status is
+    0 if all laws hold, 1 if one does not.
 
     Args:
         layer: module:object or file.py:object, where the object is a layer, a flow, a class of one, or a function that
@@ -50,11 +51,11 @@ def main(
         values = {name: _value(text) for name, text in (arguments or {}).items()}
         thing = make(load(layer), Offer(event_shape, context_features), values, "--arguments")
     except Exception as error:
-        print(f"{WRONG} {said(error)}")
+        print(f"{WRONG} {error if isinstance(error, Wrong) else said(error)}")
         return 1
-    report = check(thing, event_shape, context_features, seconds)
-    print(report)
-    return 0 if report else 1
+    reports = [check(one, event_shape, context_features, seconds) for one in (thing if is_list(thing) else [thing])]
+    print(*reports, sep="\n\n")
+    return 0 if reports and all(reports) else 1
 
 
 def _value(text: str) -> Any:

@@ -279,7 +279,7 @@ class Evidence:
         def function(rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
             return self.subject.run(direction, rows, context)
 
-        with torch.no_grad(), watching(self.subject.module) as seen:
+        with torch.no_grad(), watching(self.subject.module, len(x)) as seen:
             y, log_det = function(x.clone(), self.context)
         return Pass(direction, x, self.context, y, log_det, seen, function, undoes)
 
@@ -418,13 +418,17 @@ def settle(subject: Subject, x: Tensor, context: Tensor | None) -> None:
 
 
 @contextmanager
-def watching(module: nn.Module) -> Iterator[list[Seen]]:
-    """What each module inside is given and gives, where both are one tensor."""
+def watching(module: nn.Module, rows: int) -> Iterator[list[Seen]]:
+    """What each module inside is given and gives, where both are one tensor with as many rows.
+
+    What a parametrization makes of a weight is no answer to rows.
+    """
     seen: list[Seen] = []
 
     def watch(name: str) -> Callable:
         def note(_, given: tuple, gave) -> None:
-            if given and isinstance(given[0], Tensor) and isinstance(gave, Tensor):
+            tensors = given and isinstance(given[0], Tensor) and isinstance(gave, Tensor)
+            if tensors and given[0].dim() > 1 and gave.dim() > 1 and len(given[0]) == len(gave) == rows:
                 seen.append(Seen(name, given[0].clone(), gave.clone()))
 
         return note

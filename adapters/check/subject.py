@@ -117,7 +117,9 @@ class Subject:
             raise Hangs(
                 f"{name} has not come back within {self.seconds:g} s: is there a loop that does not end?{line_of()}"
             ) from None
-        except (InverseNotAvailable, NotImplementedError):
+        except (InverseNotAvailable, NotImplementedError) as error:
+            if not _is_stub(error):
+                raise Wrong(f"{name} raises {said(error)}") from error
             if name not in (INVERSE, "sample"):
                 raise Wrong(f"{name} is not written yet") from None
             raise NoInverse(f"it has no inverse: {WRITE_INVERSE}") from None
@@ -132,6 +134,8 @@ class Subject:
 
         nflows' own flows and composites always hand a context on, be it None.
         """
+        if any(nn.parameter.is_lazy(one) for one in self.module.parameters()):
+            raise Wrong("its lazy modules have no sizes before they are called: write nn.Linear(features, …) in full")
         if not callable(self.transform):
             raise Wrong(f"{kind(self.thing)} can't be called: write def forward(self, z), which returns z', log_det")
         if not callable(getattr(self.transform, INVERSE, None)):
@@ -201,6 +205,12 @@ def said(error: BaseException) -> str:
     """An error on one line, with the line of the user's own code that it comes from."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}{': ' * bool(message)}{message}{line_of(error)}"
+
+
+def _is_stub(error: Exception) -> bool:
+    """Whether somebody raised it in Python, for what is not written yet: torch raises it too, as for 1 − b of bools."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    return not line or line.startswith("raise")
 
 
 def place(thing: Any, method: str) -> str:

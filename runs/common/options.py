@@ -154,7 +154,7 @@ class FlowOptions(Deciding):
                 if context_features is not None:
                     context = torch.randn(8, context_features)
                 flow.log_prob(x, context).mean().backward()
-                flow.sample(1, context)
+                flow.eval().sample(1, context)
                 save_flow(flow, directory)
             except (ValueError, TypeError, OSError, ImportError, RuntimeError):
                 raise
