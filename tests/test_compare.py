@@ -231,16 +231,17 @@ def test_one_failing_flow_is_a_row_that_says_why(tmp_path, own_module, capsys):
 
 def test_the_readmes_own_layer_gets_its_row(tmp_path, monkeypatch):
     (code,) = [
-        block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class SoftsignCoupling" in block
+        block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class MyLayer" in block
     ]
     assert len(code.splitlines()) <= 25
     (tmp_path / "my_layer.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["", *__import__("sys").path])
-    rows = compare(**TINY | {"layers": 4}, flows=("my_layer:SoftsignCoupling", "masked-affine"), out=tmp_path)
-    row = rows["my_layer:SoftsignCoupling"]
+    rows = compare(**TINY | {"layers": 4}, flows=("my_layer.py:MyLayer", "masked-affine"), out=tmp_path)
+    row = rows["my_layer.py:MyLayer"]
     assert math.isfinite(scores(row)[0]) and not row["trainings"][0]["gate_failures"]
-    assert row["parameters"] == 4 * parameter_count(torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Linear(8, 4)))
+    network = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Linear(8, 2))
+    assert row["parameters"] == 4 * 2 * parameter_count(network)
 
 
 def test_a_librarys_own_class_is_a_factory(tmp_path):
