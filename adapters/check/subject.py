@@ -117,7 +117,9 @@ class Subject:
             raise Hangs(
                 f"{name} has not come back within {self.seconds:g} s: is there a loop that does not end?{line_of()}"
             ) from None
-        except (InverseNotAvailable, NotImplementedError):
+        except (InverseNotAvailable, NotImplementedError) as error:
+            if not _raised(error):  # by PyTorch, of 1 − b where b is a bool, or of an operator that a device lacks
+                raise Wrong(f"{name} raises {said(error)}") from error
             if name not in (INVERSE, "sample"):
                 raise Wrong(f"{name} is not written yet") from None
             raise NoInverse(f"it has no inverse: {WRITE_INVERSE}") from None
@@ -231,6 +233,12 @@ def line_of(error: BaseException | None = None) -> str:
         [frame for frame in traceback.extract_tb(error.__traceback__) if is_theirs(frame.filename)] if error else []
     )
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+def _raised(error: Exception) -> bool:
+    """Whether a ``raise`` of Python code made this error, and no operator within PyTorch."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    return not line or "raise" in line
 
 
 def _takes(function: Callable, arguments: int) -> bool:
