@@ -248,8 +248,8 @@ def unmasked(e: Evidence, law: str) -> str | None:
     for name, given in seen:
         if same(given, x * ~kept) or (entangled and same(given[:, ~kept], x[:, ~kept])):
             return (
-                f"{name.split('.')[0]} is given the coordinates that are transformed, and not those that stay: "
-                f"give it b ⊙ z{_coupling(e, 15)}"
+                f"{_at(e, p.direction)} gives {name.split('.')[0]} the coordinates that are transformed, and not those "
+                f"that stay: give it b ⊙ z{_coupling(e, 15)}"
             )
     if not entangled:
         return None
