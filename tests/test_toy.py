@@ -68,7 +68,7 @@ def test_what_lies_above_the_colours_is_said_in_words(tmp_path, monkeypatch):
 
     texts: list[list[str]] = []
     run("toy", out=tmp_path, **TINY)
-    monkeypatch.setattr(figures, "save", look)
+    monkeypatch.setattr(sys.modules[figures.figure.__module__], "save", look)  # not of what imports it later
     record = ToyRecord.load(tmp_path)
     for factor in (0.0, 1.5):
         record.learned_density = factor * record.true_density
