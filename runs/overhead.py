@@ -1,6 +1,7 @@
 """What a bridge costs: a training step of each library's own flow, called natively and through the hub.
 
-python runs/overhead.py
+python runs/overhead.py                 each library's step through its bridge, as a multiple of its native one
+python runs/overhead.py --rounds 10     a quick look
 """
 
 import statistics

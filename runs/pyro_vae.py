@@ -1,12 +1,13 @@
 """Train the course's VAE in Pyro under one prior or all: is the test ELBO better, do prior and posterior match?
 
-python runs/pyro_vae.py
-python runs/pyro_vae.py --prior all
-python runs/pyro_vae.py --prior gaussian --latent 2
-python runs/pyro_vae.py --flow zuko-nsf --layers 4
+python runs/pyro_vae.py                               a flow as prior: test ELBO −73.8 nats, 5 min
+python runs/pyro_vae.py --prior all                   exercise 2.6: four priors in one table, 20 min
+python runs/pyro_vae.py --limit 500 --epochs 1        a quick look, seconds
+python runs/pyro_vae.py --prior gaussian --latent 2   a latent space that can be looked at
+python runs/pyro_vae.py --flow zuko-nsf --layers 4    another flow as prior
 python runs/pyro_vae.py --flow my_layer.py:MyLayer    your own layer
-python runs/pyro_vae.py --load results/pyro_vae    draw the pictures of the newest run again
-python runs/pyro_vae.py --benchmark                what Pyro costs
+python runs/pyro_vae.py --load results/pyro_vae       draw the pictures of the newest run again
+python runs/pyro_vae.py --benchmark                   what Pyro costs: a step beside one in plain PyTorch
 """
 
 import copy

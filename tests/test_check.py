@@ -16,6 +16,7 @@ import torch
 import tyro
 from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor, nn
+from torch.nn.functional import softsign
 
 import adapters
 from adapters import MaskedCouplingLayer, build_flow, check, checkerboard_mask, flow_names
@@ -166,6 +167,30 @@ PLANTED = {  # what is wrong: forward, inverse, the mistake's name, and the equa
         lambda z, b, s, t: inverse(z, b, lambda x: s(x).tanh(), t),
         "log-determinant of another s than the one used",
         17,
+    ),
+    "softsign, (1 − b) missing": (
+        lambda z, b, s, t: (forward(z, b, lambda x: softsign(s(x)), t)[0], total(softsign(s(b * z)))),
+        lambda z, b, s, t: inverse(z, b, lambda x: softsign(s(x)), t),
+        FACTOR,
+        17,
+    ),
+    "s at unchanged coordinates": (
+        lambda z, b, s, t: (z * s(b * z).exp() + (1 - b) * t(b * z), total(s(b * z))),
+        lambda z, b, s, t: ((z - (1 - b) * t(b * z)) * (-s(b * z)).exp(), -total(s(b * z))),
+        FACTOR,
+        15,
+    ),
+    "t at unchanged coordinates": (
+        lambda z, b, s, t: (z * ((1 - b) * s(b * z)).exp() + t(b * z), total((1 - b) * s(b * z))),
+        lambda z, b, s, t: ((z - t(b * z)) * ((b - 1) * s(b * z)).exp(), -total((1 - b) * s(b * z))),
+        FACTOR,
+        15,
+    ),
+    "networks see 1 − b": (
+        lambda z, b, s, t: forward(z, b, lambda _: s((1 - b) * z), lambda _: t((1 - b) * z)),
+        lambda z, b, s, t: inverse(z, b, lambda _: s((1 - b) * z), lambda _: t((1 - b) * z)),
+        "the networks see unmasked z",
+        15,
     ),
     "mask inverted": (
         lambda z, b, s, t: forward(z, 1 - b, s, t),
@@ -415,6 +440,12 @@ class Nothing(Shift):
         pass
 
 
+class BoolMask(Hand):
+    def __init__(self):
+        super().__init__((2,))
+        self.mask = self.mask.bool()
+
+
 class Raises(Shift):
     def forward(self, z):
         return z @ self.t.expand(3, 3), 0
@@ -646,6 +677,10 @@ ONE_LINE = {  # what is wrong: the layer, and a part of the one line that says s
         "forward returns a float as its log_det, where a tensor is wanted; for a constant write",
     ),
     "nothing": (Nothing, "forward returns None, where a pair is wanted"),
+    "1 − b of a bool": (
+        BoolMask,
+        "forward raises NotImplementedError: Subtraction, the `-` operator, with a bool tensor",
+    ),
     "raises": (Raises, "return z @ self.t.expand(3, 3), 0)"),
     "leaves the program": (Leaves, "forward raises SystemExit: 3 (test_check.py, line "),
     "hangs": (

@@ -230,9 +230,7 @@ def test_one_failing_flow_is_a_row_that_says_why(tmp_path, own_module, capsys):
 
 
 def test_the_readmes_own_layer_gets_its_row(tmp_path, monkeypatch):
-    (code,) = [
-        block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class MyLayer" in block
-    ]
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class MyLayer" in block]
     assert len(code.splitlines()) <= 25
     (tmp_path / "my_layer.py").write_text(code)
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from runs import compare, mnist, toy
+from runs.common import command_line
 from runs.common.command_line import parse
 from runs.common.options import (
     Checked,
@@ -127,6 +128,20 @@ def test_every_option_stands_in_one_group_alone_and_says_what_it_is(script, caps
         assert f" {flag} " in printed or f" {flag}, " in printed, flag
         text = printed.split(f" {flag}")[1].split("(default:")[0].split()
         assert len(text) > 2, f"{flag} has no help"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_ends_with_examples_that_the_script_takes(script, capsys):
+    module = importlib.import_module(f"runs.{script}")
+    with pytest.raises(SystemExit):
+        command_line.run(module.main, module.Options, ["--help"])
+    examples = capsys.readouterr().out.partition("examples, and what they give:")[2].strip().splitlines()
+    assert examples
+    for example in examples:
+        command, said = re.split("  +", example)
+        assert f"runs/{script}.py" in command and len(said) > 10
+        words = command.partition(f"{script}.py")[2].replace("my_layer.py:MyLayer", "masked-affine").split()
+        parse(module.Options, words)
 
 
 def test_what_the_scripts_share_imports_no_script():

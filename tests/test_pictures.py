@@ -1,10 +1,12 @@
 """What the pictures of several runs share: colours of densities beyond the scale, and axes that can be read."""
 
 import itertools
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from runs.common.pictures import compare, figures
@@ -43,17 +45,32 @@ def test_the_labels_of_the_times_do_not_overlap(factor, tmp_path, monkeypatch):
                 if low <= place <= high
             ]
             assert len(boxes) >= 1
+            looked_at.append(axis)
             boxes.sort(key=lambda box: box.x0)
             gaps.extend(after.x0 - before.x1 for before, after in itertools.pairwise(boxes))
 
     gaps: list[float] = []
-    monkeypatch.setattr(figures, "save", overlap)
+    looked_at: list[Axes] = []
+    monkeypatch.setattr(sys.modules[figures.figure.__module__], "save", overlap)
     names = ["my_layer:SoftsignCoupling", "masked-affine"]
     times = [{kind: {"ms": 11.04 * scale, "ratio": 1.0} for kind in compare.KINDS} for scale in (1.0, factor)]
     table = Table({"task": "chequerboard"}, {names[0]: {"times": times[0]}, names[1]: {"times": times[1]}})
     compare.draw_times(table, names, tmp_path / "times.png")
-    assert min(gaps, default=1) > 0
+    assert looked_at and min(gaps, default=1) > 0
     assert not plt.get_fignums()
+
+
+def test_the_lowest_panel_of_each_column_has_its_seconds(tmp_path, monkeypatch):
+    def look(drawing, path):
+        shown.extend(axis.xaxis.get_tick_params()["labelbottom"] for axis in drawing.axes if axis.axison)
+
+    shown: list[bool] = []
+    monkeypatch.setattr(sys.modules[figures.figure.__module__], "save", look)
+    training = {"budget": "1s", "seed": 0, "score": 0.1, "seconds": 1.0, "curve": [[0.5, 0.3], [1.0, 0.1]]}
+    names = ["masked-affine", "nflows-affine", "zuko-nsf", "my_layer:MyLayer"]
+    table = Table({"task": "chequerboard", "budget": ["1s"]}, {name: {"trainings": [training]} for name in names})
+    compare.draw_quality(table, names, tmp_path / "quality.png")
+    assert shown == [False, True, True, True]
 
 
 @pytest.mark.parametrize("steps", [(3,), (1, 2), (7, 500, 12_000)])

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from adapters import flow_names, load_flow
+from runs import toy
 from runs.common.densities import DENSITIES, TwoGaussians
 from runs.common.pictures import figures
 from runs.common.pictures.toy import ToyRecord
@@ -67,7 +68,7 @@ def test_what_lies_above_the_colours_is_said_in_words(tmp_path, monkeypatch):
 
     texts: list[list[str]] = []
     run("toy", out=tmp_path, **TINY)
-    monkeypatch.setattr(figures, "save", look)
+    monkeypatch.setattr(sys.modules[figures.figure.__module__], "save", look)  # not of what imports it later
     record = ToyRecord.load(tmp_path)
     for factor in (0.0, 1.5):
         record.learned_density = factor * record.true_density
@@ -184,3 +185,10 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
         run("toy", out=tmp_path / "whole", resume=True, **arguments)
     with pytest.raises(ValueError, match="belongs to another training: lr was 0.005, not 0.1"):
         run("toy", out=tmp_path / "parts", resume=True, lr=0.1, **arguments)
+
+
+def test_a_kl_that_no_density_has_is_said_to_be_wrong(tmp_path, capsys, monkeypatch):
+    impossible = {"nll": -7.0, "nll_floor": -1.3, "kl": -5.7, "kl_stderr": 0.1, "round_trip": 0.0}
+    monkeypatch.setattr(toy, "score_density", lambda *_: impossible | {"round_trip_worst": 0.0})
+    run("toy", out=tmp_path, **TINY, seams={"draw": False})
+    assert "a KL below 0 can't be: log_prob is no density. Why? python -m adapters.check" in capsys.readouterr().out

@@ -315,7 +315,9 @@ def _lines(report: Report) -> list[str]:
             lines += textwrap.wrap(_sentence(part), WIDTH, initial_indent="   ", subsequent_indent="   ")
     unexplained = [titles[law] for law in report.broken if law not in explained]
     if unexplained and len(report.findings) > 1:  # what could not be called at all has said so in its one line
-        lines += ["", f"None of the usual mistakes explains these numbers: {'; '.join(unexplained)}."]
+        others = "Mend that first, and ask again. It may explain these numbers too"
+        words = others if report.diagnoses else "None of the usual mistakes explains these numbers"
+        lines += ["", f"{words}: {'; '.join(unexplained)}."]
     return lines
 
 

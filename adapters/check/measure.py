@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softsign
 
 from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, Wrong
 
@@ -133,7 +134,8 @@ class Pass:
                 found += [(f"half of {name}", part) for part in value.chunk(2, 1)]
                 found += [(f"half of {name}", part) for part in value.chunk(2, -1)] if value.dim() > 2 else []
         found = [(name, value.flatten(1)) for name, value in found]
-        return found + [(f"tanh of {name}", value.tanh()) for name, value in found]
+        bounded = [(f"{f.__name__} of {name}", f(value)) for f in (torch.tanh, softsign) for name, value in found]
+        return found + bounded
 
     def networks(self, formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[str, Tensor, str, Tensor] | None:
         """Name and value of s and of t with y = formula(x, s, t) on the changed coordinates, if there are such two."""

@@ -185,11 +185,23 @@ def factor_missing_in_outputs(e: Evidence, law: str) -> str | None:
         for s_name, s in p.gave:
             for t_name, t in p.gave:
                 whole = formula(x, s, t)
+                if s is t or not same(y[:, ~b], whole[:, ~b]):
+                    continue
                 for what, wanted in (("b ⊙ z + ", x + whole), ("", whole)):
-                    if s is not t and same(y[:, b], wanted[:, b]) and same(y[:, ~b], whole[:, ~b]):
+                    if same(y[:, b], wanted[:, b]):
                         return (
                             f"{_at(e, p.direction)} returns {what}the transformed z everywhere, with s from {s_name} "
                             f"and t from {t_name}: multiply that by (1 − b), and add b ⊙ z{_coupling(e, equation)}"
+                        )
+                zero = torch.zeros_like(x)
+                for what, wanted in (
+                    (f"s (from {s_name})", formula(x, s, zero)),
+                    (f"t (from {t_name})", formula(x, zero, t)),
+                ):
+                    if same(y[:, b], wanted[:, b]):
+                        return (
+                            f"{_at(e, p.direction)} uses {what} at unchanged coordinates too: multiply it by (1 − b)"
+                            f"{_coupling(e, equation)}"
                         )
     return None
 
@@ -227,18 +239,20 @@ def unmasked(e: Evidence, law: str) -> str | None:
                     f"coordinates depend on one another: give it b ⊙ z{_coupling(e, equation)}"
                 )
     p, kept = e.forward, e.forward.kept
+    if e.mask is None or not torch.equal(kept, e.inverse.kept):
+        return None
     among = p.jacobian[:, ~kept][:, :, ~kept]
-    if not torch.equal(kept, e.inverse.kept) or same(among, torch.diag_embed(among.diagonal(dim1=1, dim2=2))):
-        return None
-    if e.mask is None:
-        return None
-    seen = [(name, given.flatten(1)) for name, given, _ in p.seen if given.flatten(1).shape == p.flat[0].shape]
+    entangled = not same(among, torch.diag_embed(among.diagonal(dim1=1, dim2=2)))
+    x, _ = p.flat
+    seen = [(name, given.flatten(1)) for name, given, _ in p.seen if given.flatten(1).shape == x.shape]
     for name, given in seen:
-        if same(given[:, ~kept], p.flat[0][:, ~kept]):
+        if same(given, x * ~kept) or (entangled and same(given[:, ~kept], x[:, ~kept])):
             return (
-                f"{name.split('.')[0]} is given the coordinates that are transformed, and not those that stay: "
-                f"give it b ⊙ z{_coupling(e, 15)}"
+                f"{_at(e, p.direction)} gives {name.split('.')[0]} the coordinates that are transformed, and not those "
+                f"that stay: give it b ⊙ z{_coupling(e, 15)}"
             )
+    if not entangled:
+        return None
     return f"a transformed coordinate depends on the other transformed ones: give the networks b ⊙ z{_coupling(e, 15)}"
 
 

@@ -118,7 +118,7 @@ class Subject:
                 f"{name} has not come back within {self.seconds:g} s: is there a loop that does not end?{line_of()}"
             ) from None
         except (InverseNotAvailable, NotImplementedError) as error:
-            if not _is_stub(error):
+            if not _is_stub(error):  # but raised by PyTorch, as of 1 − b where b is a bool
                 raise Wrong(f"{name} raises {said(error)}") from error
             if name not in (INVERSE, "sample"):
                 raise Wrong(f"{name} is not written yet") from None

@@ -13,6 +13,7 @@ from runs.common.options import Checked, checks_afterwards
 CHEQUERBOARD = "chequerboard"  # the one spelling that options show, beside those that they accept
 OTHER_SPELLINGS = ("checker", "checkerboard", "checkered", "chequer", "chequered")
 SPELLED = ("--data", "--mask", "--task")  # the options that may be asked for it
+EMPTY_LINE = "\n\n"  # after the first sentence of a script's docstring: below it are its examples
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 Options = TypeVar("Options", bound=Checked)
 
@@ -49,7 +50,15 @@ def run(main: Callable[..., Any], kind: type[Checked], arguments: Sequence[str] 
         seams: other arguments of ``main``, which tests give.
     """
     description = (main.__doc__ or "").partition("\n")[0]
-    return main(parse(kind, arguments, description), **seams)
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        options = parse(kind, words, description)
+    except SystemExit:
+        if {"-h", "--help"} & set(words):
+            script = sys.modules[main.__module__].__doc__ or ""
+            print(f"\nexamples, and what they give:\n\n{script.partition(EMPTY_LINE)[2].rstrip()}")
+        raise
+    return main(options, **seams)
 
 
 def was_interrupted(figures: Any) -> bool:

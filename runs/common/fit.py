@@ -239,7 +239,9 @@ class Report:
     def interrupted(self) -> None:
         if self.window:
             self._mean_of_window()
-        self.write(f"interrupted at step {self.training.fitted.steps}: ending with what is trained so far")
+        self.write(
+            f"interrupted at step {self.training.fitted.steps}: ending with what is trained; --resume goes on from here"
+        )
 
     def _mean_of_window(self) -> float:
         mean = sum(self.window) / len(self.window)

@@ -103,12 +103,10 @@ class FlowOptions(Deciding):
     """Which flow is trained, and how large it is."""
 
     flow: str = "masked-affine"
-    """any name of adapters.flow_names(), e.g. masked-affine, masked-spline, nflows-rqs, or your own layer or flow as
-    my_layer.py:MyLayer or my_module:MyLayer."""
+    """a name that python -m adapters lists, e.g. masked-spline, or your own, e.g. my_layer.py:MyLayer."""
 
     direction: str | None = None
-    """in which the forward of your own layer runs, noise-to-data or data-to-noise; by default it is found by asking
-    whether it computes equation 15 or 16."""
+    """the way of your own layer's forward: noise-to-data (equation 15) or data-to-noise; by default it is found out."""
 
     layers: int | None = None
     """layers of the flow."""
@@ -202,8 +200,7 @@ class RunOptions(Checked):
     """go on with the training in that directory, after a crash or Ctrl-C."""
 
     keep_state: bool = False
-    """keep training.pt, several times as large as the weights, also when the run has ended well and needs it no
-    more."""
+    """keep training.pt, several times as large as the weights, even after a run that has ended well."""
 
     load: Path | None = None
     """train nothing; draw the pictures of the run in this directory again, there or in --out."""

@@ -148,6 +148,8 @@ def draw_quality(table: Table, names: Sequence[str], path: Path) -> Path:
             name_the_ends(axis, {name: (points[name][-1, 0], points[name][-1, 1]) for name in panels[library]})
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
+        for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest of each column
+            axis.tick_params(labelbottom=True)
         explained = "lines: loss of the training batches; points: test score after each budget, ± its spread over seeds"
         drawing.supxlabel(f"seconds of training\n{explained}", fontsize=7.5, color=figures.INK)
         drawing.supylabel(f"{task.measure} ({task.unit})", fontsize=9, color=figures.INK)

@@ -100,6 +100,7 @@ class PriorRecord:
     def draw_match(self, path: Path) -> Path:
         """The aggregate posterior, and draws of the prior, each over the prior's density."""
         with figures.figure(path, 1, 2, size=(7.6, 4.6), sharex=True, sharey=True) as (drawing, axes):
+            drawing.get_layout_engine().set(h_pad=0.07)  # or what stands above and below touches the panels' words
             self.show_posterior(axes[0], POSTERIOR)
             self.show_prior(axes[1], f"{self.title} prior: draws of it")
             axes[0].set_ylabel(self.axes[1])
