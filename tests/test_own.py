@@ -530,6 +530,16 @@ def test_toy_trains_saves_resumes_and_draws_again(name, here, capsys):
     assert drawn and pictures_in(out).keys() == drawn.keys()
 
 
+@pytest.mark.parametrize("script", [_toy, _mnist, _vae], ids=lambda script: script.__name__)
+def test_a_wrong_layer_is_trained_after_a_warning_that_names_its_mistake(script, here, capsys):
+    (here / "wrong.py").write_text(LAYER.replace(", -((1 - b)", ", ((1 - b)"))
+    script(flow="wrong.py:MyLayer", out=here / "wrong")
+    printed = capsys.readouterr().out
+    assert "warning: wrong.py:MyLayer is wrong, so its figures can't be trusted: wrong sign of the log-det" in printed
+    script(flow="my_layer.py:MyLayer", out=here / "right")
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_training_is_not_resumed_in_the_other_direction(here):
     _toy(flow="my_layer.py:MyLayer", keep_state=True)
     with pytest.raises(ValueError, match="belongs to another training: direction was None, not data-to-noise"):

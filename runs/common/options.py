@@ -135,10 +135,10 @@ class FlowOptions(Deciding):
         return build_flow(self.flow, features, context_features, **options | others)
 
     def try_own(self, features: int, context_features: int | None = None, **others: Any) -> None:
-        """Before any work: build somebody's own flow, call it, save it, and say which way it is taken.
+        """Before any work: build somebody's own flow, call it, save it, and say which way it runs, or what is wrong.
 
-        Whatever can't be trained or saved is one sentence now, and not after the training. A flow of the catalogue
-        needs no trial.
+        Whatever can't be trained or saved is one sentence now, and not after the training. A flow that breaks a law is
+        trained all the same, after a warning. A flow of the catalogue needs no trial.
 
         Args:
             features, context_features, others: as for ``build``.
@@ -160,10 +160,23 @@ class FlowOptions(Deciding):
                 raise ValueError(f"{self.flow} raises {said(error)}") from error
         if direction := flow.blueprint.get("direction"):
             other = next(other for other in DIRECTIONS if other != direction)
+            print(f"{self.flow}: its forward is taken as {direction}, --direction {other} turns it round")
+        if wrong := self._what_is_wrong():
             print(
-                f"{self.flow}: its forward is taken as {direction}, --direction {other} turns it round; "
-                f"is it right? python -m adapters.check {self.flow}"
+                f"warning: {self.flow} is wrong, so its figures can't be trusted: {'; '.join(wrong)}. "
+                f"python -m adapters.check {self.flow} says more"
             )
+
+    def _what_is_wrong(self) -> list[str]:
+        """What the check says of a small flow, of two layers over two coordinates; nothing if it can't be so small."""
+        from runs.common.gates import check_before_training
+
+        with torch.random.fork_rng([]):
+            try:
+                flow = build_flow(self.flow, 2, layers=2, hidden_features=(16, 16), **self._options())
+            except Exception:  # of a layer for images, for example
+                return []
+            return check_before_training(flow, 2).reasons
 
     def file_name(self) -> str:
         """The flow's name as part of a directory's: ``my_layer-MyLayer`` for ``code/my_layer.py:MyLayer``."""
