@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from adapters.check import Report
+from adapters.check.subject import Wrong
 from adapters.flow import Flow
 from runs.common import gates
 from runs.common.contestants import REFERENCE, build, footnote, match_parameters
@@ -313,4 +314,5 @@ class Comparison:
 def reason(error: BaseException) -> str:
     """An error in one line, with its kind's name where it is not one of our own."""
     first = (str(error).splitlines() or [""])[0]
-    return first if isinstance(error, NotFinite | Unfit) else f"{type(error).__name__}: {first}"
+    ours = isinstance(error, NotFinite | Unfit) or isinstance(error.__cause__, Wrong)
+    return first if ours else f"{type(error).__name__}: {first}"
