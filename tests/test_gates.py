@@ -128,7 +128,7 @@ def test_a_wrong_base_and_a_map_that_is_not_onto_are_not_trained(base, extra, br
 def test_every_flow_of_the_catalogue_is_trained(name):
     torch.manual_seed(0)
     mask = torch.tensor([1.0, 0.0])
-    flow = build_flow(name, 2, layers=2, hidden_features=(64, 64), masks=(mask, 1 - mask))
+    flow = build_flow(name, 2, layers=2, hidden_features=(16, 16), masks=(mask, 1 - mask))
     report = check_before_training(flow, 2)
     assert report and report.reasons == [], f"\n{report}"
 
