@@ -679,7 +679,7 @@ ONE_LINE = {  # what is wrong: the layer, and a part of the one line that says s
     "nothing": (Nothing, "forward returns None, where a pair is wanted"),
     "1 − b of a bool": (
         BoolMask,
-        "forward raises NotImplementedError: Subtraction, the `-` operator, with a bool tensor",
+        "Error: Subtraction, the `-` operator, with a bool tensor",
     ),
     "raises": (Raises, "return z @ self.t.expand(3, 3), 0)"),
     "leaves the program": (Leaves, "forward raises SystemExit: 3 (test_check.py, line "),

@@ -408,7 +408,7 @@ MISTAKES = {
     ),
     "a mask of bools": (
         ("self.mask = mask", "self.mask = mask.bool()"),
-        "forward raises NotImplementedError: Subtraction, the `-` operator, with a bool tensor is not supported.",
+        "Error: Subtraction, the `-` operator, with a bool tensor is not supported.",
     ),
     "super().__init__() forgotten": (("super().__init__()", "pass"), "making it raises AttributeError: cannot assign"),
     "an error in its making": (("super()", "{}['a']; super()"), "making it raises KeyError: 'a' (wrong.py, line 17: "),
