@@ -33,7 +33,7 @@ from tests.laws import batch, context_for, randomise
 OURS = [name for name in flow_names() if name.startswith("masked-")]
 FUZZ = settings(
     deadline=None,
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 100)),
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 NAN, INF = math.nan, math.inf
