@@ -27,6 +27,7 @@ from adapters.layers.spline import MaskedSplineCouplingLayer, spline_parameters
 from adapters.networks import MLP
 from adapters.own import Network, Offer, load, make
 from tests.examples import examples, models
+from tests.students_layer import LAYER
 
 Net = Callable[[Tensor], Tensor]
 Direction = Callable[[Tensor, Tensor, Net, Net], tuple[Tensor, Tensor]]
@@ -877,27 +878,11 @@ def test_check_is_the_function_and_the_package_too():
     assert adapters.check is check and laws.LAWS
 
 
-MINE = """
-import torch
-from torch import nn
+MINE = (
+    LAYER
+    + """
 
-class Layer(nn.Module):
-    def __init__(self, scale_net, translation_net, mask):
-        super().__init__()
-        self.scale_net, self.translation_net = scale_net, translation_net
-        self.mask = nn.Parameter(mask, requires_grad=False)
-
-    def forward(self, z):
-        b = self.mask
-        s, t = self.scale_net(b * z), self.translation_net(b * z)
-        return b * z + (1 - b) * (z * torch.exp(s) + t), ((1 - b) * s).flatten(1).sum(1)
-
-    def inverse(self, z):
-        b = self.mask
-        s, t = self.scale_net(b * z), self.translation_net(b * z)
-        return b * z + (1 - b) * (z - t) * torch.exp(SIGN * s), -((1 - b) * s).flatten(1).sum(1)
-
-class Sized(Layer):
+class Sized(MyLayer):
     def __init__(self, features, width):
         net = lambda: nn.Sequential(nn.Linear(features, width), nn.Tanh(), nn.Linear(width, features), nn.Tanh())
         super().__init__(net(), net(), torch.arange(features) % 2)
@@ -906,6 +891,7 @@ def make(features, context_features=None):
     from adapters import MaskedCouplingLayer, build_flow
     return build_flow("masked-affine", features, context_features, layers=1, hidden_features=(8,))
 """
+)
 
 
 def command(directory, *arguments: str) -> subprocess.CompletedProcess:
@@ -915,23 +901,23 @@ def command(directory, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_the_command_says_what_is_wrong_and_where(tmp_path):
-    (tmp_path / "mine.py").write_text(MINE.replace("SIGN *", "+"))
-    done = command(tmp_path, "mine:Layer")
+    (tmp_path / "mine.py").write_text(MINE.replace("torch.exp(-s)", "torch.exp(+s)"))
+    done = command(tmp_path, "mine:MyLayer")
     assert done.returncode == 1 and not done.stderr, done.stderr
-    assert "Inverse uses +s" in done.stdout and "Equation 16" in done.stdout and "mine.py, line 16" in done.stdout
+    assert "Inverse uses +s" in done.stdout and "Equation 16" in done.stdout and "mine.py, line 17" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["mine.py:Layer", "--shape", "1", "4", "4"], "events of shape (1, 4, 4)"),
+        (["mine.py:MyLayer", "--shape", "1", "4", "4"], "events of shape (1, 4, 4)"),
         (["mine:Sized", "--features", "3", "--arguments", "width", "5"], "3 coordinates"),
         (["mine:make", "--context-features", "3"], "a context of 3"),
         (["adapters:MaskedCouplingLayer", "--context-features", "2"], "Right: "),
     ],
 )
 def test_the_command_makes_what_is_asked_for(tmp_path, monkeypatch, capsys, arguments, words):
-    (tmp_path / "mine.py").write_text(MINE.replace("SIGN *", "-"))
+    (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     sys.modules.pop("mine", None)

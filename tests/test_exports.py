@@ -19,9 +19,10 @@ from nflows.transforms import (
 from torch import nn
 from torch.testing import assert_close
 
-from adapters import as_flow, as_transform, build_flow, to_library
+from adapters import MaskedCouplingLayer, as_flow, as_transform, build_flow, to_library
 from adapters.bridges import bridges, libraries
 from adapters.flow import Flow, StandardNormal
+from adapters.networks import MLP
 from tests.laws import batch, context_for, randomise
 from tests.test_bridges import image_coupling
 
@@ -248,3 +249,21 @@ def test_exports_are_pickled_for_another_process():
         "    torch.testing.assert_close(native_log_prob(library, exported, x, context), expected, rtol=0, atol=0)\n"
     )
     subprocess.run([sys.executable, "-c", code], input=pickle.dumps(list(made_exports())), check=True)
+
+
+def test_freia_asks_an_export_for_the_shape_of_its_outputs_once():
+    """A copy is run to tell it, which would cost more than a training step if each new network asked again."""
+    from FrEIA.framework import SequenceINN
+
+    calls = []
+
+    class Counted(MaskedCouplingLayer):
+        def forward(self, z, context=None):
+            calls.append(len(z))
+            return super().forward(z, context)
+
+    exported = to_library("freia", Counted(MLP(2, 2), MLP(2, 2), torch.tensor([1.0, 0.0])))
+    for _ in range(3):
+        network = SequenceINN(2)
+        network.append(exported.placed)
+    assert calls == [1]

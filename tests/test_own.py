@@ -19,28 +19,11 @@ from adapters.own import DATA_TO_NOISE, NOISE_TO_DATA, in_short
 from runs.common.images import Images
 from tests.laws import randomise
 from tests.scripts import pictures_in, run
+from tests.students_layer import LAYER as STUDENTS_LAYER
 
-LAYER = """
-import torch
-from torch import nn
-
-
-class MyLayer(nn.Module):
-    def __init__(self, scale_net, translation_net, mask):
-        super().__init__()
-        self.scale_net, self.translation_net = scale_net, translation_net
-        self.mask = nn.Parameter(mask, requires_grad=False)
-
-    def forward(self, z):
-        b = self.mask
-        s, t = self.scale_net(b * z), self.translation_net(b * z)
-        return b * z + (1 - b) * (z * torch.exp(s) + t), ((1 - b) * s).sum(1)
-
-    def inverse(self, z):
-        b = self.mask
-        s, t = self.scale_net(b * z), self.translation_net(b * z)
-        return b * z + (1 - b) * (z - t) * torch.exp(-s), -((1 - b) * s).sum(1)
-
+LAYER = (
+    STUDENTS_LAYER
+    + """
 
 class Turned(MyLayer):  # data → noise
     forward, inverse = MyLayer.inverse, MyLayer.forward
@@ -83,6 +66,7 @@ class Conditional(nn.Module):
         s, t = self.scale_shift(z, context)
         return (z - t) * (-s).exp(), -s.sum(1)
 """
+)
 
 TRANSFORM = """
 from nflows.transforms import CompositeTransform, InverseTransform, Transform
