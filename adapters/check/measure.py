@@ -29,7 +29,7 @@ WIDE = 64  # of more coordinates, fewer rows are tried
 THROUGH = 16  # of more coordinates, autograd does not go through the inverse: J is the inverse of forward's
 PATIENCE = 1.0  # seconds of computing: an inverse that takes longer is called no more often than it must be
 AT_ONCE = 250_000  # numbers in one batch, of copies of a row, by which a Jacobian is found
-ROUGH = 1e-3  # of ``roughness``: about 1e-6 in float64, 0.002 to 0.1 where float32 is within
+ROUGH = 4e-3  # of ``roughness``: about 1e-6 in float64, up to 1.5e-3 for a search, 7e-3 to 0.1 where float32 is within
 STEP = 1e-6  # h of ``roughness``
 
 Function = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # rows and contexts to outputs and log-determinants
