@@ -2,15 +2,21 @@
 
 A test is skipped if it fails because a library is missing *and* the missing library's name stands in the test's own
 name, parameters or source. What names no missing library must pass without it: so a needless import is still found.
+
+Every test draws the same random numbers whenever it runs, in whatever order. ``TEST_SEED=1 pytest`` draws others.
 """
 
 import importlib.util
 import inspect
 import os
+import random
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes that run tests side by side share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that the tests start
@@ -22,6 +28,11 @@ from tests import pretend
 
 if pretend.AVAILABLE:
     pretend.register()  # before the first backward pass of the process, in which autograd counts the devices
+
+TEST_SEED = int(os.environ.get("TEST_SEED", "0"))
+settings.register_profile("repeatable", derandomize=True)
+if not TEST_SEED and "FUZZ_EXAMPLES" not in os.environ:
+    settings.load_profile("repeatable")
 
 MISSING = {
     file_name(bridge): f"pip install 'flow-adapters[{bridge.EXTRA}]'" for bridge in bridges() if not installed(bridge)
@@ -62,8 +73,17 @@ def uninstall(monkeypatch):
     return lambda *packages: missing.update(packages)
 
 
+def seed_of(name: str) -> int:
+    """The seed from which the test of that name draws its random numbers."""
+    return (zlib.crc32(name.encode()) + TEST_SEED) % 2**32
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item):
+    seed = seed_of(item.nodeid)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     return (yield from _skip_what_needs_a_missing_library(item))
 
 
