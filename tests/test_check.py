@@ -723,6 +723,46 @@ def test_what_can_not_be_called_is_one_line(planted):
     assert time.perf_counter() - start < 5
 
 
+def clamped(direction: Direction, bound: float, data: bool = True) -> Direction:
+    """Cut to ±bound, the direction's outputs or what it is given."""
+
+    def wrong(z, b, s, t):
+        y, log_det = direction(z if data else z.clamp(-bound, bound), b, s, t)
+        return (y.clamp(-bound, bound) if data else y), log_det
+
+    return wrong
+
+
+def bounded_beside_the_mask(z, b, s, t):
+    """s that the log-determinant does not follow where a coordinate is beyond 5."""
+    y, log_det = forward(z, b, s, t)
+    return y, torch.where(z.abs().flatten(1).amax(1) > 5, log_det.clamp(-0.01, 0.01), log_det)
+
+
+RIGHT_NEAR_0 = {
+    "outputs": (clamped(forward, 7), inverse),
+    "outputs of inverse": (forward, clamped(inverse, 5)),
+    "inputs": (clamped(forward, 7, data=False), inverse),
+    "log-determinant": (bounded_beside_the_mask, inverse),
+    "log-determinant of inverse": (
+        forward,
+        lambda z, b, s, t: (inverse(z, b, s, t)[0], inverse(z, b, s, t)[1] * (z.abs().flatten(1).amax(1) < 5)),
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2, 3)])
+@pytest.mark.parametrize("planted", RIGHT_NEAR_0)
+def test_what_is_right_near_0_only_is_wrong(planted, shape):
+    report = check(Hand(shape, *RIGHT_NEAR_0[planted]), shape)
+    assert report.broken == ["far"] and report.mistakes == ["it is right near 0 only"], f"\n{report}"
+
+
+def test_a_fault_further_out_is_a_remark():
+    report = check(Hand((4,), clamped(forward, 15), clamped(inverse, 15)), (4,))
+    assert report and "! all of this holds far from 0, too: at z = (" in str(report), f"\n{report}"
+
+
 @pytest.mark.parametrize("mean", [False, True])
 def test_a_context_of_another_row_is_named(mean):
     report = check(OfTheFirstContext(mean), (2,), context_features=3)

@@ -27,6 +27,9 @@ from adapters.check.measure import (
     equation_15,
     equation_16,
     is_rounded,
+    is_tame,
+    jacobian,
+    log_abs_det,
     mass_error,
     one_by_one,
     own_tensors,
@@ -40,6 +43,10 @@ RIGHT, WRONG, REMARK, UNASKED = "✓", "✗", "!", "·"
 FLOAT32, STEEP = 1e-2, 1e-2  # relative difference of a float32 copy, and how it may grow with the norm of J
 MASS = 0.02  # of ``mass_error``, with as many samples as ``Quadrature`` has by itself
 ALONE = 8  # rows at most that are tried by themselves
+RADII, FAR = (
+    (8, 4, 32, 16),
+    8,
+)  # largest |coordinate| of rows far from 0; up to which a fault there is more than a remark
 GENTLE = 0.1  # how far parameters are moved for ∫p, which a grid must resolve
 TRIED = 2000  # draws that are timed first: ∫p takes fifty times as long
 TO_DTYPE = "make new tensors like z: torch.zeros_like(z), z.new_zeros(len(z)), mask.to(z.dtype); leave out .float()"
@@ -477,6 +484,50 @@ def device(e: Evidence) -> Finding:
     return Finding(RIGHT)
 
 
+def far(e: Evidence) -> Finding:
+    """Log-determinants and round trip hold as well at rows whose coordinates are R/2 to R in size, for R = 4 to 32.
+
+    Beyond 8 it is a remark: many a right layer saturates there, or searches for its inverse only so far.
+    """
+    if e.unit:
+        return Finding(UNASKED, "inputs outside (0, 1) are not taken")
+    remark = ""
+    for row in range(len(e.x)):
+        near, radius = e.x[row : row + 1], RADII[row % len(RADII)]
+        x = radius / 2 * (near.sign() + near / near.abs().max())
+        found = _far_off(e, x, None if e.context is None else e.context[row : row + 1])
+        if found and radius <= FAR:
+            remedy = "something is cut off there, by clamp, where or a bound: cut s rather than z, and let the inverse "
+            remedy += "and the log-determinant follow what was cut"
+            return Finding(WRONG, found, "it is right near 0 only", remedy)
+        remark = remark or found
+    return Finding(REMARK, remark) if remark else Finding(RIGHT)
+
+
+def _far_off(e: Evidence, x: Tensor, context: Tensor | None) -> str:
+    """What is wrong at that one row; empty where nothing is, and where it is too steep for float64 to tell."""
+    try:
+        with torch.no_grad():
+            y, log_det = e.forward.function(x.clone(), context)
+        slopes = jacobian(e.forward.function, x, context)
+        if not (is_tame(y, slopes) and log_det.shape == (1,)):
+            return ""
+        exact, z = log_abs_det(slopes), f"z = {numbers(x)}"
+        if not (torch.equal(log_det, exact) or _relative(log_det, exact) <= TRIP):
+            return f"at {z} forward says {number(log_det)}, autograd's Jacobian {number(exact)}"
+        if e.one_way or e.slow:
+            return ""
+        with torch.no_grad():
+            back, log_det = e.subject.run(INVERSE, y.clone(), context)
+    except Wrong:
+        return ""  # what raises there is a remark of another law
+    if not distance(back, x) <= TRIP:
+        return f"at {z} forward gives {numbers(y)}, of which inverse makes {numbers(back)}"
+    if not (torch.equal(log_det, -exact) or _relative(log_det, -exact) <= TRIP):
+        return f"at z' = {numbers(y)} inverse says {number(log_det)}, autograd's Jacobian {number(-exact)}"
+    return ""
+
+
 def extremes(e: Evidence) -> Finding:
     """At 0, ±30 and ±1000 all stays finite; else a remark, since many a right layer overflows."""
     remarks = []
@@ -690,6 +741,12 @@ LAWS = (
     Law("copies", "state_dict and deepcopy carry all of it", copies, ("outputs", "log_det_shape", "twice")),
     Law("precision", "float64 throughout, and float32 agrees", precision, LOG_DETS),
     Law("device", "all tensors move with the layer", device, ("outputs", "log_det_shape")),
+    Law(
+        "far",
+        "all of this holds far from 0, too",
+        far,
+        (*LOG_DETS, "round_trip", "forward_log_det", "inverse_log_det"),
+    ),
     Law("extremes", "extreme inputs", extremes, ("outputs", "log_det_shape", "twice")),
     Law("samples", "samples carry their log_prob", samples, (*LOG_DETS, "round_trip")),
     Law("mass", "∫p = 1, and p is the samples' density", mass, (*LOG_DETS, "round_trip")),
