@@ -500,6 +500,26 @@ class NoContext(Transform):
         return inputs, inputs.new_zeros(len(inputs))
 
 
+class Backward(nn.Module):
+    forward = backward = Raises.forward
+
+
+class OfImages(nn.Module):
+    def forward(self, z):
+        _, _, height, width = z.shape
+        return z, z.new_zeros(height * width)
+
+    inverse = forward
+
+
+class IgnoresContext(Shift):
+    def forward(self, z, context=None):
+        return super().forward(z)
+
+    def inverse(self, z, context=None):
+        return super().inverse(z)
+
+
 class WantsContext(Shift):
     def forward(self, z, context):  # type: ignore[override]
         return super().forward(z)
@@ -708,6 +728,13 @@ ONE_LINE = {  # what is wrong: the layer, and a part of the one line that says s
         WantsContext,
         "write def forward(self, z, context=None), or say --context-features",
     ),
+    "another name": (
+        Backward,
+        "it has no inverse, but a method backward: if that is one, call it inverse; or else write",
+    ),
+    "of images": (OfImages, "; if it is for images, say their shape, as --shape 1 8 8"),
+    "a mask of images": (lambda: Hand((1, 3, 4)), "; its mask is for events of shape (1, 3, 4): say --shape 1 3 4"),
+    "a longer mask": (lambda: Hand((5,)), "; its mask is for events of shape (5,): say --features 5"),
     "no copies": (ComputedInInit, "it can't be copied"),
     "training": (OtherInTraining, "in training, ("),
 }
@@ -767,6 +794,11 @@ def test_a_fault_further_out_is_a_remark():
 def test_a_context_of_another_row_is_named(mean):
     report = check(OfTheFirstContext(mean), (2,), context_features=3)
     assert report.mistakes == ["a row is given another row's context"], f"\n{report}"
+
+
+def test_a_context_that_is_not_used_is_a_remark():
+    report = check(IgnoresContext(), (2,), context_features=3)
+    assert report and "! the answer depends on the context: neither outputs" in str(report), f"\n{report}"
 
 
 def test_a_missing_context_is_one_line():

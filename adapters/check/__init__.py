@@ -26,11 +26,12 @@ from nflows.flows import Flow
 from torch import Tensor
 
 from adapters.check.laws import LAWS, REMARK, RIGHT, UNASKED, WRONG, Finding, Law, in_a_list, theirs
-from adapters.check.measure import Evidence, points, seeded
+from adapters.check.measure import Evidence, is_mask, own_tensors, points, seeded
 from adapters.check.mistakes import Diagnosis, diagnose
 from adapters.check.subject import FORWARD, INVERSE, Subject, Wrong, known, said
 from adapters.checks import sizes
 
+WANTS_DIMENSIONS = r"to unpack|[Dd]imension out of range|[34]D|too many indices|tuple index out of range"
 BLOCKED = "what it needs does not hold"
 SECONDS = 8.0  # that one call may take
 WIDTH = 110  # of the report's lines
@@ -159,7 +160,7 @@ def judge(name: str, evidence: Evidence, laws: Sequence[Law] = LAWS) -> Report:
     try:
         evidence.gather()
     except Wrong as error:
-        report = Report(name, {laws[0].name: Finding(WRONG, str(error))}, [])
+        report = Report(name, {laws[0].name: Finding(WRONG, f"{error}{_other_shape(evidence, str(error))}")}, [])
         return replace(report, diagnoses=_hidden(evidence) or _of_a_part(report, evidence))
     for law in laws:
         finding = _measured(law, evidence, findings)
@@ -191,6 +192,20 @@ def _with_masks_of_parts(report: Report, evidence: Evidence) -> Report:
             findings = report.findings | {"mask": finding._replace(words=f"{part.where}, {finding.words}")}
             return replace(report, findings=findings, diagnoses=alone.diagnoses)
     return report
+
+
+def _other_shape(evidence: Evidence, error: str) -> str:
+    """Of what can't be called, a hint where it seems to be made for events of another shape."""
+    with suppress(Wrong):
+        tensors = own_tensors(evidence.make().transform)
+        shapes = [value.shape for name, value in tensors if is_mask(name, value) and value.numel() != evidence.size]
+        shape = next((tuple(shape[shape[:1] == (1,) and len(shape) in (2, 4) :]) for shape in shapes), ())
+        if shape:
+            option = "shape" if len(shape) > 1 else "features"
+            return f"; its mask is for events of shape {shape}: say --{option} {' '.join(map(str, shape))}"
+    if len(evidence.event_shape) == 1 and re.search(WANTS_DIMENSIONS, error):
+        return "; if it is for images, say their shape, as --shape 1 8 8"
+    return ""
 
 
 def _hidden(evidence: Evidence) -> list[Diagnosis]:

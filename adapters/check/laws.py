@@ -212,6 +212,17 @@ def rows_apart(e: Evidence) -> Finding:
     return Finding(RIGHT)
 
 
+def context_used(e: Evidence) -> Finding:
+    """Another context gives another answer; else a remark, since a permutation, say, has no use for one."""
+    if e.context is None or e.context_features is None:
+        return Finding(UNASKED, "it has no context")
+    for p in e.repeatable:
+        y, log_det = p.function(p.x.clone(), points(len(p.x), (e.context_features,), 7))
+        if not (torch.equal(y, p.y) and torch.equal(log_det, p.log_det)):
+            return Finding(RIGHT)
+    return Finding(REMARK, "neither outputs nor log-determinants do: is it handed on to the networks?")
+
+
 def round_trip(e: Evidence) -> Finding:
     """f⁻¹(f(x)) = x and f(f⁻¹(z)) = z."""
     if e.one_way:
@@ -726,6 +737,7 @@ LAWS = (
     Law("inputs", "no call changes its input", inputs_kept, ("outputs",)),
     Law("twice", "the same answer twice", twice, ("outputs", "log_det_shape")),
     Law("rows", "rows, and their contexts, don't mix", rows_apart, ("outputs", "log_det_shape", "twice")),
+    Law("context", "the answer depends on the context", context_used, ("outputs", "log_det_shape", "twice")),
     Law("mask", "positions where the mask is 1 come through unchanged", mask_kept, ("outputs", "twice")),
     Law("round_trip", "inverse undoes forward, and forward inverse", round_trip, ("outputs", "twice", "rows")),
     Law("forward_log_det", "forward's log-determinant is autograd's", log_det(FORWARD), LOG_DETS),

@@ -26,6 +26,7 @@ from adapters.parts import base_of, embedding_of
 
 FORWARD, INVERSE = "forward", "inverse"
 WRITE_INVERSE = "write def inverse(self, z, context=None), which returns what forward was given, and minus its log_det"
+OTHER_NAMES = ("backward", "reverse", "invert", "inv", "inverse_transform", "_inverse", "g", "decode")  # of an inverse
 
 
 class Wrong(Exception):
@@ -139,7 +140,9 @@ class Subject:
         if not callable(self.transform):
             raise Wrong(f"{kind(self.thing)} can't be called: write def forward(self, z), which returns z', log_det")
         if not callable(getattr(self.transform, INVERSE, None)):
-            raise NoInverse(f"it has no inverse: {WRITE_INVERSE}")
+            other = next((name for name in OTHER_NAMES if callable(getattr(self.transform, name, None))), "")
+            called = f", but a method {other}: if that is one, call it inverse; or else" if other else ":"
+            raise NoInverse(f"it has no inverse{called} {WRITE_INVERSE}")
         always = isinstance(self.transform, Transform)
         for direction in (FORWARD, INVERSE):
             function = getattr(self.transform, direction, self.transform)
