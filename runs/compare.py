@@ -240,7 +240,9 @@ def open_table(options: Options, directory: Path, accelerator: "Accelerator", cl
         kept = next(kept for i in itertools.count(1) if not (kept := directory / f"compare-{i}.json").exists())
         os.replace(path, kept)
         print(f"the comparison that was in {path} is kept as {kept.name}")
-    return Table(arguments)
+    table = Table(arguments)
+    table.save(directory)  # so that it can be resumed, however early it is cut short
+    return table
 
 
 def open_comparison(

@@ -32,6 +32,7 @@ from runs.common.table import Table
 from runs.common.tasks import DENSITY_TASKS, TASKS
 from runs.common.timing import Stopwatch, ratio
 from tests.scripts import pictures_in, run
+from tests.students_layer import LAYER
 
 CPU = torch.device("cpu")
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -226,7 +227,7 @@ def test_one_failing_flow_is_a_row_that_says_why(tmp_path, own_module, capsys):
     assert rows["failing:later"]["untrained"][0].startswith("forward raises ZeroDivisionError: division by zero (")
     assert rows["failing:leaves"]["failed"].startswith("failing:leaves: making it raises SystemExit: no data (")
     assert rows["failing:fixed"]["failed"] == "it has no parameters to train"
-    assert "failing:text: a str can't be called: write def forward(self, z)" in rows["failing:text"]["failed"]
+    assert rows["failing:text"]["untrained"][0].startswith("a str can't be called: write def forward(self, z)")
     assert math.isfinite(scores(rows["masked-affine"])[0])
     assert "making it raises ZeroDivisionError: in my code" in (tmp_path / "out/compare.md").read_text()
 
@@ -470,6 +471,43 @@ def test_a_passing_failure_is_tried_again_when_resumed(tmp_path, own_module, mon
     monkeypatch.delenv("OUT_OF_MEMORY")
     rows = compare(**arguments, resume=True)
     assert "failed" not in rows["passing:flow"] and rows["passing:flow"]["trainings"][0]["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("log_det", "mistake"),
+    [
+        (".sum()", "log-determinant summed over the batch"),
+        (".mean()", "log-determinant is a mean"),
+        (".flatten(1).sum(1, keepdim=True)", "log-determinant of shape (n, 1)"),
+        ("", "log-determinant of the wrong event dimensions"),
+        (".flatten(1).mean(1)", "log-determinant is a mean (equation 17)"),
+        (".flatten(1).sum(1).mul(-1)", "wrong sign of the log-determinant (equation 17)"),
+    ],
+)
+def test_the_table_names_the_mistake_of_a_students_layer(tmp_path, own_module, log_det, mistake, capsys):
+    layer = LAYER.replace(".flatten(1).sum(1)", log_det)
+    assert layer != LAYER
+    own_module(tmp_path.name, layer)  # a name of its own: a module is imported once
+    name = f"{tmp_path.name}:MyLayer"
+    row = compare(**TINY, flows=(name, "masked-affine"), out=tmp_path / "out")[name]
+    assert row["untrained"] == [mistake] and not row["trainings"]
+    assert f"not trained: {mistake}\n" in capsys.readouterr().out
+
+
+def test_a_comparison_cut_short_before_its_first_training_is_resumed(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("runs.common.comparison.Comparison.prepare", interrupt)
+        compare(**TINY, flows=("masked-affine",), out=tmp_path)
+    rows = compare(**TINY, flows=("masked-affine",), out=tmp_path, resume=True)
+    assert rows["masked-affine"]["trainings"][0]["steps"] == 3 and not (tmp_path / "compare-1.json").exists()
+
+
+def test_that_no_flows_can_be_told_apart_is_said(tmp_path, capsys):
+    compare(**TINY, flows=("masked-affine", "nflows-affine"), seeds=2, out=tmp_path)
+    assert "No two flows can be told apart by these trainings: more --seeds tell more." in capsys.readouterr().out
 
 
 def test_that_every_flow_failed_is_the_last_word(tmp_path, own_module):

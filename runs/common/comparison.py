@@ -19,7 +19,7 @@ from adapters.check import Report
 from adapters.check.subject import Wrong
 from adapters.flow import Flow
 from runs.common import gates
-from runs.common.contestants import REFERENCE, build, footnote, match_parameters
+from runs.common.contestants import REFERENCE, build, footnote, match_parameters, named_mistakes
 from runs.common.cost import KINDS, TimedFlow, compile_gain, time_kind
 from runs.common.devices import seeded
 from runs.common.pictures.compare import save_learned
@@ -186,7 +186,10 @@ class Comparison:
                 if not report:
                     row["untrained"] = report.reasons
             except FAILURES as error:
-                row["failed"] = reason(error)
+                if mistakes := named_mistakes(name, self.task.features, error):
+                    row["untrained"] = mistakes
+                else:
+                    row["failed"] = reason(error)
 
     def _describe(self, name: str, row: Row, target: int | None) -> None:
         hidden = self.hidden

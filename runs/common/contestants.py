@@ -7,9 +7,11 @@ from typing import Any
 from nflows.transforms import Transform
 from torch import Tensor, nn
 
-from adapters import build_flow
+from adapters import build_flow, check
 from adapters.catalogue import check_options, describe_flow, flow_options, is_own
+from adapters.check.subject import Wrong
 from adapters.flow import Flow
+from adapters.own import Offer, is_list, load, make
 from runs.common.results import parameter_count
 
 REFERENCE = "masked-affine"  # whose parameters the others match, and whose times the ratios are to
@@ -45,6 +47,20 @@ def build(
     known = {key: value for key, value in (options or {}).items() if key in flow_options(name)}
     size = {"layers": layers, "hidden_features": hidden_features, "masks": masks, "preprocess": preprocess}
     return build_flow(name, features, context_features, **size, **known)
+
+
+def named_mistakes(name: str, features: int, error: BaseException) -> list[str]:
+    """What the check says is wrong with somebody's own layer that ``build`` has refused with that error, if it is that.
+
+    A log-determinant of another shape, for example: ``build`` says what to write instead, the check what it is called.
+    """
+    if not (is_own(name) and isinstance(error.__cause__, Wrong)):
+        return []
+    with suppress(Exception):
+        made = make(load(name), Offer((features,)), {})
+        reports = [check(one, (features,)) for one in (made if is_list(made) else [made])]
+        return [reason for report in reports for reason in report.reasons]
+    return []
 
 
 def match_parameters(

@@ -155,6 +155,11 @@ class Table:
         }
         return rank_ranges({name: values for name, values in scores.items() if len(values) > 1})
 
+    def _are_all_alike(self, names: Sequence[str]) -> bool:
+        """Whether there are ranks, and no two of the flows can be told apart at any budget."""
+        found = [ranks for budget in self.budgets if len(ranks := self.ranks(names, budget)) > 1]
+        return bool(found) and all(rank == (1, len(ranks)) for ranks in found for rank in ranks.values())
+
     # The table as text
 
     def columns(self) -> list[str]:
@@ -206,6 +211,8 @@ class Table:
         ranked = self.ranked(names)
         columns, rows = self.columns(), self.cells(ranked)
         print("\n" + "\n".join(aligned([columns, *rows])))
+        if self._are_all_alike(ranked):
+            print("No two flows can be told apart by these trainings: more --seeds tell more.")
         lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         footnotes: list[str] = []
         for name, cells in zip(ranked, rows, strict=True):

@@ -247,7 +247,7 @@ def draw_times(table: Table, names: list[str], path: Path) -> Path:
                 axis.axhline(place, color="#e6e9eb", linewidth=0.6, zorder=0)
                 axis.plot(value, place, "o", color=colour, markersize=4.5)
                 axis.annotate(
-                    f"{value:.3g}" if value < 1000 else f"{value:,.0f}", (value, place), (5, 0),
+                    f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}", (value, place), (5, 0),
                     textcoords="offset points", va="center", fontsize=6, color=colour,
                 )  # fmt: skip
             axis.tick_params(axis="y", length=0)
