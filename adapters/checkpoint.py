@@ -41,7 +41,7 @@ from adapters.own import in_short, load
 from adapters.preprocess import PREPROCESSORS
 
 FILE = "flow.safetensors"
-FORMAT = 2  # of that file: 1 called the blueprint a recipe, and had other names of weights
+FORMAT = 3  # of that file: 1 called the blueprint a recipe, and had other names of weights; in 2, s was β tanh(s̃)
 ABANDONED = 600  # seconds since an unfinished file was last written to, after which its writer must be dead
 # The functions that make a tensor of a size that a blueprint may decide.
 FACTORIES = [torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.arange, torch.linspace]

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from adapters import MaskedCouplingLayer, checkerboard_mask, random_mask
 from adapters.layers.packed import PackedAffineCouplingLayer, PackedComposite
-from adapters.networks import MLP, ConvNet
+from adapters.networks import MAX_LOG_SCALE, MLP, ConvNet
 from tests.laws import batch, randomise
 
 
@@ -126,6 +126,18 @@ def test_all_zeros_mask_is_an_elementwise_affine_map():
     assert_close(log_det, slope[:1].log().sum().expand(4))
 
 
+@pytest.mark.parametrize("scale_bound", [None, 0.5, 2.0, 7.0])
+def test_the_log_scale_starts_as_fast_as_the_shift(scale_bound):
+    """∂s/∂s̃ = 1 at s̃ = 0 under any bound, and |s| stays within it."""
+    layer = PackedAffineCouplingLayer(MLP(1, 2), torch.tensor([1.0, 0.0]), scale_bound)
+    parameters = torch.zeros(3, 2, requires_grad=True)
+    _, log_det = layer.elementwise(torch.zeros(3, 1), parameters)
+    (slopes,) = torch.autograd.grad(log_det.sum(), parameters)
+    assert_close(slopes[:, 0], torch.ones(3))
+    _, steep = layer.elementwise(torch.zeros(3, 1), torch.full((3, 2), 1e4))
+    assert_close(steep, torch.full((3,), MAX_LOG_SCALE if scale_bound is None else scale_bound))
+
+
 @pytest.mark.parametrize("scale_bound", [None, 1.7])
 @pytest.mark.parametrize("features", [2, 5, 30])
 def test_packed_form_is_the_textbook_form(features, scale_bound):
@@ -150,7 +162,7 @@ def test_packed_form_is_the_textbook_form(features, scale_bound):
             if scale_bound is None:
                 return super().forward(z)
             bound = torch.zeros(features, dtype=z.dtype).index_copy(0, packed.transformed, packed.scale_bound.detach())
-            return bound * super().forward(z).tanh()
+            return bound * (super().forward(z) / scale_bound).tanh()
 
     embedded = MaskedCouplingLayer(
         Bounded(full_width(slice(0, transformed))), full_width(slice(transformed, None)), mask

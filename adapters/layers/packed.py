@@ -133,14 +133,14 @@ class PackedCoupling(Transform):
 
 
 class PackedAffineCouplingLayer(PackedCoupling):
-    """Equations 15, 16 and 17 in packed form: (s̃, t) = conditioner(z_{b=1}), s = β ⊙ tanh(s̃).
+    """Equations 15, 16 and 17 in packed form: (s̃, t) = conditioner(z_{b=1}), s = β ⊙ tanh(s̃ / β₀).
 
     Args:
         conditioner, mask, reads: as for ``PackedCoupling``, with two parameters a coordinate: all of s̃, then all of t.
             A zero-initialised last layer (``MLP`` has one) makes the layer start at the identity.
-        scale_bound: the initial β, learnable, one per transformed coordinate; ``None`` for no bound, s = s̃. In
-            either case |s| is at most ``MAX_LOG_SCALE``. β is also the slope ∂s/∂s̃ at s̃ = 0, where training starts:
-            a larger one makes s learn faster beside t.
+        scale_bound: β₀, where β starts, which is learnable, one per transformed coordinate; ``None`` for no bound,
+            s = s̃. In either case |s| is at most ``MAX_LOG_SCALE``. Training starts where s̃ = 0 and β = β₀. There
+            ∂s/∂s̃ = 1 whatever β₀ is, so that s learns as fast as t.
 
     Raises:
         ValueError: as ``PackedCoupling``, and for a bound that is not positive.
@@ -157,7 +157,8 @@ class PackedAffineCouplingLayer(PackedCoupling):
             self.scale_bound = None
         else:
             check_positive(scale_bound=scale_bound)
-            self.scale_bound = nn.Parameter(torch.full((len(self.transformed),), float(scale_bound)))
+            self.initial_bound = float(scale_bound)
+            self.scale_bound = nn.Parameter(torch.full((len(self.transformed),), self.initial_bound))
 
     def elementwise(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         s, t = self._scale_translation(parameters)
@@ -173,7 +174,7 @@ class PackedAffineCouplingLayer(PackedCoupling):
         if self.scale_bound is None:
             return sign * within(s, MAX_LOG_SCALE), t
         bound = within(self.scale_bound, MAX_LOG_SCALE)
-        return (bound if sign == 1 else -bound) * s.tanh(), t
+        return (bound if sign == 1 else -bound) * (s / self.initial_bound).tanh(), t
 
 
 class PackedComposite(CompositeTransform):
