@@ -4,6 +4,7 @@ A planted mistake is one direction of the exercise's layer, written wrong: a row
 layer of vectors and as one of images. Below them stand those that need a class, a spline or a flow.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -123,6 +124,7 @@ SIGN, BATCH, MEAN = (
     "log-determinant summed over the batch",
     "log-determinant is a mean",
 )
+OFF = "log-determinant is off by a constant factor"
 EVENT, FACTOR, CUT = (
     "log-determinant of the wrong event dimensions",
     "the factor (1 − b) is missing",
@@ -159,7 +161,33 @@ PLANTED = {  # what is wrong: forward, inverse, the mistake's name, and the equa
         "the determinant instead of its logarithm",
         None,
     ),
-    "twice": (returning(lambda b, s: 2 * total((1 - b) * s)), inverse, "log-determinant counted more than once", 17),
+    "twice": (returning(lambda b, s: 2 * total((1 - b) * s)), inverse, OFF, 17),
+    "a part of it": (returning(lambda b, s: 0.7 * total((1 - b) * s)), inverse, OFF, 17),
+    "to base 2": (returning(lambda b, s: total((1 - b) * s) / math.log(2)), inverse, OFF, None),
+    "scales summed": (
+        returning(lambda b, s: total((1 - b) * s.exp())),
+        inverse,
+        "the scale is summed instead of its logarithm",
+        17,
+    ),
+    "a sigmoid scale": (
+        lambda z, b, s, t: (b * z + (1 - b) * (z * torch.sigmoid(s(b * z)) + t(b * z)), total((1 - b) * s(b * z))),
+        lambda z, b, s, t: (b * z + (1 - b) * ((z - t(b * z)) / torch.sigmoid(s(b * z))), -total((1 - b) * s(b * z))),
+        "log-determinant of another s than the one used",
+        17,
+    ),
+    "clamped": (
+        lambda z, b, s, t: (b * z + (1 - b) * forward(z, b, s, t)[0].clamp(-0.5, 0.5), forward(z, b, s, t)[1]),
+        inverse,
+        "outputs are cut off",
+        None,
+    ),
+    "rounded": (
+        lambda z, b, s, t: (b * z + (1 - b) * (100 * forward(z, b, s, t)[0]).round() / 100, forward(z, b, s, t)[1]),
+        inverse,
+        "outputs are cut off",
+        None,
+    ),
     "before tanh": (
         lambda z, b, s, t: (
             b * z + (1 - b) * (z * s(b * z).tanh().exp() + t(b * z)),

@@ -82,7 +82,7 @@ class Pass:
     def jacobian(self) -> Tensor:
         """J of each row, ``(rows, D, D)``: autograd's, or the inverse of autograd's J of the pass that this undoes."""
         if self.undoes is not None:
-            return torch.linalg.inv(self.undoes.jacobian)
+            return torch.linalg.pinv(self.undoes.jacobian)  # which a singular one has, too
         return jacobian(self.function, self.x, self.context)
 
     @cached_property

@@ -18,11 +18,13 @@ from adapters.check.measure import (
     equation_16,
     is_mask,
     is_rounded,
+    jacobian,
     own_tensors,
     same,
     seeded,
 )
 from adapters.check.subject import FORWARD, INVERSE, Wrong, place
+from adapters.check.words import number, numbers
 
 EQUATIONS = {
     15: "Equation 15 of the exercise: z' = b ⊙ z + (1 − b) ⊙ (z ⊙ exp(s(b ⊙ z)) + t(b ⊙ z))",
@@ -330,6 +332,25 @@ def _sum_it(e: Evidence) -> str:
     return f"sum over all dimensions but the first, s.flatten(1).sum(1), with (1 − b) ⊙ s for s{_coupling(e, 17)}"
 
 
+# Cut off
+
+
+@mistake("outputs are cut off", "round_trip", "forward_log_det", "inverse_log_det", explains=(*ALL, "precision"))
+def cut_off(e: Evidence, law: str) -> str | None:
+    for p in e.repeatable:
+        aside = 1e-5 * torch.randn(p.x.shape, generator=torch.Generator().manual_seed(8), dtype=p.x.dtype)
+        with torch.no_grad():
+            still = (p.jacobian == 0).all(2) & (p.function(p.x + aside, p.context)[0].flatten(1) == p.flat[1])
+        if p.undoes is None and still.any():
+            row, i = map(int, still.nonzero()[0])
+            return (
+                f"{_at(e, p.direction)} gives {number(p.flat[1][row, i])} at coordinate {i} of z = "
+                f"{numbers(p.x[row])}, whatever z is near there, so that no inverse can tell where it came from: "
+                "clamp, relu, round or the like makes it so. Bound s instead, by a tanh at the end of its network"
+            )
+    return None
+
+
 # Inverse
 
 
@@ -457,6 +478,15 @@ def other_s(e: Evidence, p: Pass) -> str | None:
                 return (
                     f"z is scaled by exp of {used[0][0]}, but log_det sums {name}: use one s in both{_coupling(e, 17)}"
                 )
+            if (
+                not used
+                and p.exact.isfinite().all()
+                and any(same(sign * part.sum(1), p.log_det) for part in (s, s[:, ~p.kept]))
+            ):
+                return (
+                    f"log_det sums {name}, but z is not scaled by its exp: sum the logarithm of the scale that is used"
+                    f"{_coupling(e, 17)}"
+                )
     return None
 
 
@@ -499,20 +529,32 @@ def not_log(e: Evidence, p: Pass) -> str | None:
     return "log_det is |det J| itself: take its logarithm" if same(p.log_det, p.exact.exp()) else None
 
 
-@_log_det("log-determinant counted more than once")
+@_log_det("the scale is summed instead of its logarithm")
+def sum_of_scales(e: Evidence, p: Pass) -> str | None:
+    scales = p.jacobian.diagonal(dim1=1, dim2=2)
+    for values in (scales, scales[:, ~p.kept]):
+        if same(p.log_det, values.sum(1)):
+            return f"log_det is the sum of what z is multiplied by: sum its logarithms{_coupling(e, 17)}"
+    return None
+
+
+@_log_det("log-determinant is off by a constant factor")
 def multiple(e: Evidence, p: Pass) -> str | None:
-    for times, what in ((2.0, "twice"), (0.5, "half")):
-        if same(p.log_det, times * p.exact):
-            return f"log_det is {what} autograd's in every row{_coupling(e, 17)}"
     for base in (2, 10):
         if same(p.log_det * math.log(base), p.exact):
             return f"log_det is a logarithm to base {base}: use the natural one, torch.log"
-    return None
+    factor = (p.log_det @ p.exact / (p.exact @ p.exact)).item()
+    if not same(p.log_det, factor * p.exact):
+        return None
+    times = {2.0: "twice", 0.5: "half"}.get(round(factor, 6), f"{number(factor)} times")
+    return f"log_det is {times} autograd's in every row{_coupling(e, 17)}"
 
 
 @_log_det("detached, or under no_grad", ("inverse_log_det", "gradients"))
 def detached(e: Evidence, p: Pass) -> str | None:
-    if p.x[0].numel() > 64 or same(p.jacobian, p.slopes, 1e-3):
+    if p.x[0].numel() > 64 or (p.undoes is not None and e.slow):
+        return None
+    if same(jacobian(p.function, p.x, p.context), p.slopes, 1e-3):  # autograd's own, also of a wide inverse
         return None
     true = torch.linalg.slogdet(p.slopes).logabsdet
     right = "its log_det is right" if same(p.log_det, true, 1e-3) else "its log_det is wrong as well"
