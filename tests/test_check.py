@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from torch.nn.functional import softsign
 
 import adapters
 from adapters import MaskedCouplingLayer, build_flow, check, checkerboard_mask, flow_names
-from adapters.check import WrongLayer
+from adapters.check import WrongLayer, fresh
 from adapters.check.__main__ import main
 from adapters.check.laws import LAWS
+from adapters.check.measure import CALLS, Evidence
 from adapters.layers.spline import MaskedSplineCouplingLayer, spline_parameters
 from adapters.networks import MLP
 from adapters.own import Network, Offer, load, make
+from tests.counting import counted
 from tests.examples import examples, models
 from tests.students_layer import LAYER
 
@@ -964,6 +967,17 @@ def test_no_other_right_layer_is_accused(layer):
     thing = layer()
     report = check(thing, (2, 3, 3) if isinstance(thing, Scale) else (2,))
     assert report, f"\n{report}"
+
+
+def test_an_inverse_that_searches_does_not_fill_the_memory():
+    """What its networks give is looked at, and not kept for each of the steps."""
+    flow = build_flow("zuko-naf", 2, layers=1, hidden_features=(8, 8))
+    evidence = Evidence(lambda: fresh(flow, 8.0), (2,))
+    with counted() as calls:
+        evidence.gather()
+    often = max(calls.values())
+    seen = Counter(name for p in (evidence.back, evidence.inverse) for name, _, _ in p.seen)
+    assert often > 100 and seen and max(seen.values()) <= 2 * CALLS
 
 
 def test_the_layer_and_the_random_numbers_stay_as_they_were():

@@ -7,6 +7,7 @@ them are the measures themselves, functions of tensors, which comparisons and te
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ THROUGH = 16  # of more coordinates, autograd does not go through the inverse: J
 PATIENCE = 1.0  # seconds of computing: an inverse that takes longer is called no more often than it must be
 AT_ONCE = 250_000  # numbers in one batch, of copies of a row, by which a Jacobian is found
 ROUGH = 4e-3  # of ``roughness``: about 1e-6 in float64, up to 1.5e-3 for a search, 7e-3 to 0.1 where float32 is within
+CALLS = 3  # of each network inside, that are looked at in one pass
 STEP = 1e-6  # h of ``roughness``
 
 Function = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # rows and contexts to outputs and log-determinants
@@ -426,14 +428,19 @@ def settle(subject: Subject, x: Tensor, context: Tensor | None) -> None:
 
 @contextmanager
 def watching(module: nn.Module, rows: int) -> Iterator[list[Seen]]:
-    """What each module inside is given and gives, where both are one tensor with as many rows.
+    """What each module inside is given and gives in its first calls, where both are one tensor with as many rows.
 
-    What a parametrization makes of a weight is no answer to rows.
+    What a parametrization makes of a weight is no answer to rows. An inverse that searches calls its networks so often
+    that all of it would fill the memory.
     """
     seen: list[Seen] = []
+    calls: Counter[str] = Counter()
 
     def watch(name: str) -> Callable:
         def note(_, given: tuple, gave) -> None:
+            calls[name] += 1
+            if calls[name] > CALLS:
+                return
             tensors = given and isinstance(given[0], Tensor) and isinstance(gave, Tensor)
             if tensors and given[0].dim() > 1 and gave.dim() > 1 and len(given[0]) == len(gave) == rows:
                 seen.append(Seen(name, given[0].clone(), gave.clone()))
