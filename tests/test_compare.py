@@ -17,9 +17,10 @@ from PIL import Image
 
 from adapters import build_flow, flow_names
 from adapters.check.measure import Quadrature
+from adapters.check.subject import TookTooLong, time_limit
 from runs import pyro_vae
 from runs.common import contestants, gates, speed, tasks
-from runs.common.comparison import Effort, parse_budget, parse_budgets
+from runs.common.comparison import Effort, Unfit, parse_budget, parse_budgets, patiently
 from runs.common.cost import KINDS, peak, time_kind
 from runs.common.devices import make_accelerator
 from runs.common.fit import fit
@@ -508,6 +509,16 @@ def test_a_comparison_cut_short_before_its_first_training_is_resumed(tmp_path, m
 def test_that_no_flows_can_be_told_apart_is_said(tmp_path, capsys):
     compare(**TINY, flows=("masked-affine", "nflows-affine"), seeds=2, out=tmp_path)
     assert "No two flows can be told apart by these trainings: more --seeds tell more." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limited", [lambda: time_limit(0.2), lambda: patiently("it", 0.2)])
+def test_a_time_limit_leaves_gradients_on(limited):
+    """Its signal may raise while ``torch.no_grad()`` ends, which then does not switch them on again."""
+    with pytest.raises((TookTooLong, Unfit)), limited():
+        torch.set_grad_enabled(False)
+        while True:
+            pass
+    assert torch.is_grad_enabled()
 
 
 def test_that_every_flow_failed_is_the_last_word(tmp_path, own_module):

@@ -186,13 +186,27 @@ def time_limit(seconds: float) -> Iterator[None]:
     def stop(*_) -> None:
         raise TookTooLong
 
-    before = signal.signal(signal.SIGALRM, stop)
-    remaining, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    with same_grad_mode():
+        before = signal.signal(signal.SIGALRM, stop)
+        remaining, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, remaining)
+            signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def same_grad_mode() -> Iterator[None]:
+    """Afterwards gradients are on again if they were before.
+
+    A signal may raise anywhere, also where ``torch.no_grad()`` is about to end, and would leave them off for good.
+    """
+    enabled = torch.is_grad_enabled()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, remaining)
-        signal.signal(signal.SIGALRM, before)
+        torch.set_grad_enabled(enabled)
 
 
 def kind(thing: Any) -> str:

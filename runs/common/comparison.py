@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from adapters.check import Report
-from adapters.check.subject import Wrong
+from adapters.check.subject import Wrong, same_grad_mode
 from adapters.flow import Flow
 from runs.common import gates
 from runs.common.contestants import REFERENCE, build, footnote, match_parameters, named_mistakes
@@ -76,13 +76,14 @@ def patiently(what: str, seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGPROF, give_up)
-    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0.0)
-        signal.signal(signal.SIGPROF, previous)
+    with same_grad_mode():
+        previous = signal.signal(signal.SIGPROF, give_up)
+        signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
+            signal.signal(signal.SIGPROF, previous)
     if late:
         raise late[-1]
 
