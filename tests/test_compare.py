@@ -508,7 +508,11 @@ def test_a_comparison_cut_short_before_its_first_training_is_resumed(tmp_path, m
 
 def test_that_no_flows_can_be_told_apart_is_said(tmp_path, own_module, capsys):
     own_module(
-        "twin", "from adapters import build_flow\ndef flow(**given):\n    return build_flow('masked-affine', **given)\n"
+        "twin",
+        "from adapters import build_flow\n"
+        "def flow(features, layers, hidden_features, masks):\n"
+        "    size = {'layers': layers, 'hidden_features': hidden_features, 'masks': masks}\n"
+        "    return build_flow('masked-affine', features, **size)\n",
     )
     compare(**TINY, flows=("masked-affine", "twin:flow"), seeds=2, out=tmp_path)
     assert "No two flows can be told apart by these trainings: more --seeds tell more." in capsys.readouterr().out
