@@ -5,6 +5,7 @@ import inspect
 import pydoc
 import tomllib
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -12,8 +13,23 @@ import adapters
 from adapters.__main__ import main
 from adapters.bridges import bridges
 from adapters.discovery import file_name
+from adapters.flow import Flow
 
 ROOT = Path(__file__).parent.parent
+METHODS = FunctionType | property | classmethod | staticmethod
+# What users meet: every module beside these, whose names only the package itself uses.
+INTERNAL = {"__init__", "__main__", "checks", "discovery", "imports", "normal", "own", "parts", "words"}
+PATHS = [path for folder in ("adapters", "adapters/layers") for path in sorted((ROOT / folder).glob("*.py"))]
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PATHS if path.stem not in INTERNAL]
+
+
+def public(name):
+    """The public classes and functions that this module defines, by name."""
+    module = importlib.import_module(name)
+    for name, thing in vars(module).items():
+        defined_here = getattr(thing, "__module__", None) == module.__name__
+        if defined_here and not name.startswith("_") and (inspect.isclass(thing) or inspect.isfunction(thing)):
+            yield name, thing
 
 
 def test_the_overview_names_every_flow_and_library(capsys):
@@ -61,3 +77,26 @@ def test_help_is_a_table_of_contents():
 def test_every_public_name_has_an_example():
     """pytest runs them: see ``--doctest-modules`` in pyproject.toml."""
     assert [name for name in adapters.__all__ if ">>>" not in (inspect.getdoc(getattr(adapters, name)) or "")] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_class_and_function_of_a_module_has_an_example(name):
+    assert [name for name, thing in public(name) if ">>>" not in (thing.__doc__ or "")] == []
+
+
+def test_every_public_method_of_a_flow_has_an_example():
+    methods = [name for name in vars(Flow) if not name.startswith("_")]
+    assert {"log_prob", "sample", "encode", "transform", "base"} <= set(methods)
+    assert [name for name in methods if ">>>" not in (getattr(Flow, name).__doc__ or "")] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_method_says_what_it_does(name):
+    """Itself, or in the class of this package that declares it; what PyTorch says of every ``forward`` says nothing."""
+    silent = []
+    for kind in [thing for _, thing in public(name) if inspect.isclass(thing)]:
+        ours = [vars(base) for base in kind.__mro__ if base.__module__.startswith("adapters")]
+        for method, value in vars(kind).items():
+            if not method.startswith("_") and isinstance(value, METHODS):
+                silent += [] if any(getattr(base.get(method), "__doc__", None) for base in ours) else [(kind, method)]
+    assert silent == []
