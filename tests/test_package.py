@@ -3,6 +3,8 @@
 import importlib
 import inspect
 import pydoc
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import FunctionType
@@ -16,9 +18,10 @@ from adapters.discovery import file_name
 from adapters.flow import Flow
 
 ROOT = Path(__file__).parent.parent
+TINY = ["--steps", "1", "--layers", "1", "--device", "cpu", "--out", "toy"]
 METHODS = FunctionType | property | classmethod | staticmethod
 # What users meet: every module beside these, whose names only the package itself uses.
-INTERNAL = {"__init__", "__main__", "checks", "discovery", "imports", "normal", "own", "parts", "words"}
+INTERNAL = {"__init__", "__main__", "checks", "discovery", "imports", "normal", "own", "parts", "pipe", "words"}
 PATHS = [path for folder in ("adapters", "adapters/layers") for path in sorted((ROOT / folder).glob("*.py"))]
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PATHS if path.stem not in INTERNAL]
 
@@ -55,6 +58,40 @@ def test_a_mistake_is_one_line(capsys):
     assert main(["no-flow"]) == 1
     assert capsys.readouterr().err.startswith("error: unknown flow 'no-flow'; known: masked-affine")
     assert main(["--no-option"]) == 2 and main(["--help"]) == 0
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["masked-affine-textbook", "zuko-naf"]])
+def test_what_it_prints_fits_the_terminal(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(words)
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
+def test_a_reader_that_stops_reading_ends_the_program_quietly(tmp_path):
+    """Like ``| head -1``, but at once: every program that there is writes to a pipe that was closed."""
+    scripts = [path for path in sorted((ROOT / "runs").glob("*.py")) if path.stem != "__init__"]
+    programs = [("run_path", str(path), ["--help"]) for path in scripts]
+    programs += [("run_module", "adapters", []), ("run_module", "adapters.check", ["--help"])]
+    programs += [
+        ("run_module", "adapters.check", ["adapters:MaskedCouplingLayer"]),
+        ("run_path", str(ROOT / "runs/toy.py"), TINY),
+    ]
+    program = f"""
+import os, runpy, sys
+read, write = os.pipe()
+os.close(read)
+for how, what, words in {programs!r}:
+    os.dup2(write, 1)
+    sys.argv = [what, *words]
+    try:
+        getattr(runpy, how)(what, run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 141, (what, words, end.code)
+    else:
+        raise AssertionError((what, words))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_version_has_one_source():
