@@ -2,21 +2,30 @@
 
 import importlib.metadata
 import platform
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 import adapters
 from adapters.bridges import Bridge, bridges, check_installed
 from adapters.catalogue import defaults, describe_flow, library_of
 from adapters.discovery import file_name
+from adapters.pipe import until_nobody_reads
 
 USAGE = """usage: python -m adapters [NAME ...]
 
-With no name it lists what is installed and the names of all flows, by library. With names it describes those flows.
-Beside it: python -m adapters.check my_layer.py:MyLayer asks whether a layer of yours is right.
+With no name: what is installed, and the names of all flows, by library.
+With names: what these flows are, and the options that they have.
 
-  python -m adapters
-  python -m adapters masked-spline"""
+examples, and what they give:
+
+python -m adapters
+    versions and names
+python -m adapters masked-spline
+    that flow's layers in words, and its options with their defaults
+python -m adapters.check my_layer.py:MyLayer
+    is a layer of yours right?"""
 
 
 def overview() -> str:
@@ -28,7 +37,8 @@ def overview() -> str:
     for name in adapters.flow_names():
         by_library.setdefault(library_of(name) or "hand-written", []).append(name)
     lines += ["", "flows, for build_flow and --flow:"]
-    lines += [f"  {library:12} {', '.join(names)}" for library, names in by_library.items()]
+    for library, names in by_library.items():
+        lines += _wrapped(", ".join(names), f"  {library:12} ", " " * 15)
     return "\n".join([*lines, "", "python -m adapters NAME describes one of them."])
 
 
@@ -45,12 +55,13 @@ def description(name: str) -> str:
     options = [f"  {option} = {default!r}" for option, default in defaults(name).items()] or ["  none"]
     return "\n".join(
         [
-            f"{name}: {describe_flow(name)}",
+            *_wrapped(f"{name}: {describe_flow(name)}"),
             "",
-            "options, beside build_flow's own arguments (features, layers, hidden_features, masks, …):",
+            "options, beside features, layers, hidden_features and build_flow's others:",
             *options,
             "",
-            f'build_flow("{name}", features=2)            python runs/toy.py --flow {name}',
+            f'build_flow("{name}", features=2)',
+            f"python runs/toy.py --flow {name}",
         ]
     )
 
@@ -66,6 +77,12 @@ def main(words: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _wrapped(text: str, first: str = "", rest: str = "") -> list[str]:
+    """The lines of a text in this terminal, the first one after ``first``, the others after ``rest``."""
+    width = shutil.get_terminal_size().columns
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def _state(bridge: Bridge) -> str:
@@ -84,4 +101,5 @@ def _version(distribution: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with until_nobody_reads():
+        sys.exit(main(sys.argv[1:]))

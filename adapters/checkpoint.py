@@ -149,6 +149,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
 
     Raises:
         OSError: if it can't be written, naming ``path``. What was there before is untouched.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     path = write_atomically(Path(directory, "answer.txt"), lambda unfinished: unfinished.write_text("42"))
+    ...     path.read_text(), len(os.listdir(directory))
+    ('42', 1)
     """
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
     for other in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):

@@ -77,19 +77,27 @@ class FlowDistribution(TorchDistribution):
 
     @property
     def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """What torch checks of the arguments: the context, if there is one, is a vector in its last dimension."""
         return {} if self.context is None else {"context": constraints.real_vector}
 
     @property
     def support(self) -> constraints.Constraint:
+        """Where x may lie: each of its coordinates as the argument ``support`` says."""
         return constraints.independent(self._support, len(self.event_shape))
 
     @property
     def has_rsample(self) -> bool:
+        """Whether the base has differentiable samples: then so has the flow."""
         base = base_of(self.flow)
         source = getattr(base, "source", None)  # of a base that wraps a torch distribution, which may be discrete
         return source is None or source(self._rows(self.batch_shape)).has_rsample
 
     def expand(self, batch_shape, _instance=None) -> "FlowDistribution":
+        """The same distribution with a larger batch shape, to which the context is expanded.
+
+        Raises:
+            ValueError: for a batch shape to which this one does not expand.
+        """
         new: Any = self._get_checked_instance(FlowDistribution, _instance)
         batch_shape = sizes(batch_shape, "batch_shape")
         try:

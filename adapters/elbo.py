@@ -17,9 +17,23 @@ class ReparameterizedELBO(Trace_ELBO):
     Its value and gradient are the same: log p(x, z) − log q(z) at draws of z from q. But ``Trace_ELBO`` reads several
     numbers of each step into Python, for which it has to wait for a GPU; here they stay on the device. A guide with a
     sample that is not reparameterised is handed to ``Trace_ELBO`` as it is.
+
+    The arguments are those of ``Trace_ELBO``, such as ``num_particles``, the number of draws of z in each step.
+
+    Under the exact posterior each draw of z gives −log p(x): here that of x = 1 under N(0, 2).
+
+    >>> import pyro, torch
+    >>> from pyro.distributions import Normal
+    >>> def model():
+    ...     pyro.sample("x", Normal(pyro.sample("z", Normal(0.0, 1.0)), 1.0), obs=torch.tensor(1.0))
+    >>> def guide():
+    ...     pyro.sample("z", Normal(0.5, 0.5**0.5))
+    >>> ReparameterizedELBO().differentiable_loss(model, guide)
+    tensor(1.5155)
     """
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
+        """−ELBO in nats, a scalar to call ``backward`` of; ``args`` and ``kwargs`` go to model and guide."""
         elbo: Any = 0.0  # a tensor from the first particle on
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             sites = guide_trace.iter_stochastic_nodes()

@@ -20,6 +20,17 @@ def with_finite_rows(run: Pass, inputs: Tensor, context: Tensor | None = None) -
     Each such row of the inputs or of the context is replaced by the number ``HARMLESS`` before ``run`` gets it. Its
     outputs and its log-determinant are NaN. No value is read on the host, so that nothing waits for the device, and the
     other rows keep their gradients.
+
+    Args:
+        run: a transform's ``forward`` or ``inverse``.
+        inputs: ``(batch, *event)``.
+        context: ``(batch, C)``.
+
+    >>> def centre(inputs, context=None):  # one row is enough to spoil the mean of all
+    ...     return inputs - inputs.mean(0), torch.zeros(len(inputs))
+    >>> with_finite_rows(centre, torch.tensor([[1.5], [math.inf]]))
+    (tensor([[0.5000],
+            [   nan]]), tensor([0., nan]))
     """
     if inputs.dim() == 0 or not inputs.is_floating_point():
         return run(inputs, context)  # run refuses such inputs
@@ -37,6 +48,14 @@ def finite_rows(method: Pass) -> Pass:
 
     A transform may have an attribute ``takes_any_row``. If it is true, the method runs as it is. This is for transforms
     whose library keeps the rows apart itself.
+
+    >>> class Shift(torch.nn.Module):
+    ...     @finite_rows
+    ...     def forward(self, inputs, context=None):
+    ...         return inputs + 1, torch.zeros(len(inputs))
+    >>> Shift()(torch.tensor([[1.0], [math.inf]]))[0]
+    tensor([[2.],
+            [nan]])
     """
 
     @wraps(method)

@@ -33,6 +33,10 @@ class StandardNormal(nflows.distributions.StandardNormal):
 
     Args:
         shape: of one sample.
+
+    >>> base = StandardNormal([2])
+    >>> base.log_prob(torch.zeros(1, 2)), base.double().sample(5).dtype  # −log 2π nats
+    (tensor([-1.8379]), torch.float64)
     """
 
     def __init__(self, shape):
@@ -94,12 +98,24 @@ class Flow(nflows.flows.Flow):
 
     @property
     def transform(self) -> Transform:
-        """f, data → noise. It may be replaced: ``flow.transform = torch.compile(flow.transform)``."""
+        """f, data → noise. It may be replaced: ``flow.transform = torch.compile(flow.transform)``.
+
+        >>> from adapters.preprocess import Standardize
+        >>> flow = Flow(Standardize(torch.tensor([1.0]), torch.tensor([2.0])), StandardNormal([1]), event_shape=(1,))
+        >>> noise, log_det = flow.transform(torch.tensor([[5.0]]))  # log_det is −log 2
+        >>> noise, log_det
+        (tensor([[2.]]), tensor([-0.6931]))
+        """
         return transform_of(self)
 
     @property
     def base(self) -> nflows.distributions.Distribution:
-        """The distribution of the noise. It may be replaced."""
+        """The distribution of the noise. It may be replaced.
+
+        >>> from adapters import build_flow
+        >>> build_flow("masked-affine", features=2).base
+        StandardNormal(2)
+        """
         return base_of(self)
 
     def __setattr__(self, name: str, value) -> None:
@@ -119,28 +135,57 @@ class Flow(nflows.flows.Flow):
 
         Raises:
             RuntimeError: always, as nflows does.
+
+        >>> from adapters import build_flow
+        >>> build_flow("masked-affine", features=2)(torch.zeros(1, 2))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        RuntimeError: a flow is not called: flow.log_prob(x) gives densities, flow.sample(n) draws, ...
         """
         raise RuntimeError(
             "a flow is not called: flow.log_prob(x) gives densities, flow.sample(n) draws, flow.encode(x) gives noise"
         )
 
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """log p(x | context) in nats: ``(batch, *event)`` → ``(batch,)``."""
+        """log p(x | context) in nats: ``(batch, *event)`` → ``(batch,)``.
+
+        >>> from adapters import build_flow
+        >>> flow = build_flow("masked-affine", features=2)  # a new one is the identity: x is standard normal,
+        >>> flow.log_prob(torch.zeros(1, 2)).detach()  # with the log-density −log 2π at 0
+        tensor([-1.8379])
+        """
         self._check_inputs(inputs, context)
         return self._call(super().log_prob, inputs=inputs, context=context)
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """f(x; context), the noise that corresponds to the data: ``(batch, *event)`` → ``(batch, *noise)``."""
+        """f(x; context), the noise that corresponds to the data: ``(batch, *event)`` → ``(batch, *noise)``.
+
+        >>> from adapters.preprocess import Standardize
+        >>> flow = Flow(Standardize(torch.tensor([1.0]), torch.tensor([2.0])), StandardNormal([1]), event_shape=(1,))
+        >>> flow.encode(torch.tensor([[5.0]]))
+        tensor([[2.]])
+        """
         self._check_inputs(x, context)
         return self._call(super().transform_to_noise, inputs=x, context=context)
 
     def decode(self, noise: Tensor, context: Tensor | None = None) -> Tensor:
-        """f⁻¹(noise; context), the data that correspond to the noise: ``(batch, *noise)`` → ``(batch, *event)``."""
+        """f⁻¹(noise; context), the data that correspond to the noise: ``(batch, *noise)`` → ``(batch, *event)``.
+
+        >>> from adapters.preprocess import Standardize
+        >>> flow = Flow(Standardize(torch.tensor([1.0]), torch.tensor([2.0])), StandardNormal([1]), event_shape=(1,))
+        >>> flow.decode(torch.tensor([[2.0]]))
+        tensor([[5.]])
+        """
         self._check(noise, "noise", noise_shape_of(self.base), "decode of this flow", context)
         return self._call(self._decode, noise=noise, context=context)
 
     def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """nflows' name for ``encode``."""
+        """nflows' name for ``encode``.
+
+        >>> from adapters import build_flow
+        >>> flow, x = build_flow("masked-affine", features=2), torch.randn(5, 2)
+        >>> torch.equal(flow.transform_to_noise(x), flow.encode(x))
+        True
+        """
         return self.encode(inputs, context)
 
     def sample(self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None) -> Tensor:
@@ -149,6 +194,11 @@ class Flow(nflows.flows.Flow):
         Args:
             num_samples: how many samples to draw, for each row of the context if there is one.
             batch_size: how many of them to draw at once; fewer take less memory. By default all.
+
+        >>> from adapters import build_flow
+        >>> flow = build_flow("masked-affine", features=2, context_features=3)
+        >>> flow.sample(5, context=torch.randn(7, 3)).shape  # five for each of the seven contexts
+        torch.Size([7, 5, 2])
         """
         self._check_context_of_samples(context)
         num_samples = _count("num_samples", num_samples)
@@ -159,7 +209,14 @@ class Flow(nflows.flows.Flow):
         return torch.cat([self.sample(part, context) for part in parts], dim=0 if context is None else 1)
 
     def sample_and_log_prob(self, num_samples: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Samples, as ``sample`` gives them, and log p of each in nats, from the same pass through the transform."""
+        """Samples, as ``sample`` gives them, and log p of each in nats, from the same pass through the transform.
+
+        >>> from adapters import build_flow
+        >>> flow = build_flow("masked-affine", features=2)
+        >>> x, log_prob = flow.sample_and_log_prob(5)
+        >>> torch.allclose(log_prob, flow.log_prob(x), atol=1e-5)
+        True
+        """
         self._check_context_of_samples(context)
         num_samples = _count("num_samples", num_samples)
         return self._call(partial(super().sample_and_log_prob, num_samples), context=context)
@@ -246,6 +303,13 @@ class ContextAsCoordinates(Transform):
 
     Raises:
         ValueError: in a call, for inputs or a context of another shape.
+
+    >>> from adapters import MaskedCouplingLayer
+    >>> mask = torch.tensor([0, 1])
+    >>> layer = MaskedCouplingLayer(torch.zeros_like, lambda bz: bz.flip(1), mask)  # (x, c) ↦ (x + c, c)
+    >>> shift = ContextAsCoordinates(layer, features=1, context_features=1)
+    >>> shift(torch.tensor([[1.0]]), context=torch.tensor([[10.0]]))[0]
+    tensor([[11.]])
     """
 
     def __init__(self, transform: Transform, features: int, context_features: int):
@@ -253,9 +317,11 @@ class ContextAsCoordinates(Transform):
         self.transform, self.features, self.context_features = transform, features, context_features
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x ↦ the first ``features`` coordinates of transform(x, context), and log|det J|, as a ``Transform`` does."""
         return self._apply_to(self.transform, inputs, context)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The way back, by the transform's own inverse."""
         return self._apply_to(self.transform.inverse, inputs, context)
 
     def _apply_to(self, function: Callable, inputs: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -46,11 +46,20 @@ class LastResult:
 
     Args:
         parts: the module's parts, if they are known already; see ``sibling``.
+
+    >>> layer, z, last = nn.Linear(2, 2), torch.ones(1, 2), LastResult()
+    >>> last.keep(torch.tensor([0.5]), layer, z)
+    >>> last.take(layer, z), last.take(layer, z)
+    (tensor([0.5000]), None)
+    >>> last.keep(torch.tensor([0.5]), layer, z)
+    >>> z += 1  # now a new pass would give another result
+    >>> print(last.take(layer, z))
+    None
     """
 
-    def __init__(self, parts: "Parts | None" = None):
+    def __init__(self, parts: "_Parts | None" = None):
         self.parts = parts
-        self.kept: Kept | None = None
+        self.kept: _Kept | None = None
 
     def keep(self, result: Tensor, module: nn.Module, first: Tensor, *others: Tensor | None) -> None:
         """Keep the result of a pass of this module whose inputs or outputs are these tensors."""
@@ -60,7 +69,7 @@ class LastResult:
             return
         this: weakref.ref[LastResult] = weakref.ref(self)
         uncounted = [tensor.clone() for tensor in state.uncounted]
-        self.kept = Kept(result, state._replace(uncounted=uncounted), weakref.ref(first, lambda _: _forget(this)))
+        self.kept = _Kept(result, state._replace(uncounted=uncounted), weakref.ref(first, lambda _: _forget(this)))
 
     def take(self, module: nn.Module, first: Tensor, *others: Tensor | None) -> Tensor | None:
         """The kept result, if it is about these tensors and nothing has changed since; otherwise ``None``."""
@@ -77,16 +86,16 @@ class LastResult:
                 self._look_up(module)
         return LastResult(self.parts)
 
-    def _look_up(self, module: nn.Module) -> tuple["Parts", list[Tensor]]:
+    def _look_up(self, module: nn.Module) -> tuple["_Parts", list[Tensor]]:
         """The module's parts and tensors. They are listed anew if the module is another one, or a part was replaced."""
         parts = self.parts
         tensors = None if parts is None else parts.found_in(module)
         if parts is None or tensors is None:
-            parts = self.parts = Parts(module)
+            parts = self.parts = _Parts(module)
             tensors = parts.tensors()
         return parts, tensors
 
-    def _state(self, module: nn.Module, *about: Tensor | None) -> "State | None":
+    def _state(self, module: nn.Module, *about: Tensor | None) -> "_State | None":
         """Everything that a pass of the module at these tensors depends on; ``None`` where it can't be told."""
         if torch.compiler.is_compiling():
             return None
@@ -109,7 +118,7 @@ class LastResult:
                 [tensor.is_leaf for tensor in given],
                 _views(given),
             ]
-            return State(parts, values, _references(given), uncounted)
+            return _State(parts, values, _references(given), uncounted)
         except RuntimeError:
             return None
 
@@ -117,7 +126,7 @@ class LastResult:
         return LastResult, ()
 
 
-class Parts:
+class _Parts:
     """A list of a module's submodules, parameters and buffers, which can tell whether one was replaced since.
 
     The submodules are held, the tensors by weak references only. As long as a weak reference lives, Python and PyTorch
@@ -145,23 +154,23 @@ class Parts:
         return [tensor for tensor in _values(self.tensors_of_parts) if tensor is not None]
 
 
-class State(NamedTuple):
+class _State(NamedTuple):
     """Everything that the result of a pass depends on.
 
     Attributes:
         parts: the module's parts. If one of them is replaced, this is another object.
         values: what is compared with ``==``: modes, versions and views.
-        references: weak references to the tensors that the pass is about, as in ``Parts``.
+        references: weak references to the tensors that the pass is about, as in ``_Parts``.
         uncounted: those of these tensors that were made in inference mode, whose versions autograd does not count. They
             are compared by value, so that a kept state has copies of them.
     """
 
-    parts: Parts
+    parts: _Parts
     values: list
     references: list[weakref.ref]
     uncounted: list[Tensor]
 
-    def equals(self, other: "State") -> bool:
+    def equals(self, other: "_State") -> bool:
         return (
             self.parts is other.parts
             and self.values == other.values
@@ -170,11 +179,11 @@ class State(NamedTuple):
         )
 
 
-class Kept(NamedTuple):
+class _Kept(NamedTuple):
     """A kept result, the state that it depends on, and a weak reference to the first tensor that it is about."""
 
     result: Tensor
-    state: State
+    state: _State
     first: weakref.ref
 
 

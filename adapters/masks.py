@@ -111,7 +111,14 @@ def pyramid_masks(height: int, width: int) -> list[Tensor]:
 
 
 def as_mask(mask: Tensor) -> Tensor:
-    """The mask as a tensor. It may be a list or an array; anything else is a TypeError."""
+    """The mask as a tensor.
+
+    Raises:
+        TypeError: if it is neither a tensor nor a list or an array.
+
+    >>> as_mask([1, 0])
+    tensor([1, 0])
+    """
     try:
         return mask if isinstance(mask, Tensor) and mask.is_meta else torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -128,6 +135,10 @@ def check_mask(mask: Tensor) -> Tensor:
     Raises:
         ValueError: if the mask is empty, all ones, or holds anything but 0 and 1.
         TypeError: if it is neither a tensor nor a list or an array.
+
+    >>> check_mask([1, 1, 2])
+    Traceback (most recent call last):
+    ValueError: a mask holds only 0 (transformed) and 1 (unchanged), but this one holds 2
     """
     mask = as_mask(mask)
     if mask.numel() == 0:

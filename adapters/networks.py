@@ -58,6 +58,7 @@ class MLP(nn.Sequential):
         self.hidden_features = widths[-1]  # nflows' splines read it, to scale their bins down for the start
 
     def forward(self, input: Tensor, context: Tensor | None = None) -> Tensor:
+        """``(batch, in_features)`` and ``(batch, context_features)`` → ``(batch, out_features)``."""
         input = input if context is None else torch.cat((input, context), dim=1)
         if input.shape[1] == 0:  # with no input and no context the output is constant; the first layer needs a column
             input = input.new_zeros(input.shape[0], 1)
@@ -92,6 +93,12 @@ class ConvNet(nn.Module):
     Raises:
         ValueError: unless the image is square with an even side, and the channels are equal; for an activation that is
             not known.
+
+    >>> from adapters import checkerboard_mask
+    >>> mask = checkerboard_mask(4, 4).flatten()
+    >>> network = ConvNet(mask, 1 - mask, parameters_per_coordinate=2)
+    >>> network(torch.randn(5, 8)).shape  # from half of 16 pixels, a scale and a shift for each of the others
+    torch.Size([5, 16])
     """
 
     reads: Tensor
@@ -142,6 +149,7 @@ class ConvNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """``(batch, U)`` and ``(batch, context_features)`` → ``(batch, P · T)``, parameter by parameter."""
         image = inputs.new_zeros(inputs.shape[0], self.side**2).index_copy(1, self.reads, inputs)
         image = pixel_unshuffle(image.view(-1, 1, self.side, self.side), 2)
         image = torch.cat((image, self.plane.expand(image.shape[0], -1, -1, -1)), dim=1)
@@ -158,7 +166,7 @@ NETS = ("mlp", "conv")
 
 
 def conditioner(net: str, reads: Tensor, writes: Tensor, parameters_per_coordinate: int, **network) -> nn.Module:
-    """The conditioner of a packed coupling layer.
+    """The conditioner of a packed coupling layer, which reads some coordinates to give parameters for others.
 
     Args:
         net: ``mlp``, or ``conv`` for the pixels of a square image. A layer that reads fewer than 49 pixels gets an MLP
@@ -169,6 +177,13 @@ def conditioner(net: str, reads: Tensor, writes: Tensor, parameters_per_coordina
 
     Raises:
         ValueError: for a net that is not known.
+
+    >>> from adapters import checkerboard_mask
+    >>> for side in (8, 28):
+    ...     mask = checkerboard_mask(side, side).flatten()
+    ...     print(type(conditioner("conv", mask, 1 - mask, parameters_per_coordinate=2)).__name__)
+    MLP
+    ConvNet
     """
     if not isinstance(net, str) or net not in NETS:
         raise ValueError(f"unknown net {net!r}; known: {', '.join(NETS)}")
@@ -178,7 +193,12 @@ def conditioner(net: str, reads: Tensor, writes: Tensor, parameters_per_coordina
 
 
 def check_activation(activation: str) -> None:
-    """Raise a ValueError that lists the known names, if this is none of them."""
+    """Raise a ValueError that lists the known names, if this is none of them.
+
+    >>> check_activation("softmax")
+    Traceback (most recent call last):
+    ValueError: unknown activation 'softmax'; known: relu, silu, gelu, tanh, elu
+    """
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
 
@@ -189,6 +209,9 @@ def within(values: Tensor, bound: float) -> Tensor:
     Layers clamp with it so that the density of a finite point is never NaN. Without it, a network's sums of huge
     numbers overflow to inf, and inf − inf is NaN; and a scale that overflows to inf makes NaN of 0. With it, a point
     far out has the log-density −inf at worst.
+
+    >>> within(torch.tensor([-5.0, 0.5, math.inf, math.nan]), 1.0)
+    tensor([-1.0000,  0.5000,  1.0000,     nan])
     """
     return hardtanh(values, -bound, bound)  # backward, it is one operation, where clamp takes four
 
@@ -199,6 +222,10 @@ def condition(network: nn.Module, inputs: Tensor, context: Tensor | None) -> Ten
     Raises:
         TypeError: if there is a context and the network has no second argument to take it, or it is no tensor.
         ValueError: if the network takes inputs or a context of another width.
+
+    >>> condition(nn.Linear(2, 4), torch.ones(5, 2), context=torch.ones(5, 3))
+    Traceback (most recent call last):
+    TypeError: a context of shape (5, 3) was given, but Linear takes no context
     """
     arguments = (inputs,) if context is None else (inputs, context)
     if context is not None:

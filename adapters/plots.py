@@ -107,6 +107,11 @@ def draw_density(
     """A density on a grid, ``values[row, column]`` with row along the second coordinate; the title says its maximum.
 
     What lies above ``top``, by default the maximum, has the colour ``OVER``.
+
+    >>> axes = Figure().add_subplot()
+    >>> image = draw_density(axes, np.array([[0.0, 0.5], [1.5, 4.46]]), box=(0, 1, 0, 1), top=1.8, title="learned")
+    >>> axes.get_title(), image.get_clim()
+    ('learned (up to 4.46)', (0.0, 1.8))
     """
     axes.set_title(f"{title} (up to {values.max():.3g})")
     extent: Any = tuple(box)
@@ -116,12 +121,25 @@ def draw_density(
 
 
 def draw_points(axes: Axes, points: np.ndarray) -> None:
-    """Points ``(n, 2)``, as many as stay distinguishable."""
+    """Points ``(n, 2)``, small and half transparent, so that thousands of them stay distinguishable.
+
+    >>> axes = Figure().add_subplot()
+    >>> draw_points(axes, np.zeros((5, 2)))
+    >>> axes.lines[0].get_xydata().shape
+    (5, 2)
+    """
     axes.plot(points[:, 0], points[:, 1], ".", markersize=1.6, color=INK, alpha=0.35, markeredgewidth=0)
 
 
 def mosaic(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images ``(n, height, width)`` side by side, row by row, with NaN between them and where the last row is short."""
+    """Images ``(n, height, width)`` side by side, row by row, with NaN between them and where the last row is short.
+
+    >>> mosaic(np.array([[[1.0]], [[2.0]], [[3.0]]]), columns=2)
+    array([[ 1., nan, nan,  2.],
+           [nan, nan, nan, nan],
+           [nan, nan, nan, nan],
+           [ 3., nan, nan, nan]])
+    """
     count, height, width = images.shape
     rows = -(-count // columns)
     grid = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP), np.nan)

@@ -52,7 +52,11 @@ class Standardize(PointwiseAffineTransform):
 
     @classmethod
     def of(cls, data: Tensor) -> "Standardize":
-        """Make one with the mean and standard deviation of these data, ``(batch, *event)``."""
+        """Make one with the mean and standard deviation of these data, ``(batch, *event)``.
+
+        >>> Standardize.of(torch.tensor([[1.0], [2.0], [3.0]]))(torch.tensor([[4.0]]))[0]
+        tensor([[2.]])
+        """
         return cls(data.mean(0), data.std(0))
 
 
@@ -72,6 +76,10 @@ class UnitInterval(Transform, ABC):
     Raises:
         ValueError: for α or ``high`` out of range; in a call, for data outside that larger interval. On a GPU such data
             have the log-density −inf instead, because a check of values would slow down every call.
+
+    >>> logit = Logit(alpha=0.25)  # α high / (1 − 2α) is 1/2
+    >>> logit.inverse(torch.tensor([[-math.inf, math.inf]]))[0]
+    tensor([[-0.5000,  1.5000]])
     """
 
     arguments: dict[str, Any]
@@ -88,6 +96,7 @@ class UnitInterval(Transform, ABC):
         return f"{type(self).__name__}([0, {self.arguments['high']:g}], alpha {self.arguments['alpha']:g})"
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x ↦ y and Σ_d log|dy_d/dx_d|. Shapes ``(batch, *event)`` and ``(batch,)``; the context is not used."""
         alpha, high = self.arguments["alpha"], self.arguments["high"]
         outside = _outside(inputs, high, alpha / self.slope, f"[0, {high}]")
         limits = torch.finfo(inputs.dtype)
@@ -95,6 +104,7 @@ class UnitInterval(Transform, ABC):
         return outputs, self._log_det(outputs).masked_fill(outside, -math.inf)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """y ↦ x and Σ_d log|dx_d/dy_d|, of the same shapes."""
         outputs = (self.squash(inputs) - self.arguments["alpha"]) / self.slope
         return outputs, -self._log_det(inputs)
 
@@ -119,7 +129,11 @@ class UnitInterval(Transform, ABC):
 
 
 class Logit(UnitInterval):
-    """``UnitInterval`` with g the logit, as Papamakarios et al. (2017) treat images."""
+    """``UnitInterval`` with g the logit, g(p) = log(p / (1 − p)), as Papamakarios et al. (2017) treat images.
+
+    >>> Logit(alpha=0.05, high=255)(torch.tensor([[0.0, 127.5, 255.0]]))[0]
+    tensor([[-2.9444,  0.0000,  2.9444]])
+    """
 
     @staticmethod
     def stretch(p: Tensor) -> Tensor:
@@ -137,7 +151,11 @@ class Logit(UnitInterval):
 
 
 class Probit(UnitInterval):
-    """``UnitInterval`` with g = Φ⁻¹, the standard normal's quantile function: uniform data become standard normal."""
+    """``UnitInterval`` with g = Φ⁻¹, the standard normal's quantile function: uniform data become standard normal.
+
+    >>> Probit()(torch.tensor([[0.25, 0.5, 0.75]]))[0]
+    tensor([[-0.6745,  0.0000,  0.6745]])
+    """
 
     @staticmethod
     def stretch(p: Tensor) -> Tensor:
@@ -168,6 +186,10 @@ class Marginals(Transform):
     Raises:
         ValueError: for masses that are not positive or not of two dimensions; in a call, for data outside [0, high], as
             in ``UnitInterval``.
+
+    >>> marginals = Marginals(torch.tensor([[3.0, 1.0]]))  # three quarters of the data lie below 1/2,
+    >>> marginals(torch.tensor([[0.5]]))[0]  # as three quarters of a standard normal lie below 0.6745
+    tensor([[0.6745]])
     """
 
     arguments: dict[str, Any]
@@ -200,6 +222,9 @@ class Marginals(Transform):
             high: upper end of the range of the dequantised data.
             prior: strength of the smoothing, as a number of observations. So many, distributed as the levels of all
                 coordinates together, are added to the counts of each coordinate.
+
+        >>> Marginals.of(torch.tensor([[0], [0], [0], [1]]), number=2, prior=0.0).masses
+        tensor([[0.7500, 0.2500]])
         """
         levels = levels.flatten(1)
         counts = torch.stack([torch.bincount(column, minlength=number) for column in levels.T]).double()
@@ -208,6 +233,7 @@ class Marginals(Transform):
         return cls(masses.float(), high)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x ↦ z and Σ_d log|dz_d/dx_d|. Shapes ``(batch, D)`` and ``(batch,)``; the context is not used."""
         high = self.arguments["high"]
         outside = _outside(inputs, high, 0, f"[0, {high:g}]")
         position = inputs / self.width
@@ -219,6 +245,7 @@ class Marginals(Transform):
         return outputs, log_det.masked_fill(outside, -math.inf)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """z ↦ x and Σ_d log|dx_d/dz_d|, of the same shapes."""
         u, log_det = self.probit.inverse(inputs)
         level = (torch.searchsorted(self.below, u.T.contiguous(), right=True) - 1).clamp(min=0)
         mass = self.masses.gather(1, level).T
@@ -230,6 +257,9 @@ class Marginals(Transform):
 
         Over all coordinates together the groups have about equal mass. A level with more than that is a group of its
         own. ``MaskedHistogramCouplingLayer`` takes the boundaries as the edges of its bins.
+
+        >>> Marginals(torch.ones(1, 4)).edges(bins=2)
+        tensor([[0.5000]], dtype=torch.float64)
         """
         masses = self.arguments["masses"].double()
         masses = masses / masses.sum(1, keepdim=True)

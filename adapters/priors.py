@@ -36,10 +36,16 @@ else:
 
 
 class StandardNormalPrior(nn.Module):
-    """p(z) = N(0, I).
+    """p(z) = N(0, I), the prior of Kingma & Welling (2014). It has no parameters.
 
     Args:
         latent: M, the width of z.
+
+    Raises:
+        ValueError: unless ``latent`` is positive.
+
+    >>> StandardNormalPrior(latent=2)().log_prob(torch.zeros(2))  # −log 2π
+    tensor(-1.8379)
     """
 
     zero: Tensor
@@ -53,6 +59,7 @@ class StandardNormalPrior(nn.Module):
         return in_one_line(self, f"latent {len(self.zero)}")
 
     def forward(self) -> dist.TorchDistribution:
+        """p(z), over ``(latent,)``."""
         return dist.Normal(self.zero, torch.ones_like(self.zero)).to_event(1)
 
 
@@ -61,7 +68,10 @@ class MixturePrior(nn.Module):
 
     Args:
         latent: M, the width of z.
-        components: K; their means start at draws of N(0, I), their deviations at 1.
+        components: K. Their weights start equal, their means at draws of N(0, I), and their deviations at 1.
+
+    Raises:
+        ValueError: unless both are positive.
 
     >>> MixturePrior(latent=2, components=10)().sample((5,)).shape
     torch.Size([5, 2])
@@ -78,6 +88,7 @@ class MixturePrior(nn.Module):
         return in_one_line(self, f"latent {self.loc.shape[1]}", f"{len(self.loc)} components")
 
     def forward(self) -> dist.TorchDistribution:
+        """p(z), over ``(latent,)``, with the weights, means and deviations of now."""
         return _mixture(self.logits, dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(1))
 
 
@@ -90,6 +101,12 @@ class VampPrior(nn.Module):
 
     Raises:
         ValueError: for inputs outside [0, 1].
+
+    >>> from adapters.vae import Encoder
+    >>> encoder, u, z = Encoder(latent=2, pixels=4), torch.full((1, 4), 0.5), torch.zeros(1, 2)
+    >>> prior = VampPrior(encoder, u)  # with one pseudo-input it is the posterior there
+    >>> torch.allclose(prior().log_prob(z), encoder(u).log_prob(z))
+    True
     """
 
     def __init__(self, encoder: Callable[[Tensor], dist.TorchDistribution], inputs: Tensor):
@@ -105,14 +122,23 @@ class VampPrior(nn.Module):
         return in_one_line(self, f"{len(self.pseudo_inputs)} pseudo-inputs")
 
     def forward(self) -> dist.TorchDistribution:
+        """p(z), over ``(latent,)``, with the encoder and the pseudo-inputs of now."""
         return _mixture(self.logits, self.encoder(self.pseudo_inputs.sigmoid()))
 
 
 class FlowPrior(nn.Module):
-    """p(z) = a flow's density, learned with the rest.
+    """p(z) = p_base(f(z)) |det J_f(z)|, a flow's density, which is learned with the rest.
 
     Args:
         flow: over M features, of any library.
+
+    Raises:
+        TypeError: for an object of no known library.
+
+    >>> from adapters import build_flow
+    >>> flow, z = build_flow("masked-affine", features=2), torch.randn(5, 2)
+    >>> torch.equal(FlowPrior(flow)().log_prob(z), flow.log_prob(z))
+    True
     """
 
     def __init__(self, flow: Flow):
@@ -123,6 +149,7 @@ class FlowPrior(nn.Module):
         return f"FlowPrior({self.flow!r})"
 
     def forward(self) -> distribution.FlowDistribution:
+        """p(z), over ``(latent,)``: the flow itself, not a copy."""
         return distribution.FlowDistribution(self.flow)
 
 

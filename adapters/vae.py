@@ -41,7 +41,11 @@ class Encoder(nn.Module):
         flow: over M features with a context of 2 M. If it starts at the identity, the posterior starts as the Gaussian.
 
     Raises:
-        ValueError: for a flow over another width.
+        ValueError: for a flow over another width, or a width that is not positive.
+
+    >>> q = Encoder(latent=2)(torch.rand(5, 784))
+    >>> q.batch_shape, q.event_shape
+    (torch.Size([5]), torch.Size([2]))
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Encoder(nn.Module):
             _check_width(event_shape, latent, "the posterior's flow")
 
     def forward(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z | x) for images ``(batch, D)``: of batch shape ``(batch,)``, over ``(latent,)``."""
         loc, log_scale = (parameters := self.network(x)).chunk(2, -1)
         if self.flow is None:
             return dist.Normal(loc, log_scale.exp(), validate_args=False).to_event(1)
@@ -77,6 +82,13 @@ class Decoder(nn.Module):
     Args:
         latent, pixels, dropout: as for ``Encoder``.
         hidden_features: widths of the hidden layers, from z to x.
+
+    Raises:
+        ValueError: for a width that is not positive.
+
+    >>> p = Decoder(latent=2)(torch.randn(5, 2))
+    >>> p.mean.shape, p.log_prob(torch.ones(5, 784)).shape  # grey images, and nats of one that is white throughout
+    (torch.Size([5, 784]), torch.Size([5]))
     """
 
     def __init__(
@@ -86,6 +98,7 @@ class Decoder(nn.Module):
         self.network = _network((latent, *hidden_features, pixels), dropout)
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z) for z of shape ``(*batch, M)``: of batch shape ``batch``, over ``(pixels,)``."""
         # Grey pixels are scored by the same formula; Pyro would refuse them if it checked its arguments.
         return dist.Bernoulli(logits=self.network(z), validate_args=False).to_event(1)
 
@@ -93,8 +106,17 @@ class Decoder(nn.Module):
 class Model(nn.Module):
     """z ~ p(z), x ~ p(x | z): a Pyro model of the images ``(batch, D)`` in [0, 1].
 
+    Args:
+        prior: a module whose call gives p(z).
+        decoder: a module whose call gives p(x | z).
+
     Raises:
         ValueError: in a call, for images outside [0, 1]: see ``check_images``.
+
+    >>> from adapters.priors import StandardNormalPrior
+    >>> trace = poutine.trace(Model(StandardNormalPrior(2), Decoder(2))).get_trace(torch.ones(5, 784))
+    >>> trace.nodes["z"]["value"].shape, trace.nodes["x"]["is_observed"]
+    (torch.Size([5, 2]), True)
     """
 
     def __init__(self, prior: nn.Module, decoder: nn.Module):
@@ -102,6 +124,7 @@ class Model(nn.Module):
         self.prior, self.decoder = prior, decoder
 
     def forward(self, x: Tensor, kl_weight: float | Tensor = 1.0) -> None:
+        """The sites ``z`` and ``x``, the latter observed; log p(z) counts ``kl_weight`` times: see ``VAE``."""
         check_images(x)
         with pyro.plate("images", len(x)):
             with poutine.scale(scale=kl_weight):
@@ -110,13 +133,22 @@ class Model(nn.Module):
 
 
 class Guide(nn.Module):
-    """z ~ q(z | x): a Pyro guide."""
+    """z ~ q(z | x): a Pyro guide.
+
+    Args:
+        encoder: a module whose call gives q(z | x).
+
+    >>> trace = poutine.trace(Guide(Encoder(latent=2))).get_trace(torch.ones(5, 784))
+    >>> trace.nodes["z"]["value"].shape
+    torch.Size([5, 2])
+    """
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
         self.encoder = encoder
 
     def forward(self, x: Tensor, kl_weight: float | Tensor = 1.0) -> None:
+        """The site ``z``; log q(z | x) counts ``kl_weight`` times: see ``VAE``."""
         with pyro.plate("images", len(x)), poutine.scale(scale=kl_weight):
             pyro.sample("z", self.encoder(x))
 
@@ -150,14 +182,17 @@ class VAE(nn.Module):
 
     @property
     def prior(self) -> nn.Module:
+        """The module whose call gives p(z)."""
         return self.model.prior
 
     @property
     def encoder(self) -> nn.Module:
+        """The module whose call gives q(z | x)."""
         return self.guide.encoder
 
     @property
     def decoder(self) -> nn.Module:
+        """The module whose call gives p(x | z)."""
         return self.model.decoder
 
     def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +203,11 @@ class VAE(nn.Module):
         return self.decoder(z).log_prob(x), posterior.log_prob(z) - self.prior().log_prob(z)
 
     def log_weights(self, x: Tensor, samples: int) -> Tensor:
-        """log p(x, z) − log q(z | x) at ``samples`` draws from q: ``(samples, batch)``."""
+        """log p(x, z) − log q(z | x) in nats at ``samples`` draws from q: ``(samples, batch)``.
+
+        Their mean is the ELBO, and the logarithm of the mean of their exponentials comes ever closer to log p(x) from
+        below as the samples grow in number (Burda et al., 2016).
+        """
         check_images(x)
         posterior = self.encoder(x)
         z = posterior.rsample((samples,))
@@ -179,6 +218,10 @@ def check_images(x: Tensor) -> None:
     """Raise a ValueError unless images have the shape ``(batch, D)`` and values in [0, 1].
 
     The values are not looked at where the program would have to wait for them, as for a GPU.
+
+    >>> check_images(torch.tensor([[0.0, 255.0]]))
+    Traceback (most recent call last):
+    ValueError: images must lie in [0, 1], but these have values from 0 to 255
     """
     if x.dim() != 2:
         raise ValueError(f"images must have the shape (batch, pixels), not {tuple(x.shape)}")

@@ -99,8 +99,8 @@ class ContestantOptions(Checked):
     """Who takes part, and how often. A resumed comparison may change this: the rows that are done stay as they are."""
 
     flows: tuple[str, ...] = ()
-    """names of adapters.flow_names(), and your own as my_layer.py:MyLayer or my_module:my_flow; by default the whole
-    catalogue."""
+    """names that python -m adapters lists, and your own as my_layer.py:MyLayer or my_module:my_flow; by default the
+    whole catalogue."""
 
     direction: str | None = None
     """in which the forward of your own layers runs, noise-to-data or data-to-noise; by default each is asked whether it
@@ -166,7 +166,7 @@ def check_has_images(task: str, option: str) -> None:
 def main(
     options: Options, *, effort: Effort | None = None, fit: Callable[..., Fitted] = fit, draw: bool = True
 ) -> dict[str, Any]:
-    """Train every flow alike, check it, time it beside the others, and rank those that pass.
+    """Train all flows alike, check and time them, and rank those that pass.
 
     Args:
         options: what the command line asks for.

@@ -36,6 +36,7 @@ from runs.common.options import (
     FlowOptions,
     ImageOptions,
     ImageRunOptions,
+    NamesAndValues,
     check_at_most,
     check_known,
     check_load,
@@ -107,9 +108,9 @@ class MnistFlowOptions(FlowOptions):
     hidden: tuple[int, ...] | None = None
     """widths of each network's hidden layers, or its channels; by default 512 512 and 64 64 64."""
 
-    options: dict[str, bool | int | float | str] | None = None
-    """what else build_flow takes for this flow, e.g. --options dropout 0.2 bins 24;
-    unless said, activation is gelu and, where the flow has it, dropout 0.1."""
+    options: NamesAndValues = None
+    """what else build_flow takes for this flow, e.g. --options dropout 0.2 bins 24; unless said, activation is gelu
+    and, where the flow has it, dropout 0.1."""
 
     def check(self) -> None:
         super().check()
@@ -139,10 +140,10 @@ class MnistTrainingOptions(EpochOptions):
     """the weight decay of the optimiser, AdamW."""
 
     clip: float | None = 1.0
-    """largest norm of the gradient of the bits per dimension; None for no clipping."""
+    """largest norm of the gradient of the bits/dim; None for no clipping."""
 
     accumulate: int = 1
-    """batches in a step."""
+    """batches in an optimiser step."""
 
     seed: int = 0
     """the seed of weights, masks, order and noise."""
@@ -171,7 +172,7 @@ class EvaluationOptions(Checked):
     """factor on the base's noise for all samples; below 1 they are likelier and less diverse."""
 
     importance: int = 0
-    """draws of dequantisation noise per test image for the importance-weighted bits per dimension."""
+    """draws of dequantisation noise per test image for the importance-weighted bits/dim; 0 leaves them out."""
 
     def check(self) -> None:
         samples = 1 if self.samples is None else self.samples
@@ -193,9 +194,9 @@ class MnistRunOptions(ImageRunOptions):
     """directory for metrics, pictures and checkpoints; by default results/mnist/DATASET-MASK-FLOW-NET."""
 
     load: Path | None = None
-    """train nothing; draw the pictures of the run in this directory again, there or in --out.
-    With another --samples, --temperature or --seed than the run's own they go to its directory again/, and a flow of
-    your own is to be named by --flow again."""
+    """train nothing; draw the pictures of the run in this directory again, there or in --out. With another --samples,
+    --temperature or --seed than the run's own they go to its directory again/, and a flow of your own is to be named by
+    --flow again."""
 
     track: str | None = None
     """also log to one of accelerate's trackers, e.g. tensorboard, in that directory."""
@@ -240,7 +241,7 @@ class Options(Checked):
 
 
 def main(options: Options, *, read: Callable[..., Images] = load_images, draw: bool = True) -> dict[str, float]:
-    """Fit a flow to dequantised images by maximum likelihood, score it on the test set, and draw samples.
+    """Fit a flow to images by maximum likelihood, score it, and draw samples.
 
     Args:
         options: what the command line asks for.

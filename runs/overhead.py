@@ -32,7 +32,7 @@ class SizeOptions(Checked):
     """How large the flows are, and how long they are timed."""
 
     features: int = 64
-    """D, the width of the data."""
+    """D, how many numbers a row of the data has."""
 
     layers: int = 8
     """layers of each flow."""
@@ -44,7 +44,7 @@ class SizeOptions(Checked):
     """rows of a batch."""
 
     rounds: int = 100
-    """timed steps of each."""
+    """timed steps of each flow."""
 
     def check(self) -> None:
         check_positive(features=self.features, layers=self.layers, batch_size=self.batch_size, rounds=self.rounds)
@@ -92,10 +92,11 @@ class Pair(NamedTuple):
 
 
 def main(options: Options) -> dict[str, float]:
-    """Time a training step (log_prob, backward, Adam) of every library's flow, natively and as an nflows Flow.
+    """Time a training step of every library's flow, natively and as an nflows Flow.
 
-    Both use the same parameters and are timed in turn in one process. Below it the other way: a masked-affine flow
-    exported to the library, in the library's own density class, against the same flow in nflows.
+    A step is log_prob, backward and Adam's. Both use the same parameters and are timed in turn in one process. Below it
+    the other way: a masked-affine flow exported to the library, in the library's own density class, against the same
+    flow in nflows.
     """
     size, out = options.size, options.place.out
     device = make_accelerator(options.place.device).device

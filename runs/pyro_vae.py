@@ -99,9 +99,9 @@ class VAEImageOptions(ImageOptions):
     """threshold (pixels > 0.5) or dynamic (a fresh draw in each epoch)."""
 
     augment: float = 0.0
-    """turn, stretch, shear and shift each training image, anew in each epoch, so that less is learned by heart: by up
-    to 6 degrees, 6 %, 0.06 and a pixel for 1. It follows the learning rate: the training ends on the images as they
-    are. 0 for none."""
+    """how far each training image is turned, stretched, sheared and shifted, anew in each epoch, so that less is
+    learned by heart: 1 is by up to 6 degrees, 6 %, 0.06 and 1 pixel, 0 not at all. It follows the learning rate: the
+    training ends on the images as they are."""
 
     def check(self) -> None:
         super().check()
@@ -125,11 +125,10 @@ class ModelOptions(FlowOptions):
     """gaussian, mog (a mixture of Gaussians), vamp, flow, or all of them one after the other."""
 
     flow: str = "masked-affine"
-    """the flow prior: any name of adapters.flow_names(), e.g. masked-affine, nflows-rqs, zuko-nsf, or your own layer or
-    flow as my_layer.py:MyLayer or my_module:MyLayer."""
+    """the flow prior: a name that python -m adapters lists, e.g. zuko-nsf, or your own, e.g. my_layer.py:MyLayer."""
 
     latent: int = 32
-    """M, the width of z."""
+    """M, how many numbers z has."""
 
     layers: int = 8
     """layers of the flow."""
@@ -141,10 +140,10 @@ class ModelOptions(FlowOptions):
     """widths of the encoder's hidden layers, and of the decoder's."""
 
     dropout: float = 0.0
-    """in encoder and decoder."""
+    """probability of dropping a hidden unit of encoder and decoder in training."""
 
     components: int = 100
-    """of the mixture and the VampPrior."""
+    """how many components the mixture and the VampPrior have."""
 
     posterior: str = "gaussian"
     """gaussian, or flow: the encoder's normal, then the same kind of flow, conditional on the image."""
@@ -199,7 +198,7 @@ class VAETrainingOptions(EpochOptions):
     none."""
 
     clip: float | None = None
-    """largest norm of the gradient of the ELBO per image; None for no clipping."""
+    """largest norm of the gradient of the ELBO, in nats per image; None for no clipping."""
 
     def check(self) -> None:
         super().check()
@@ -287,7 +286,7 @@ class Options(Checked):
 def main(
     options: Options, *, read: Callable[..., Images] = load_images, draw: bool = True, rounds: int = ROUNDS
 ) -> dict[str, Any]:
-    """Train a Bernoulli VAE by Pyro's Trace_ELBO, score it on the test set, and hold prior against posterior.
+    """Train a VAE by Pyro's Trace_ELBO, score it, and hold prior against posterior.
 
     Args:
         options: what the command line asks for.

@@ -23,6 +23,7 @@ from runs.common.options import (
     Checked,
     Deciding,
     FlowOptions,
+    NamesAndValues,
     RunOptions,
     TrainingOptions,
     check_known,
@@ -62,7 +63,7 @@ class ToyFlowOptions(FlowOptions):
     layers: int | None = None
     """layers of the flow; by default 12, and 4 for flows with bins. What else is None is chosen likewise."""
 
-    options: dict[str, bool | int | float | str] | None = None
+    options: NamesAndValues = None
     """what this kind of flow has beyond that, e.g. --options bins 16 tail_bound 5."""
 
 
@@ -77,7 +78,7 @@ class ToyTrainingOptions(TrainingOptions):
     """fresh samples a step."""
 
     lr: float = 5e-3
-    """peak learning rate."""
+    """peak learning rate of the optimiser."""
 
     seed: int = 0
     """the seed of weights and samples."""

@@ -2,12 +2,17 @@
 
 import ast
 import importlib
+import itertools
 import re
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mode
 
 import pytest
+import tyro
 
+from adapters.check.__main__ import main as check_main
 from runs import compare, mnist, toy
 from runs.common import command_line
 from runs.common.command_line import parse
@@ -135,13 +140,36 @@ def test_help_ends_with_examples_that_the_script_takes(script, capsys):
     module = importlib.import_module(f"runs.{script}")
     with pytest.raises(SystemExit):
         command_line.run(module.main, module.Options, ["--help"])
-    examples = capsys.readouterr().out.partition("examples, and what they give:")[2].strip().splitlines()
-    assert examples
-    for example in examples:
-        command, said = re.split("  +", example)
+    _, found, shown = capsys.readouterr().out.partition("examples, and what they give:\n\n")
+    examples = re.findall(r"^(\S.*)\n    (\S.*)$", re.sub(r" \\\n +", " ", shown), re.M)
+    assert found and len(examples) == len(re.findall("^\\S", shown, re.M))
+    for command, said in examples:
         assert f"runs/{script}.py" in command and len(said) > 10
         words = command.partition(f"{script}.py")[2].replace("my_layer.py:MyLayer", "masked-affine").split()
         parse(module.Options, words)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("script", [*SCRIPTS, "adapters.check"])
+def test_help_fits_the_terminal_and_breaks_a_text_only_where_a_line_is_full(script, width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys, "argv", [f"runs/{script}.py"])
+    with pytest.raises(SystemExit):
+        if script in SCRIPTS:
+            module = importlib.import_module(f"runs.{script}")
+            command_line.run(module.main, module.Options, ["--help"])
+        else:
+            tyro.cli(check_main, prog="python -m adapters.check", args=["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert width < 80 or [line for line in lines if len(line) > width] == []
+    box = mode(map(len, lines))
+    boxed = [line[2:-2].rstrip() for line in lines if len(line) == box and line[:2] in ("│ ", "  ")]
+    assert len(boxed) > 10 and width - 2 <= box <= width
+    for line, below in itertools.pairwise(boxed):
+        column = len(below) - len(below.lstrip())
+        beside_a_flag = column and not line[:column].endswith("  ")  # which is too long for a text on its line
+        if line.strip("─-") and below.strip("─-") and not beside_a_flag and not below.startswith(("-", "STR")):
+            assert len(f"{line} {below.split()[0]}") > box - 4, f"{line}\n{below}"
 
 
 def test_what_the_scripts_share_imports_no_script():

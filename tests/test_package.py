@@ -3,8 +3,12 @@
 import importlib
 import inspect
 import pydoc
+import subprocess
+import sys
+import tarfile
 import tomllib
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -12,8 +16,24 @@ import adapters
 from adapters.__main__ import main
 from adapters.bridges import bridges
 from adapters.discovery import file_name
+from adapters.flow import Flow
 
 ROOT = Path(__file__).parent.parent
+TINY = ["--steps", "1", "--layers", "1", "--device", "cpu", "--out", "toy"]
+METHODS = FunctionType | property | classmethod | staticmethod
+# What users meet: every module beside these, whose names only the package itself uses.
+INTERNAL = {"__init__", "__main__", "checks", "discovery", "imports", "normal", "own", "parts", "pipe", "words"}
+PATHS = [path for folder in ("adapters", "adapters/layers") for path in sorted((ROOT / folder).glob("*.py"))]
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PATHS if path.stem not in INTERNAL]
+
+
+def public(name):
+    """The public classes and functions that this module defines, by name."""
+    module = importlib.import_module(name)
+    for name, thing in vars(module).items():
+        defined_here = getattr(thing, "__module__", None) == module.__name__
+        if defined_here and not name.startswith("_") and (inspect.isclass(thing) or inspect.isfunction(thing)):
+            yield name, thing
 
 
 def test_the_overview_names_every_flow_and_library(capsys):
@@ -41,10 +61,60 @@ def test_a_mistake_is_one_line(capsys):
     assert main(["--no-option"]) == 2 and main(["--help"]) == 0
 
 
+@pytest.mark.parametrize("words", [[], ["--help"], ["masked-affine-textbook", "zuko-naf"]])
+def test_what_it_prints_fits_the_terminal(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(words)
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
+def test_a_reader_that_stops_reading_ends_the_program_quietly(tmp_path):
+    """Like ``| head -1``, but at once: every program that there is writes to a pipe that was closed."""
+    scripts = [path for path in sorted((ROOT / "runs").glob("*.py")) if path.stem != "__init__"]
+    programs = [("run_path", str(path), ["--help"]) for path in scripts]
+    programs += [("run_module", "adapters", []), ("run_module", "adapters.check", ["--help"])]
+    programs += [
+        ("run_module", "adapters.check", ["adapters:MaskedCouplingLayer"]),
+        ("run_path", str(ROOT / "runs/toy.py"), TINY),
+    ]
+    program = f"""
+import os, runpy, sys
+read, write = os.pipe()
+os.close(read)
+for how, what, words in {programs!r}:
+    os.dup2(write, 1)
+    sys.argv = [what, *words]
+    try:
+        getattr(runpy, how)(what, run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 141, (what, words, end.code)
+    else:
+        raise AssertionError((what, words))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_version_has_one_source():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["dynamic"] == ["version"]
     assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "adapters.__version__"
+
+
+def test_a_source_distribution_has_all_that_the_project_needs(tmp_path):
+    """The tests with what they share, the data, and the pictures that the READMEs show. Large files are empty here."""
+    folders = [path for name in ("adapters", "runs", "tests") for path in (ROOT / name).rglob("*")]
+    files = {path.relative_to(ROOT) for path in folders if path.is_file() and "__pycache__" not in path.parts}
+    for path in files | {Path(name) for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")}:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"" if path.suffix in (".gz", ".png") else (ROOT / path).read_bytes())
+    program = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    command = [sys.executable, "-W", "ignore", "-c", program, "dist"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / "dist" / done.stdout.splitlines()[-1]) as archive:
+        inside = {Path(name).relative_to(Path(name).parts[0]) for name in archive.getnames()}
+    assert files - inside == set()
 
 
 def test_help_is_a_table_of_contents():
@@ -61,3 +131,26 @@ def test_help_is_a_table_of_contents():
 def test_every_public_name_has_an_example():
     """pytest runs them: see ``--doctest-modules`` in pyproject.toml."""
     assert [name for name in adapters.__all__ if ">>>" not in (inspect.getdoc(getattr(adapters, name)) or "")] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_class_and_function_of_a_module_has_an_example(name):
+    assert [name for name, thing in public(name) if ">>>" not in (thing.__doc__ or "")] == []
+
+
+def test_every_public_method_of_a_flow_has_an_example():
+    methods = [name for name in vars(Flow) if not name.startswith("_")]
+    assert {"log_prob", "sample", "encode", "transform", "base"} <= set(methods)
+    assert [name for name in methods if ">>>" not in (getattr(Flow, name).__doc__ or "")] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_method_says_what_it_does(name):
+    """Itself, or in the class of this package that declares it; what PyTorch says of every ``forward`` says nothing."""
+    silent = []
+    for kind in [thing for _, thing in public(name) if inspect.isclass(thing)]:
+        ours = [vars(base) for base in kind.__mro__ if base.__module__.startswith("adapters")]
+        for method, value in vars(kind).items():
+            if not method.startswith("_") and isinstance(value, METHODS):
+                silent += [] if any(getattr(base.get(method), "__doc__", None) for base in ours) else [(kind, method)]
+    assert silent == []

@@ -11,39 +11,42 @@ from adapters.check import SECONDS, check
 from adapters.check.laws import WRONG
 from adapters.check.subject import Wrong, said
 from adapters.own import Offer, is_list, load, make
+from adapters.pipe import until_nobody_reads
+
+LAYER = (
+    "module:object or file.py:object. The object is a layer, a flow, a list of layers, of which each is checked, a "
+    "class of one of these, or a function that gives one: of nflows, normflows, zuko, FrEIA, Pyro or your own. Your "
+    "own forward(z) and inverse(z) must return the outputs and the log-determinant. A class or a function is called "
+    "with those of features, event_shape, context_features, mask, scale_net and translation_net that it asks for."
+)
 
 
 def main(
-    layer: Annotated[str, tyro.conf.Positional],
+    layer: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=LAYER)],
     features: int = 2,
     shape: tuple[int, ...] = (),
     context_features: int | None = None,
-    arguments: dict[str, str] | None = None,
+    arguments: Annotated[dict[str, str] | None, tyro.conf.arg(metavar="[NAME VALUE ...]")] = None,
     seconds: float = SECONDS,
 ) -> int:
-    """Is my layer right? Hold it against the laws of every flow, and name the mistake behind what fails.
+    """Is my layer right? Hold it against every flow's laws, and name the mistake.
 
     python -m adapters.check my_layer:MyLayer
 
     python -m adapters.check my_layer.py:MyLayer --shape 1 4 4
 
-    python -m adapters.check adapters:MaskedCouplingLayer --features 5 --context-features 3
+    python -m adapters.check adapters:MaskedCouplingLayer --context-features 3
 
     python -m adapters.check my_layer:make_flow --arguments hidden 64 bins 8
 
-    A class or a function is called with those of features, event_shape, context_features, mask, scale_net and
-    translation_net that it asks for. Of a list of layers each is checked. The exit status is
-    0 if all laws hold, 1 if one does not.
+    The exit status is 0 if all laws hold, and 1 if one does not.
 
     Args:
-        layer: module:object or file.py:object, where the object is a layer, a flow, a class of one, or a function that
-            gives one, of nflows, normflows, zuko, FrEIA, Pyro or your own: then forward(z) and inverse(z) must return
-            the outputs and the log-determinant.
         features: how many coordinates a vector has.
         shape: the shape of one event instead, such as 1 4 4 for an image.
-        context_features: width of the context that the layer is given.
+        context_features: how many numbers the context has that the layer is given; by default it is given none.
         arguments: names and values of other things that it asks for.
-        seconds: how long one call may take.
+        seconds: how many seconds one call may take.
     """
     event_shape = tuple(shape) or (features,)
     torch.manual_seed(0)  # the same report each time
@@ -67,4 +70,5 @@ def _value(text: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main, prog="python -m adapters.check"))
+    with until_nobody_reads():
+        sys.exit(tyro.cli(main, prog="python -m adapters.check"))

@@ -26,10 +26,14 @@ from adapters.words import in_one_line
 
 
 class MaskedLinear(nn.Linear):
-    """x ↦ (W ⊙ M) x + b.
+    """x ↦ (W ⊙ M) x + b, from ``(batch, in_features)`` to ``(batch, out_features)``.
 
     Args:
         mask: M, of 0 and 1, ``(out_features, in_features)``. A buffer.
+
+    >>> layer = MaskedLinear(torch.tensor([[1, 0]]))  # one output, which does not depend on the second input
+    >>> torch.equal(layer(torch.tensor([[1.0, 2.0]])), layer(torch.tensor([[1.0, 9.0]])))
+    True
     """
 
     mask: Tensor
@@ -39,6 +43,7 @@ class MaskedLinear(nn.Linear):
         self.register_buffer("mask", mask.to(self.weight))
 
     def forward(self, input: Tensor) -> Tensor:
+        """(W ⊙ M) x + b."""
         return linear(input, self.weight * self.mask, self.bias)
 
 
@@ -57,6 +62,14 @@ class AutoregressiveMLP(nn.Sequential):
 
     Raises:
         ValueError: unless ``order`` holds each of 0 to D − 1 once; for an activation that is not known.
+
+    >>> network = AutoregressiveMLP(torch.arange(3), parameters_per_coordinate=1)
+    >>> for parameter in network.parameters():
+    ...     _ = nn.init.ones_(parameter)
+    >>> torch.autograd.functional.jacobian(network, torch.ones(1, 3)).squeeze() != 0  # which outputs see which inputs
+    tensor([[False, False, False],
+            [ True, False, False],
+            [ True,  True, False]])
     """
 
     order: Tensor
@@ -153,6 +166,14 @@ class MaskedAutoregressiveLayer(Transform):
     Raises:
         ValueError: for a bound that is not positive; in a call, for an input of another width, or a conditioner whose
             output is of another width.
+
+    >>> layer = MaskedAutoregressiveLayer(AutoregressiveMLP(torch.arange(3)))
+    >>> for parameter in layer.parameters():
+    ...     _ = nn.init.normal_(parameter, std=0.1)  # a new layer is the identity
+    >>> z = torch.randn(5, 3)
+    >>> z_prime, log_det = layer(z)
+    >>> torch.allclose(layer.inverse(z_prime)[0], z, atol=1e-4), z_prime.shape, log_det.shape
+    (True, torch.Size([5, 3]), torch.Size([5]))
     """
 
     conditioner: AutoregressiveMLP

@@ -45,6 +45,12 @@ class MaskedHistogramCouplingLayer(PackedCoupling):
 
     Raises:
         ValueError: as ``PackedCoupling``, and unless the edges increase strictly within (0, 1).
+
+    >>> def conditioner(bins):  # of two bins, the lower one has three quarters of the mass
+    ...     return torch.tensor([[3.0, 1.0]]).log().expand(len(bins), 2)
+    >>> layer = MaskedHistogramCouplingLayer(conditioner, torch.tensor([1, 0]), edges=torch.tensor([0.5]))
+    >>> layer.inverse(torch.zeros(1, 2))[0]  # the edge between them goes where three quarters of a normal lie below
+    tensor([[0.0000, 0.6745]])
     """
 
     edges: Tensor  # of the transformed coordinates, 0 and 1 included: (T, K + 1)

@@ -51,6 +51,17 @@ class PackedCoupling(Transform):
         ValueError: for a mask that is empty, all ones or not of 0 and 1; in a call, for an input that is not of the
             mask's shape or a conditioner whose output is not as above.
         TypeError: in a call, for an input that is no tensor.
+
+    A new layer is f, f⁻¹ and how many parameters they take:
+
+    >>> class Shift(PackedCoupling):
+    ...     parameters_per_coordinate = 1
+    ...     def elementwise(self, z, parameters):
+    ...         return z + parameters, z.new_zeros(len(z))
+    ...     def elementwise_inverse(self, z, parameters):
+    ...         return z - parameters, z.new_zeros(len(z))
+    >>> Shift(nn.Identity(), torch.tensor([1, 0]))(torch.tensor([[10.0, 1.0]]))[0]
+    tensor([[10., 11.]])
     """
 
     parameters_per_coordinate: int
@@ -144,6 +155,13 @@ class PackedAffineCouplingLayer(PackedCoupling):
 
     Raises:
         ValueError: as ``PackedCoupling``, and for a bound that is not positive.
+
+    >>> def conditioner(read):  # s = log 2 and t = 1, whatever it reads
+    ...     return torch.tensor([[math.log(2), 1.0]]).expand(len(read), 2)
+    >>> layer = PackedAffineCouplingLayer(conditioner, torch.tensor([1, 0]), scale_bound=None)
+    >>> z_prime, log_det = layer(torch.tensor([[5.0, 3.0]]))
+    >>> z_prime.round(decimals=3), log_det
+    (tensor([[5., 7.]]), tensor([0.6931]))
     """
 
     parameters_per_coordinate = 2
@@ -190,6 +208,12 @@ class PackedComposite(CompositeTransform):
 
     Raises:
         ValueError: if there is no layer, or they differ in their event shapes.
+
+    >>> masks = torch.tensor([[1, 0], [0, 1]])
+    >>> layers = [PackedAffineCouplingLayer(nn.Linear(1, 2), mask) for mask in masks]
+    >>> z = torch.randn(5, 2)
+    >>> torch.equal(PackedComposite(layers)(z)[0], CompositeTransform(layers)(z)[0])
+    True
     """
 
     selections: Tensor
@@ -218,10 +242,12 @@ class PackedComposite(CompositeTransform):
         self.moves = [SELECT, *itertools.starmap(_move, itertools.pairwise(layers))]
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """z ↦ z' and log|det J|, noise → data. Shapes ``(batch, *event)`` and ``(batch,)``."""
         steps = [(layer, layer.elementwise) for layer in self._layers]
         return self._run(steps, self.selections, self.moves, z, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """z' ↦ z and log|det J⁻¹|, data → noise."""
         steps = [(layer, layer.elementwise_inverse) for layer in reversed(self._layers)]
         return self._run(steps, self.selections_back, [SELECT, *self.moves[:0:-1]], z, context)
 

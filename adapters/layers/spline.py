@@ -31,6 +31,12 @@ class MaskedSplineCouplingLayer(PackedCoupling):
     Raises:
         ValueError: as ``PackedCoupling``; unless ``bins`` is an integer of at least 2 and the other numbers are
             positive; unless ``bins · minimum`` is below 1.
+
+    >>> layer = MaskedSplineCouplingLayer(nn.Linear(1, spline_parameters(8)), torch.tensor([1, 0]), bins=8)
+    >>> z = torch.tensor([[0.3, 1.5], [0.3, 9.0]])
+    >>> z_prime, log_det = layer(z)
+    >>> torch.allclose(layer.inverse(z_prime)[0], z, atol=1e-4), torch.equal(z_prime[1], z[1])  # 9 is beyond B
+    (True, True)
     """
 
     def __init__(
@@ -114,5 +120,9 @@ def _solve(y: Tensor, mean: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor
 
 
 def spline_parameters(bins: int) -> int:
-    """3K − 1: widths, heights and inner derivatives of a rational-quadratic spline of K bins with linear tails."""
+    """3K − 1: widths, heights and inner derivatives of a rational-quadratic spline of K bins with linear tails.
+
+    >>> spline_parameters(8)
+    23
+    """
     return 3 * bins - 1

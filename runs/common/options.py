@@ -13,9 +13,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+import tyro
 
 from adapters import build_flow, save_flow
 from adapters.catalogue import check_options, is_own
@@ -98,6 +99,9 @@ def check_load(options: Checked, *used: str) -> None:
         raise ValueError(f"--load trains nothing, so {flags} would be ignored: leave {them} out")
 
 
+NamesAndValues = Annotated[dict[str, bool | int | float | str] | None, tyro.conf.arg(metavar="[NAME VALUE ...]")]
+
+
 @dataclass(frozen=True)
 class FlowOptions(Deciding):
     """Which flow is trained, and how large it is."""
@@ -114,7 +118,7 @@ class FlowOptions(Deciding):
     hidden: tuple[int, ...] | None = None
     """widths of the hidden layers of each layer's networks."""
 
-    options: dict[str, bool | int | float | str] | None = None
+    options: NamesAndValues = None
     """what else build_flow takes for this flow, e.g. --options dropout 0.1 activation gelu."""
 
     def check(self) -> None:
@@ -272,10 +276,10 @@ class TrainingOptions(Deciding):
     """images in a batch, over all processes."""
 
     lr: float = 1e-3
-    """peak learning rate."""
+    """peak learning rate of the optimiser."""
 
     seconds: float | None = None
-    """end after so much training time instead, if that comes first; the schedule is shortened to match."""
+    """end after so many seconds of training instead, if that comes first; the schedule is shortened to match."""
 
     seed: int = 0
     """the seed of weights, order and noise."""
@@ -310,7 +314,7 @@ class EpochOptions(TrainingOptions):
     """largest norm of the gradient; None for no clipping."""
 
     average: float | None = 0.999
-    """decay of the moving average of the weights that is evaluated and saved; None for none."""
+    """decay per step of the moving average of the weights that is evaluated and saved; None for none."""
 
     patience: int | None = None
     """end after so many epochs without a better validation score."""
