@@ -25,6 +25,7 @@ from sbi.utils import BoxUniform  # noqa: E402
 from sbi.utils.metrics import c2st  # noqa: E402
 
 SMALL = {"layers": 2, "hidden_features": (8,)}
+NAN = float("nan")
 pytestmark = pytest.mark.filterwarnings("ignore:Maximum number of epochs")  # a test trains for a few only
 
 
@@ -105,10 +106,65 @@ def test_log_prob_broadcasts_inputs_and_conditions():
         assert found.shape == wanted.shape, name
         assert_close(found, wanted, msg=name)
     assert_close(estimator.loss(theta, x), -expected)
-    with pytest.raises(ValueError, match="Shape of condition"):
-        estimator.log_prob(theta, x[:, :2])
-    with pytest.raises(ValueError, match="Shape of input"):
-        estimator.log_prob(theta[:, :1], x)
+
+
+CALLS = ["log_prob", "loss", "inverse_transform"]
+REFUSED_PAIRS = {
+    "input width": ((5, 1), (5, 3), ValueError, "Shape of input"),
+    "condition width": ((5, 2), (5, 2), ValueError, "Shape of condition"),
+    "rows": (
+        (5, 2),
+        (4, 3),
+        ValueError,
+        r"a batch of inputs of shape \(5,\) has no match in one of conditions of shape \(4,\)",
+    ),
+    "rows of samples": ((6, 5, 2), (4, 3), ValueError, r"inputs of shape \(6, 5\) .* conditions of shape \(4,\)"),
+    "samples": ((6, 5, 2), (7, 5, 3), ValueError, r"inputs of shape \(6, 5\) .* conditions of shape \(7, 5\)"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_pairs_that_do_not_fit_are_refused(call):
+    estimator = made()
+    function = getattr(estimator, call)
+    for input_shape, condition_shape, kind, message in REFUSED_PAIRS.values():
+        with pytest.raises(kind, match=message):
+            function(torch.randn(input_shape), torch.randn(condition_shape))
+    theta, x = simulations(5)
+    for wrong in ((theta.double(), x), (theta, x.double()), (theta.long(), x), (theta.tolist(), x), (theta, None)):
+        with pytest.raises(TypeError, match="this flow is of torch.float32|must be a torch.Tensor"):
+            function(*wrong)
+    with pytest.raises(TypeError, match="this estimator is of torch.float32, its condition of torch.float64"):
+        getattr(made(embedding_net=nn.Linear(3, 2)), call)(theta, x.double())
+
+
+def test_samples_of_wrong_conditions_are_refused():
+    estimator, (_, x) = made(), simulations(5)
+    for function in (estimator.sample, estimator.sample_and_log_prob):
+        for wrong in (x[0], x[None]):
+            with pytest.raises(ValueError, match=r"samples need conditions of shape \(batch, 3\), not \("):
+                function((4,), wrong)
+        with pytest.raises(ValueError, match="Shape of condition"):
+            function((4,), x[:, :2])
+        with pytest.raises(TypeError, match="the condition of this estimator must be a torch.Tensor"):
+            function((4,), None)
+        with pytest.raises(TypeError, match=r"sample_shape must be a tuple of integers, .*; give \(4,\)"):
+            function(4, x)
+        with pytest.raises(ValueError, match="must be a positive integer, not 0"):
+            function((0,), x)
+
+
+def test_an_empty_batch_gives_an_empty_answer():
+    estimator, (theta, x) = made(), simulations(5)
+    assert estimator.log_prob(theta[:0], x[:0]).shape == (1, 0) and estimator.loss(theta[:0], x[:0]).shape == (0,)
+    assert estimator.sample((4,), x[:0]).shape == (4, 0, 2)
+    assert [t.shape for t in estimator.sample_and_log_prob((4,), x[:0])] == [(4, 0, 2), (4, 0)]
+
+
+def test_a_row_that_is_nan_harms_no_other():
+    estimator, (theta, x) = made(), simulations(5)
+    theta[1], x[3] = NAN, NAN
+    assert estimator.log_prob(theta, x)[0].isnan().tolist() == [False, True, False, True, False]
 
 
 def test_each_condition_is_embedded_once_however_many_inputs():
@@ -417,7 +473,7 @@ REFUSED = {
     "transform of another context": (
         lambda: conditional(context_features=4).transform,
         {},
-        r"this flow takes another context \(.*\); build its layers with a context of 3 numbers",
+        r"this flow does not take data of shape \(2,\) with a context of 3 numbers \(.*\): build its layers for both",
     ),
     "prior": (
         lambda: conditional(features=3),
@@ -429,6 +485,41 @@ REFUSED = {
         {"estimates": "likelihood"},
         r"the simulations have the shape \(3,\), but the flow is of data of shape \(2,\)",
     ),
+    "name of other features": (
+        lambda: "masked-affine",
+        {"features": 4, "layers": 2},
+        r"parameters have the shape \(2,\), but the flow is of data of shape \(4,\): build it with features=2",
+    ),
+    "name of another context": (
+        lambda: "masked-affine",
+        {"context_features": 4},
+        "this flow takes a context of 4 numbers, but the condition has 3, once embedded",
+    ),
+    "name of other masks": (
+        lambda: "masked-affine",
+        {"masks": [torch.tensor([1, 0, 1, 0]), torch.tensor([0, 1, 0, 1])]},
+        r"each mask must have shape \(2,\), but one has \(4,\)",
+    ),
+    "factory of other features": (
+        lambda: partial(build_flow, "masked-affine", features=4, **SMALL),
+        {},
+        r"parameters have the shape \(2,\), but the flow is of data of shape \(4,\): build it with features=2",
+    ),
+    "factory of another context": (
+        lambda: lambda features: conditional(features=features, context_features=5),
+        {},
+        "this flow takes a context of 5 numbers, but the condition has 3, once embedded",
+    ),
+    "embedding of rows": (
+        conditional,
+        {"embedding_net": nn.Flatten(0)},
+        r"the embedding network must return \(batch, numbers\), but of \(2, 3\) it returned \(6,\)",
+    ),
+    "embedding of two outputs": (
+        conditional,
+        {"embedding_net": nn.LSTM(3, 3)},
+        r"the embedding network must return \(batch, numbers\), but of \(2, 3\) it returned tuple",
+    ),
 }
 
 
@@ -438,6 +529,134 @@ def test_what_fits_no_simulations_is_refused_before_training(name):
     inference = quietly(NPE, *simulations(), density_estimator=to_library("sbi", source(), **options))
     with pytest.raises(ValueError, match=message):
         inference.train()
+
+
+@pytest.mark.parametrize("name", flow_names())
+def test_no_flow_of_other_widths_is_trained(name):
+    """A flow says its widths. A transform fails when it is tried, or is seen to ignore the context."""
+    theta, x = simulations()
+    for features, context_features in ((3, 3), (4, 3), (2, 2), (2, 4), (2, None)):
+        flow = build_flow(name, features, context_features, **SMALL)
+        for source in (flow, flow.transform):
+            with pytest.raises(
+                ValueError, match="flow is of data of shape|takes a context of|does not take|unconditional"
+            ):
+                to_library("sbi", source)(theta, x)
+
+
+REFUSED_SIMULATIONS = {
+    "lists": ([[1.0, 2.0]], [[1.0]], TypeError, "theta must be a torch.Tensor, not a list"),
+    "integers": (
+        torch.ones(9, 2).long(),
+        torch.ones(9, 3),
+        TypeError,
+        r"theta is of torch.int64.*: give theta.float\(\)",
+    ),
+    "integers in x": (
+        torch.randn(9, 2),
+        torch.ones(9, 3).long(),
+        TypeError,
+        r"x is of torch.int64.*: give x.float\(\)",
+    ),
+    "two dtypes": (
+        torch.randn(9, 2),
+        torch.randn(9, 3).double(),
+        TypeError,
+        "theta is of torch.float32, but x of torch.float64: give both as torch.float32",
+    ),
+    "one number": (
+        torch.randn(9),
+        torch.randn(9, 3),
+        ValueError,
+        r"theta must have the shape \(batch, numbers\), not \(9,\); give theta.unsqueeze\(1\)",
+    ),
+    "one number in x": (torch.randn(9, 2), torch.randn(9), ValueError, r"not \(9,\); give x.unsqueeze\(1\)"),
+    "no numbers": (torch.randn(9, 2), torch.randn(9, 0), ValueError, r"x must have the shape .*, not \(9, 0\)"),
+    "no simulations": (torch.randn(0, 2), torch.randn(0, 3), ValueError, r"theta must have the shape .*, not \(0, 2\)"),
+    "one simulation": (
+        torch.randn(1, 2),
+        torch.randn(1, 3),
+        ValueError,
+        r"theta can't be standardised by 1 finite row, .*: simulate more, or give z_score_theta='none'",
+    ),
+    "unequal": (torch.randn(9, 2), torch.randn(8, 3), ValueError, "theta has 9 rows, but x has 8: give one x for each"),
+    "NaN": (torch.full((9, 2), NAN), torch.randn(9, 3), ValueError, "theta has NaN or infinite values in 9 of 9 rows"),
+    "infinite": (
+        torch.tensor([[1.0, 2.0], [torch.inf, 1.0], [2.0, 2.0]]),
+        torch.randn(3, 3),
+        ValueError,
+        "theta has NaN or infinite values in 1 of 3 rows: leave them out",
+    ),
+    "NaN in all of x": (
+        torch.randn(9, 2),
+        torch.full((9, 3), NAN),
+        ValueError,
+        "x can't be standardised by 0 finite rows",
+    ),
+    "images": (
+        torch.randn(9, 2, 3),
+        torch.randn(9, 3),
+        ValueError,
+        r"parameters have the shape \(2, 3\), but the flow is of data of shape \(6,\): give theta.flatten\(1\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_SIMULATIONS)
+def test_simulations_that_nothing_can_be_learned_from_are_refused(name):
+    theta, x, kind, message = REFUSED_SIMULATIONS[name]
+    with pytest.raises(kind, match=message):
+        to_library("sbi", "masked-affine", **SMALL)(theta, x)
+
+
+def test_what_a_density_is_of_must_be_finite_but_not_what_it_is_conditioned_on():
+    """NaN in a condition may stand for what was not observed: sbi leaves it to the embedding network."""
+    theta, x = simulations()
+    x[3] = NAN
+    with pytest.raises(ValueError, match="x has NaN or infinite values in 1 of 100 rows"):
+        to_library("sbi", "masked-affine", estimates="likelihood", **SMALL)(theta, x)
+    with pytest.raises(ValueError, match="x has NaN or infinite values in 1 of 100 rows"):
+        to_library("sbi", "masked-affine", **SMALL)(x)
+
+    class Known(nn.Module):
+        def forward(self, x):
+            return torch.cat((x.nan_to_num(), x.isnan().float()), 1)
+
+    loss = to_library("sbi", "masked-affine", embedding_net=Known(), **SMALL)(theta, x).loss(theta, x)
+    assert loss.isfinite().all()
+
+
+@pytest.mark.parametrize("estimates", ["posterior", "likelihood"])
+def test_one_number_for_all_needs_more_than_one(estimates):
+    for name, widths in {"theta": (1, 3), "x": (2, 1)}.items():
+        with pytest.raises(
+            ValueError, match=rf"z_score_{name}='structured' takes .* only one number in the shape \(1,\)"
+        ):
+            options = {f"z_score_{name}": "structured", "estimates": estimates}
+            to_library("sbi", "masked-autoregressive", **SMALL, **options)(*simulations(9, *widths))
+
+
+@pytest.mark.parametrize("trainer", [NPE, NLE])
+def test_two_simulations_are_too_few_to_standardise_by(trainer):
+    """sbi keeps one of them for validation."""
+    builder = to_library("sbi", "masked-affine", estimates="posterior" if trainer is NPE else "likelihood", **SMALL)
+    with pytest.raises(ValueError, match="can't be standardised by 1 finite row"):
+        quietly(trainer, *simulations(2), density_estimator=builder).train()
+
+
+def test_a_prior_of_another_width_is_refused_when_its_parameters_come():
+    """sbi shows no prior to a builder: simulations of other parameters train, as with sbi's own estimators."""
+    prior, (theta, x) = BoxUniform(-torch.ones(3), torch.ones(3)), simulations()
+    for trainer, estimates, message in (
+        (NPE, "posterior", "Shape of input"),
+        (NLE, "likelihood", "Shape of condition"),
+    ):
+        builder = to_library("sbi", "masked-affine", estimates=estimates, **SMALL)
+        inference = trainer(prior, density_estimator=builder, show_progress_bars=False).append_simulations(theta, x)
+        inference.train(max_num_epochs=1)
+        posterior = inference.build_posterior().set_default_x(x[:1])
+        with pytest.raises(ValueError, match=message):
+            posterior.potential(prior.sample((4,)))
 
 
 def test_a_conditional_flow_is_no_marginal():
