@@ -20,9 +20,16 @@ from tests.examples.sbi import estimator as sbi_estimator
 from tests.laws import randomise
 
 sbi = import_sbi()
-from sbi.inference import NLE, NPE, MarginalTrainer  # noqa: E402  # after import_sbi, which keeps torch as it is
-from sbi.utils import BoxUniform  # noqa: E402
-from sbi.utils.metrics import c2st  # noqa: E402
+from sbi.diagnostics import run_sbc  # noqa: E402  # after import_sbi, which keeps torch as it is
+from sbi.diagnostics.lc2st import LC2ST_NF  # noqa: E402
+from sbi.inference import NLE, NPE, NPE_B, EnsemblePosterior, MarginalTrainer  # noqa: E402
+from sbi.inference.posteriors.posterior_parameters import (  # noqa: E402
+    ImportanceSamplingPosteriorParameters,
+    MCMCPosteriorParameters,
+    RejectionPosteriorParameters,
+    VIPosteriorParameters,
+)
+from sbi.utils import BoxUniform, RestrictedPrior, get_density_thresholder  # noqa: E402
 
 SMALL = {"layers": 2, "hidden_features": (8,)}
 NAN = float("nan")
@@ -33,7 +40,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Maximum number of epochs")  # a 
 def logs_elsewhere(tmp_path, monkeypatch):
     """sbi writes its logs to the working directory."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
 
 
 def simulations(n=100, parameters=2, width=3):
@@ -376,19 +382,199 @@ def test_in_rounds():
     pickle.dumps(proposal)
 
 
-@pytest.mark.parametrize("name", ["masked-affine", "masked-spline"])
-def test_a_linear_gaussian_posterior(name):
-    """θ ~ N(0, I), x = θ + N(0, 0.3 I): the posterior is N(x / 1.3, 0.3 / 1.3 I), and a classifier can hardly tell."""
-    prior = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
-    theta = prior.sample((1500,))
-    x = theta + 0.3**0.5 * torch.randn_like(theta)
-    builder = to_library("sbi", name, layers=2, hidden_features=(16, 16))
-    inference = NPE(prior, density_estimator=builder, show_progress_bars=False).append_simulations(theta, x)
-    inference.train(max_num_epochs=25, learning_rate=5e-3)
-    x_o = torch.tensor([[0.5, -0.5]])
-    samples = inference.build_posterior().sample((500,), x=x_o, show_progress_bars=False)
-    exact = x_o / 1.3 + (0.3 / 1.3) ** 0.5 * torch.randn(500, 2)
-    assert c2st(samples, exact).item() < 0.6
+@pytest.mark.parametrize(("trainer", "estimates"), [(NPE, "posterior"), (NLE, "likelihood")])
+def test_a_linear_gaussian_posterior(trainer, estimates):
+    """θ ~ N(50, 3² I) and x = 10 θ + N(0, 15² I), far from standard: the posterior is N(μ, 1.8 I).
+
+    Its precision is 1/3² + (10/15)² = 1/1.8, and μ = 1.8 (50/3² + 10 x/15²). Draws and density must agree with it.
+    """
+    prior = torch.distributions.MultivariateNormal(torch.full((2,), 50.0), 9 * torch.eye(2))
+    theta = prior.sample((500,))
+    x = 10 * theta + 15 * torch.randn_like(theta)
+    builder = to_library("sbi", "masked-affine", estimates=estimates, layers=2, hidden_features=(16,))
+    inference = trainer(prior, density_estimator=builder, show_progress_bars=False).append_simulations(theta, x)
+    inference.train(max_num_epochs=20, training_batch_size=100, learning_rate=1e-2)
+    x_o = torch.tensor([[460.0, 540.0]])
+    mean, deviation = 1.8 * (50 / 9 + 10 * x_o[0] / 225), 1.8**0.5
+
+    def check_moments(points, weights):
+        found = weights @ points
+        covariance = (weights * (points - found).T) @ (points - found)
+        assert_close(found, mean, atol=0.4 * deviation, rtol=0)
+        assert_close(covariance / deviation**2, torch.eye(2), atol=0.4, rtol=0)
+
+    posterior = inference.build_posterior().set_default_x(x_o)
+    line = deviation * torch.linspace(-5, 5, 61)
+    grid = mean + torch.cartesian_prod(line, line)
+    potential = posterior.potential(grid).detach()
+    check_moments(grid, potential.softmax(0))
+    if trainer is NPE:
+        assert_close(potential.exp().sum() * (line[1] - line[0]) ** 2, torch.tensor(1.0), atol=0.02, rtol=0)
+        draws = posterior.sample((4000,), show_progress_bars=False)
+        check_moments(draws, torch.full((4000,), 1 / 4000))
+
+
+# -- out: what sbi does with an estimator ------------------------------------------------------------------------------
+
+QUIET = {"show_progress_bars": False}
+FEW_STEPS = {"num_chains": 1, "warmup_steps": 2, "thin": 1}
+PRIOR = BoxUniform(-3 * torch.ones(2), 3 * torch.ones(2))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Trainers of a posterior and of a likelihood, by name, and the simulations that they have seen."""
+    theta = PRIOR.sample((200,))
+    x = theta + 0.5 * torch.randn_like(theta)
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("logs"))
+        for trainer, estimates in ((NPE, "posterior"), (NLE, "likelihood")):
+            builder = to_library("sbi", "masked-affine", estimates=estimates, **SMALL)
+            found[estimates] = trainer(PRIOR, density_estimator=builder, **QUIET).append_simulations(theta, x)
+            found[estimates].train(max_num_epochs=3)
+    return found, theta, x
+
+
+def test_a_posterior_is_scored_drawn_from_and_maximised(trained):
+    found, theta, x = trained
+    posterior = found["posterior"].build_posterior().set_default_x(x[:1])
+    estimator = posterior.posterior_estimator
+    exact = as_flow(estimator).log_prob(theta, x[:1].expand(len(x), 2))
+    assert_close(posterior.log_prob(theta, norm_posterior=False), exact)
+    inside = posterior.leakage_correction(x[:1], num_rejection_samples=20_000)
+    draws = as_flow(estimator).sample(20_000, x[:1])[0]
+    assert_close(inside, PRIOR.support.check(draws).float().mean()[None], atol=0.03, rtol=0)
+    assert_close(posterior.log_prob(theta), exact - inside.log(), atol=0.05, rtol=0)
+    samples = posterior.sample_batched((300,), x=x[:3], **QUIET)
+    assert samples.shape == (300, 3, 2) and PRIOR.support.check(samples).all()
+    log_prob = posterior.log_prob_batched(samples, x=x[:3], norm_posterior=False)
+    assert_close(log_prob[:, 1], posterior.log_prob(samples[:, 1], x=x[1:2], norm_posterior=False))
+    best = posterior.map(num_iter=20, num_init_samples=50, num_to_optimize=5, **QUIET)
+    assert posterior.log_prob(best).item() > posterior.log_prob(samples[:, 0]).mean()
+    assert posterior.sample((5,), reject_outside_prior=False, **QUIET).shape == (5, 2)
+    point = theta[:4].clone().requires_grad_()
+    posterior.log_prob(point, norm_posterior=False, track_gradients=True).sum().backward()
+    assert point.grad.abs().min() > 0
+
+
+def test_a_likelihood_is_of_trials_that_do_not_depend_on_each_other(trained):
+    found, theta, x = trained
+    inference = found["likelihood"]
+    flow = as_flow(inference.build_posterior().potential_fn.likelihood_estimator)
+    potential = inference.build_posterior().potential(theta[:4], x=x[:3])
+    pairs = flow.log_prob(x[:3].repeat(4, 1), theta[:4].repeat_interleave(3, 0)).reshape(4, 3)
+    assert_close(potential, pairs.sum(1) + PRIOR.log_prob(theta[:4]))
+
+
+WAYS = {
+    "slice": MCMCPosteriorParameters(method="slice_np"),
+    "slices": MCMCPosteriorParameters(method="slice_np_vectorized"),
+    "NUTS": MCMCPosteriorParameters(method="nuts_pyro"),
+    "rejection": RejectionPosteriorParameters(),
+    "importance": ImportanceSamplingPosteriorParameters(),
+    "variational": VIPosteriorParameters(),
+}
+
+
+@pytest.mark.parametrize("estimates", ["posterior", "likelihood"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_sampling_works(trained, estimates, way):
+    found, _, x = trained
+    posterior = found[estimates].build_posterior(posterior_parameters=WAYS[way]).set_default_x(x[:1])
+    if way == "variational":
+        posterior.train(max_num_iters=3, quality_control=False, **QUIET)
+        assert posterior.sample((4,)).shape == (4, 2)
+        return
+    steps = FEW_STEPS if isinstance(WAYS[way], MCMCPosteriorParameters) else {}
+    samples = posterior.sample((4,), **steps, **QUIET)
+    assert samples.shape == (4, 2) and PRIOR.support.check(samples).all()
+
+
+def test_many_observations_are_sampled_at_once(trained):
+    found, _, x = trained
+    for inference in found.values():
+        posterior = inference.build_posterior(posterior_parameters=WAYS["slices"])
+        assert posterior.sample_batched((4,), x=x[:3], **FEW_STEPS, **QUIET).shape == (4, 3, 2)
+
+
+@pytest.mark.filterwarnings("ignore:When the inference object is pickled")
+def test_posteriors_and_trainers_are_pickled_and_go_on(trained):
+    found, theta, x = trained
+    posterior = found["posterior"].build_posterior().set_default_x(x[:1])
+    again = pickle.loads(pickle.dumps(posterior))
+    assert_close(again.potential(theta), posterior.potential(theta), rtol=0, atol=0)
+    trainer = pickle.loads(pickle.dumps(found["posterior"]))
+    trainer.train(max_num_epochs=5, resume_training=True)
+    assert trainer.build_posterior().sample((3,), x=x[:1], **QUIET).shape == (3, 2)
+    both = EnsemblePosterior([posterior, again]).set_default_x(x[:1])
+    assert_close(both.log_prob(theta[:5]), posterior.log_prob(theta[:5]), atol=0.1, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Number of")
+def test_it_is_diagnosed(trained):
+    """Simulation-based calibration, and the local test, which wants the noise of each pair."""
+    found, theta, x = trained
+    posterior = found["posterior"].build_posterior()
+    ranks, _ = run_sbc(theta[:10], x[:10], posterior, num_posterior_samples=20, show_progress_bar=False)
+    assert ranks.shape == (10, 2)
+    test = LC2ST_NF(
+        theta,
+        x,
+        posterior.sample_batched((1,), x=x, **QUIET)[0],
+        flow_inverse_transform=posterior.posterior_estimator.inverse_transform,
+        flow_base_dist=torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+        num_eval=50,
+    )
+    test.train_on_observed_data()
+    draws = posterior.sample((50,), x=x[:1], **QUIET)
+    assert 0 <= test.get_statistic_on_observed_data(theta_o=draws, x_o=x[:1]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options"),
+    [(NPE, {"use_combined_loss": True, "num_atoms": 5}), (NPE, {"retrain_from_scratch": True}), (NPE_B, {})],
+    ids=["atoms", "from scratch", "importance weights"],
+)
+def test_later_rounds_of_every_kind(trainer, options):
+    inference = trainer(PRIOR, density_estimator=to_library("sbi", "masked-affine", **SMALL), **QUIET)
+    inference.append_simulations(theta := PRIOR.sample((100,)), theta + 0.5 * torch.randn_like(theta), proposal=PRIOR)
+    inference.train(max_num_epochs=2)
+    proposal = inference.build_posterior().set_default_x(torch.ones(1, 2))
+    inference.append_simulations(theta := proposal.sample((100,), **QUIET), theta + 0.5, proposal=proposal)
+    inference.train(max_num_epochs=2, **options)
+    assert inference.build_posterior().sample((3,), x=torch.ones(1, 2), **QUIET).shape == (3, 2)
+
+
+def test_rounds_whose_proposal_is_the_prior_cut_to_what_the_posterior_leaves():
+    inference = NPE(PRIOR, density_estimator=to_library("sbi", "masked-affine", **SMALL), **QUIET)
+    proposal, options = PRIOR, {}
+    for _ in range(2):
+        theta = proposal.sample((100,), **options)
+        inference.append_simulations(theta, theta + 0.5 * torch.randn_like(theta))
+        inference.train(max_num_epochs=2, force_first_round_loss=True)
+        posterior = inference.build_posterior().set_default_x(torch.ones(1, 2))
+        accept = get_density_thresholder(posterior, quantile=0.01, num_samples_to_estimate_support=200)
+        proposal, options = RestrictedPrior(PRIOR, accept, sample_with="rejection"), QUIET
+    assert posterior.sample((3,), **QUIET).shape == (3, 2)
+
+
+@pytest.mark.parametrize("z_score", ["independent", "structured"])
+def test_its_state_holds_all_that_it_knows(z_score):
+    """Weights and standardisation: made of other simulations, an estimator with the same state is the same."""
+    options = {"z_score_theta": z_score, "z_score_x": z_score, "embedding_net": nn.Linear(3, 4)}
+    builder, (theta, x) = to_library("sbi", "masked-affine", **SMALL, **options), simulations()
+    estimator, other = randomise(builder(theta, x), scale=0.1).float(), builder(theta - 7, x * 3)
+    other.load_state_dict({name: value.clone() for name, value in estimator.state_dict().items()})
+    assert_close(other.log_prob(theta, x), estimator.log_prob(theta, x), rtol=0, atol=0)
+
+
+def test_it_trains_and_evaluates_in_its_modes():
+    estimator, (theta, x) = made(embedding_net=nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))), simulations()
+    estimator.train()
+    assert not torch.equal(estimator.loss(theta, x), estimator.loss(theta, x))
+    estimator.eval()
+    assert torch.equal(estimator.loss(theta, x), estimator.loss(theta, x))
 
 
 # -- out: what is refused ----------------------------------------------------------------------------------------------
