@@ -884,6 +884,18 @@ def test_sbis_own_estimators_score_as_in_sbi(name):
     assert p.batch_shape == (4,) and p.sample((5,)).shape == (5, 4, 2)
 
 
+@pytest.mark.parametrize("z_score", ["none", "independent", "structured"])
+@pytest.mark.parametrize("name", ["maf", "zuko_nsf"])
+def test_sbis_own_estimators_go_out_again(name, z_score):
+    """In, out and in once more: standardised once, by sbi's own."""
+    options = {"z_score_theta": z_score, "z_score_x": z_score, "embedding_net": nn.Linear(3, 4)}
+    native, (theta, x) = sbi_estimator(name, 2, (3,), **options), simulations()
+    again = to_library("sbi", as_flow(native), z_score_theta="none", z_score_x="none")(theta, x)
+    expected = native.log_prob(theta, x)
+    assert_close(again.log_prob(theta, x), expected, atol=1e-4, rtol=1e-4)
+    assert_close(as_flow(again).log_prob(theta, x), expected[0], atol=1e-4, rtol=1e-4)
+
+
 def test_an_estimator_on_the_priors_support():
     prior = BoxUniform(-torch.ones(2), torch.ones(2))
     native = sbi_estimator("zuko_nsf", 2, (3,), z_score_theta="transform_to_unconstrained", x_dist=prior)

@@ -140,6 +140,7 @@ def draw_quality(table: Table, names: Sequence[str], path: Path) -> Path:
             behind = axis
             if task.loss:
                 behind = axis.twinx()
+                behind.tick_params(labelsize=7)
                 behind.set_ylim(*loss_axis(losses, False, False)[1] or (0, 1))
                 axis.set(zorder=1, facecolor="none")  # the points in front of the curves
             for name in names:
@@ -153,7 +154,7 @@ def draw_quality(table: Table, names: Sequence[str], path: Path) -> Path:
         first.set_xlim(0, 1.04 * max(found[:, 0].max() for found in points.values()))
         for axis, library in zip(axes.flat, panels, strict=False):
             ends = {name: (points[name][-1, 0], points[name][-1, 1]) for name in panels[library]}
-            name_the_ends(axis, ends, 1.25 if task.loss else 1.05)
+            name_the_ends(axis, ends, 1.2 if task.loss else 1.05)
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
         for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest of each column
