@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -60,3 +61,25 @@ def import_nflows() -> None:
     finally:
         for name in stand_ins:
             del sys.modules[name]
+
+
+@cache
+def import_zuko() -> ModuleType:
+    """zuko, imported so that torch.distributions validates arguments as it did before.
+
+    zuko turns validation off and empties ``arg_constraints`` for every distribution of torch. zuko's own distributions
+    need that, since some set their parameters only after torch would have checked them: so they alone keep it. zuko
+    also adds a method to torch's ``Transform``, ``call_and_ladj``. This one stays, as it changes nothing that torch
+    does. If somebody else has imported zuko before, torch.distributions stays as that import left it.
+    """
+    before = {name: vars(Distribution)[name] for name in ("_validate_args", "arg_constraints")}
+    try:
+        import zuko
+    finally:
+        for name, value in before.items():
+            setattr(Distribution, name, value)
+    for kind in vars(zuko.distributions).values():
+        if isinstance(kind, type) and kind.__module__ == zuko.distributions.__name__:
+            kind._validate_args = False
+            kind.arg_constraints = vars(kind).get("arg_constraints", {})
+    return zuko

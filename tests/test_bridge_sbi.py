@@ -1,6 +1,7 @@
 """sbi: builders for NPE, NLE and MarginalTrainer, their estimators' contract, and sbi's own estimators as flows."""
 
 import copy
+import math
 import pickle
 from functools import partial
 
@@ -20,11 +21,20 @@ from tests.examples.sbi import estimator as sbi_estimator
 from tests.laws import randomise
 
 sbi = import_sbi()
-from sbi.inference import NLE, NPE, MarginalTrainer  # noqa: E402  # after import_sbi, which keeps torch as it is
-from sbi.utils import BoxUniform  # noqa: E402
-from sbi.utils.metrics import c2st  # noqa: E402
+from sbi.diagnostics import run_sbc  # noqa: E402  # after import_sbi, which keeps torch as it is
+from sbi.diagnostics.lc2st import LC2ST_NF  # noqa: E402
+from sbi.inference import NLE, NPE, NPE_B, EnsemblePosterior, MarginalTrainer  # noqa: E402
+from sbi.inference.posteriors.posterior_parameters import (  # noqa: E402
+    ImportanceSamplingPosteriorParameters,
+    MCMCPosteriorParameters,
+    RejectionPosteriorParameters,
+    VIPosteriorParameters,
+)
+from sbi.utils import BoxUniform, RestrictedPrior, get_density_thresholder  # noqa: E402
 
 SMALL = {"layers": 2, "hidden_features": (8,)}
+NAN = float("nan")
+QUIET = {"show_progress_bars": False}
 pytestmark = pytest.mark.filterwarnings("ignore:Maximum number of epochs")  # a test trains for a few only
 
 
@@ -32,7 +42,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Maximum number of epochs")  # a 
 def logs_elsewhere(tmp_path, monkeypatch):
     """sbi writes its logs to the working directory."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
 
 
 def simulations(n=100, parameters=2, width=3):
@@ -52,7 +61,7 @@ def made(source="masked-affine", **options):
 
 
 def quietly(trainer, theta, x, **options):
-    inference = trainer(BoxUniform(-12 * torch.ones(2), 16 * torch.ones(2)), show_progress_bars=False, **options)
+    inference = trainer(BoxUniform(-12 * torch.ones(2), 16 * torch.ones(2)), **QUIET, **options)
     return inference.append_simulations(theta, x)
 
 
@@ -105,10 +114,65 @@ def test_log_prob_broadcasts_inputs_and_conditions():
         assert found.shape == wanted.shape, name
         assert_close(found, wanted, msg=name)
     assert_close(estimator.loss(theta, x), -expected)
-    with pytest.raises(ValueError, match="Shape of condition"):
-        estimator.log_prob(theta, x[:, :2])
-    with pytest.raises(ValueError, match="Shape of input"):
-        estimator.log_prob(theta[:, :1], x)
+
+
+CALLS = ["log_prob", "loss", "inverse_transform"]
+REFUSED_PAIRS = {
+    "input width": ((5, 1), (5, 3), ValueError, "Shape of input"),
+    "condition width": ((5, 2), (5, 2), ValueError, "Shape of condition"),
+    "rows": (
+        (5, 2),
+        (4, 3),
+        ValueError,
+        r"a batch of inputs of shape \(5,\) has no match in one of conditions of shape \(4,\)",
+    ),
+    "rows of samples": ((6, 5, 2), (4, 3), ValueError, r"inputs of shape \(6, 5\) .* conditions of shape \(4,\)"),
+    "samples": ((6, 5, 2), (7, 5, 3), ValueError, r"inputs of shape \(6, 5\) .* conditions of shape \(7, 5\)"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_pairs_that_do_not_fit_are_refused(call):
+    estimator = made()
+    function = getattr(estimator, call)
+    for input_shape, condition_shape, kind, message in REFUSED_PAIRS.values():
+        with pytest.raises(kind, match=message):
+            function(torch.randn(input_shape), torch.randn(condition_shape))
+    theta, x = simulations(5)
+    for wrong in ((theta.double(), x), (theta, x.double()), (theta.long(), x), (theta.tolist(), x), (theta, None)):
+        with pytest.raises(TypeError, match="this flow is of torch.float32|must be a torch.Tensor"):
+            function(*wrong)
+    with pytest.raises(TypeError, match="this estimator is of torch.float32, its condition of torch.float64"):
+        getattr(made(embedding_net=nn.Linear(3, 2)), call)(theta, x.double())
+
+
+def test_samples_of_wrong_conditions_are_refused():
+    estimator, (_, x) = made(), simulations(5)
+    for function in (estimator.sample, estimator.sample_and_log_prob):
+        for wrong in (x[0], x[None]):
+            with pytest.raises(ValueError, match=r"samples need conditions of shape \(batch, 3\), not \("):
+                function((4,), wrong)
+        with pytest.raises(ValueError, match="Shape of condition"):
+            function((4,), x[:, :2])
+        with pytest.raises(TypeError, match="the condition of this estimator must be a torch.Tensor"):
+            function((4,), None)
+        with pytest.raises(TypeError, match=r"sample_shape must be a tuple of integers, .*; give \(4,\)"):
+            function(4, x)
+        with pytest.raises(ValueError, match="must be a positive integer, not 0"):
+            function((0,), x)
+
+
+def test_an_empty_batch_gives_an_empty_answer():
+    estimator, (theta, x) = made(), simulations(5)
+    assert estimator.log_prob(theta[:0], x[:0]).shape == (1, 0) and estimator.loss(theta[:0], x[:0]).shape == (0,)
+    assert estimator.sample((4,), x[:0]).shape == (4, 0, 2)
+    assert [t.shape for t in estimator.sample_and_log_prob((4,), x[:0])] == [(4, 0, 2), (4, 0)]
+
+
+def test_a_row_that_is_nan_harms_no_other():
+    estimator, (theta, x) = made(), simulations(5)
+    theta[1], x[3] = NAN, NAN
+    assert estimator.log_prob(theta, x)[0].isnan().tolist() == [False, True, False, True, False]
 
 
 def test_each_condition_is_embedded_once_however_many_inputs():
@@ -233,7 +297,7 @@ def test_a_builder_takes_a_flow_a_transform_or_a_factory(name):
     flow = as_flow(estimator)
     assert flow.event_shape == (2,) and flow.context_features == 3
     assert_close(flow.log_prob(theta, x), estimator.log_prob(theta, x)[0])
-    assert inference.build_posterior().sample((5,), x=x[:1], show_progress_bars=False).shape == (5, 2)
+    assert inference.build_posterior().sample((5,), x=x[:1], **QUIET).shape == (5, 2)
 
 
 def test_a_flow_of_images_and_a_condition_of_images():
@@ -296,7 +360,7 @@ def test_as_a_likelihood():
 
 def test_as_a_marginal():
     _, x = simulations(400)
-    trainer = MarginalTrainer(to_library("sbi", "masked-affine", **SMALL), show_progress_bars=False).append_samples(x)
+    trainer = MarginalTrainer(to_library("sbi", "masked-affine", **SMALL), **QUIET).append_samples(x)
     estimator = trainer.train(max_num_epochs=3)
     assert isinstance(estimator, sbi.UnconditionalDensityEstimator)
     assert estimator.log_prob(x.reshape(4, 100, 3)).shape == (4, 100) and estimator.loss(x).shape == (400,)
@@ -310,29 +374,210 @@ def test_in_rounds():
     """Sequential inference: the posterior of a round proposes the parameters of the next."""
     prior = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
     builder = to_library("sbi", "masked-affine", **SMALL)
-    inference, proposal, x_o = NPE(prior, density_estimator=builder, show_progress_bars=False), prior, torch.ones(1, 2)
+    inference, proposal, x_o = NPE(prior, density_estimator=builder, **QUIET), prior, torch.ones(1, 2)
     for _ in range(2):
-        theta = proposal.sample((200,)) if proposal is prior else proposal.sample((200,), show_progress_bars=False)
+        theta = proposal.sample((200,)) if proposal is prior else proposal.sample((200,), **QUIET)
         x = theta + 0.3 * torch.randn_like(theta)
         estimator = inference.append_simulations(theta, x, proposal=proposal).train(max_num_epochs=5)
         proposal = inference.build_posterior(estimator).set_default_x(x_o)
-    assert proposal.sample((10,), show_progress_bars=False).shape == (10, 2)
+    assert proposal.sample((10,), **QUIET).shape == (10, 2)
     pickle.dumps(proposal)
 
 
-@pytest.mark.parametrize("name", ["masked-affine", "masked-spline"])
-def test_a_linear_gaussian_posterior(name):
-    """θ ~ N(0, I), x = θ + N(0, 0.3 I): the posterior is N(x / 1.3, 0.3 / 1.3 I), and a classifier can hardly tell."""
-    prior = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
-    theta = prior.sample((1500,))
-    x = theta + 0.3**0.5 * torch.randn_like(theta)
-    builder = to_library("sbi", name, layers=2, hidden_features=(16, 16))
-    inference = NPE(prior, density_estimator=builder, show_progress_bars=False).append_simulations(theta, x)
-    inference.train(max_num_epochs=25, learning_rate=5e-3)
-    x_o = torch.tensor([[0.5, -0.5]])
-    samples = inference.build_posterior().sample((500,), x=x_o, show_progress_bars=False)
-    exact = x_o / 1.3 + (0.3 / 1.3) ** 0.5 * torch.randn(500, 2)
-    assert c2st(samples, exact).item() < 0.6
+@pytest.mark.parametrize(("trainer", "estimates"), [(NPE, "posterior"), (NLE, "likelihood")])
+def test_a_linear_gaussian_model(trainer, estimates):
+    """θ ~ N(50, 3² I) and x = 10 θ + N(0, 15² I), far from standard: the posterior is N(μ, 1.8 I).
+
+    Its precision is 1/3² + (10/15)² = 1/1.8, and μ = 1.8 (50/3² + 10 x/15²).
+    """
+    prior = torch.distributions.MultivariateNormal(torch.full((2,), 50.0), 9 * torch.eye(2))
+    theta = prior.sample((1000,))
+    x = 10 * theta + 15 * torch.randn_like(theta)
+    builder = to_library("sbi", "masked-affine", estimates=estimates, layers=2, hidden_features=(16,))
+    inference = trainer(prior, density_estimator=builder, **QUIET).append_simulations(theta, x)
+    estimator = inference.train(max_num_epochs=20, training_batch_size=100, learning_rate=1e-2)
+    theta_o = torch.tensor([[46.0, 54.0]])
+    posterior = inference.build_posterior().set_default_x(x_o := 10 * theta_o)
+    mean, deviation = 1.8 * (50 / 9 + 10 * x_o[0] / 225), 1.8**0.5
+
+    def check_moments(points, weights, mean, deviation):
+        found = weights @ points
+        covariance = (weights * (points - found).T) @ (points - found)
+        assert_close(found / deviation, mean / deviation, atol=0.5, rtol=0)
+        assert_close(covariance / deviation**2, torch.eye(2), atol=0.6, rtol=0)
+
+    line = deviation * torch.linspace(-5, 5, 61)
+    grid = mean + torch.cartesian_prod(line, line)
+    check_moments(grid, posterior.potential(grid).detach().softmax(0), mean, deviation)
+
+    pairs, condition = ((theta, x), x_o) if trainer is NPE else ((x, theta), theta_o)
+    mean, deviation = (mean, deviation) if trainer is NPE else (x_o[0], 15.0)
+    draws = estimator.sample((4000,), condition)[:, 0].detach()
+    check_moments(draws, torch.full((4000,), 1 / 4000), mean, deviation)
+    entropy = math.log(2 * math.pi * math.e * deviation**2)
+    assert abs(estimator.loss(*pairs).mean().item() - entropy) < 0.3
+
+
+# -- out: what sbi does with an estimator ------------------------------------------------------------------------------
+
+FEW_STEPS = {"num_chains": 1, "warmup_steps": 2, "thin": 1}
+PRIOR = BoxUniform(-3 * torch.ones(2), 3 * torch.ones(2))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Trainers of a posterior and of a likelihood, by name, and the simulations that they have seen."""
+    theta = PRIOR.sample((200,))
+    x = theta + 0.5 * torch.randn_like(theta)
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("logs"))
+        for trainer, estimates in ((NPE, "posterior"), (NLE, "likelihood")):
+            builder = to_library("sbi", "masked-affine", estimates=estimates, **SMALL)
+            found[estimates] = trainer(PRIOR, density_estimator=builder, **QUIET).append_simulations(theta, x)
+            found[estimates].train(max_num_epochs=3)
+    return found, theta, x
+
+
+def test_a_posterior_is_scored_drawn_from_and_maximised(trained):
+    found, theta, x = trained
+    posterior = found["posterior"].build_posterior().set_default_x(x[:1])
+    estimator = posterior.posterior_estimator
+    exact = as_flow(estimator).log_prob(theta, x[:1].expand(len(x), 2))
+    assert_close(posterior.log_prob(theta, norm_posterior=False), exact)
+    inside = posterior.leakage_correction(x[:1], num_rejection_samples=20_000)
+    draws = as_flow(estimator).sample(20_000, x[:1])[0]
+    assert_close(inside, PRIOR.support.check(draws).float().mean()[None], atol=0.03, rtol=0)
+    assert_close(posterior.log_prob(theta), exact - inside.log(), atol=0.05, rtol=0)
+    samples = posterior.sample_batched((300,), x=x[:3], **QUIET)
+    assert samples.shape == (300, 3, 2) and PRIOR.support.check(samples).all()
+    log_prob = posterior.log_prob_batched(samples, x=x[:3], norm_posterior=False)
+    assert_close(log_prob[:, 1], posterior.log_prob(samples[:, 1], x=x[1:2], norm_posterior=False))
+    best = posterior.map(num_iter=20, num_init_samples=50, num_to_optimize=5, **QUIET)
+    assert posterior.log_prob(best).item() > posterior.log_prob(samples[:, 0]).mean()
+    assert posterior.sample((5,), reject_outside_prior=False, **QUIET).shape == (5, 2)
+    point = theta[:4].clone().requires_grad_()
+    posterior.log_prob(point, norm_posterior=False, track_gradients=True).sum().backward()
+    assert point.grad.abs().min() > 0
+
+
+def test_a_likelihood_is_of_trials_that_do_not_depend_on_each_other(trained):
+    found, theta, x = trained
+    inference = found["likelihood"]
+    flow = as_flow(inference.build_posterior().potential_fn.likelihood_estimator)
+    potential = inference.build_posterior().potential(theta[:4], x=x[:3])
+    pairs = flow.log_prob(x[:3].repeat(4, 1), theta[:4].repeat_interleave(3, 0)).reshape(4, 3)
+    assert_close(potential, pairs.sum(1) + PRIOR.log_prob(theta[:4]))
+
+
+WAYS = {
+    "slice": MCMCPosteriorParameters(method="slice_np"),
+    "slices": MCMCPosteriorParameters(method="slice_np_vectorized"),
+    "NUTS": MCMCPosteriorParameters(method="nuts_pyro"),
+    "rejection": RejectionPosteriorParameters(),
+    "importance": ImportanceSamplingPosteriorParameters(),
+    "variational": VIPosteriorParameters(),
+}
+
+
+@pytest.mark.parametrize("estimates", ["posterior", "likelihood"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_sampling_works(trained, estimates, way):
+    found, _, x = trained
+    posterior = found[estimates].build_posterior(posterior_parameters=WAYS[way]).set_default_x(x[:1])
+    if way == "variational":
+        posterior.train(max_num_iters=3, quality_control=False, **QUIET)
+        assert posterior.sample((4,)).shape == (4, 2)
+        return
+    steps = FEW_STEPS if isinstance(WAYS[way], MCMCPosteriorParameters) else {}
+    samples = posterior.sample((4,), **steps, **QUIET)
+    assert samples.shape == (4, 2) and PRIOR.support.check(samples).all()
+
+
+def test_many_observations_are_sampled_at_once(trained):
+    found, _, x = trained
+    for inference in found.values():
+        posterior = inference.build_posterior(posterior_parameters=WAYS["slices"])
+        assert posterior.sample_batched((4,), x=x[:3], **FEW_STEPS, **QUIET).shape == (4, 3, 2)
+
+
+@pytest.mark.filterwarnings("ignore:When the inference object is pickled")
+def test_posteriors_and_trainers_are_pickled_and_go_on(trained):
+    found, theta, x = trained
+    posterior = found["posterior"].build_posterior().set_default_x(x[:1])
+    again = pickle.loads(pickle.dumps(posterior))
+    assert_close(again.potential(theta), posterior.potential(theta), rtol=0, atol=0)
+    trainer = pickle.loads(pickle.dumps(found["posterior"]))
+    trainer.train(max_num_epochs=5, resume_training=True)
+    assert trainer.build_posterior().sample((3,), x=x[:1], **QUIET).shape == (3, 2)
+    both = EnsemblePosterior([posterior, again]).set_default_x(x[:1])
+    assert_close(both.log_prob(theta[:5]), posterior.log_prob(theta[:5]), atol=0.1, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Number of")
+def test_it_is_diagnosed(trained):
+    """Simulation-based calibration, and the local test, which wants the noise of each pair."""
+    found, theta, x = trained
+    posterior = found["posterior"].build_posterior()
+    ranks, _ = run_sbc(theta[:10], x[:10], posterior, num_posterior_samples=20, show_progress_bar=False)
+    assert ranks.shape == (10, 2)
+    test = LC2ST_NF(
+        theta,
+        x,
+        posterior.sample_batched((1,), x=x, max_sampling_batch_size=100, **QUIET)[0],
+        flow_inverse_transform=posterior.posterior_estimator.inverse_transform,
+        flow_base_dist=torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+        num_eval=50,
+    )
+    test.train_on_observed_data()
+    draws = posterior.sample((50,), x=x[:1], **QUIET)
+    assert 0 <= test.get_statistic_on_observed_data(theta_o=draws, x_o=x[:1]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options"),
+    [(NPE, {"use_combined_loss": True, "num_atoms": 5}), (NPE, {"retrain_from_scratch": True}), (NPE_B, {})],
+    ids=["atoms", "from scratch", "importance weights"],
+)
+def test_later_rounds_of_every_kind(trainer, options):
+    inference = trainer(PRIOR, density_estimator=to_library("sbi", "masked-affine", **SMALL), **QUIET)
+    inference.append_simulations(theta := PRIOR.sample((100,)), theta + 0.5 * torch.randn_like(theta), proposal=PRIOR)
+    inference.train(max_num_epochs=2)
+    proposal = inference.build_posterior().set_default_x(torch.ones(1, 2))
+    inference.append_simulations(theta := proposal.sample((100,), **QUIET), theta + 0.5, proposal=proposal)
+    inference.train(max_num_epochs=2, **options)
+    assert inference.build_posterior().sample((3,), x=torch.ones(1, 2), **QUIET).shape == (3, 2)
+
+
+def test_rounds_whose_proposal_is_the_prior_cut_to_what_the_posterior_leaves():
+    inference = NPE(PRIOR, density_estimator=to_library("sbi", "masked-affine", **SMALL), **QUIET)
+    proposal, options = PRIOR, {}
+    for _ in range(2):
+        theta = proposal.sample((100,), **options)
+        inference.append_simulations(theta, theta + 0.5 * torch.randn_like(theta))
+        inference.train(max_num_epochs=2, force_first_round_loss=True)
+        posterior = inference.build_posterior().set_default_x(torch.ones(1, 2))
+        accept = get_density_thresholder(posterior, quantile=0.01, num_samples_to_estimate_support=200)
+        proposal, options = RestrictedPrior(PRIOR, accept, sample_with="rejection"), QUIET
+    assert posterior.sample((3,), **QUIET).shape == (3, 2)
+
+
+@pytest.mark.parametrize("z_score", ["independent", "structured"])
+def test_its_state_holds_all_that_it_knows(z_score):
+    """Weights and standardisation: made of other simulations, an estimator with the same state is the same."""
+    options = {"z_score_theta": z_score, "z_score_x": z_score, "embedding_net": nn.Linear(3, 4)}
+    builder, (theta, x) = to_library("sbi", "masked-affine", **SMALL, **options), simulations()
+    estimator, other = randomise(builder(theta, x), scale=0.1).float(), builder(theta - 7, x * 3)
+    other.load_state_dict({name: value.clone() for name, value in estimator.state_dict().items()})
+    assert_close(other.log_prob(theta, x), estimator.log_prob(theta, x), rtol=0, atol=0)
+
+
+def test_it_trains_and_evaluates_in_its_modes():
+    estimator, (theta, x) = made(embedding_net=nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))), simulations()
+    estimator.train()
+    assert not torch.equal(estimator.loss(theta, x), estimator.loss(theta, x))
+    estimator.eval()
+    assert torch.equal(estimator.loss(theta, x), estimator.loss(theta, x))
 
 
 # -- out: what is refused ----------------------------------------------------------------------------------------------
@@ -417,7 +662,7 @@ REFUSED = {
     "transform of another context": (
         lambda: conditional(context_features=4).transform,
         {},
-        r"this flow takes another context \(.*\); build its layers with a context of 3 numbers",
+        r"this flow does not take data of shape \(2,\) with a context of 3 numbers \(.*\): build its layers for both",
     ),
     "prior": (
         lambda: conditional(features=3),
@@ -429,6 +674,41 @@ REFUSED = {
         {"estimates": "likelihood"},
         r"the simulations have the shape \(3,\), but the flow is of data of shape \(2,\)",
     ),
+    "name of other features": (
+        lambda: "masked-affine",
+        {"features": 4, "layers": 2},
+        r"parameters have the shape \(2,\), but the flow is of data of shape \(4,\): build it with features=2",
+    ),
+    "name of another context": (
+        lambda: "masked-affine",
+        {"context_features": 4},
+        "this flow takes a context of 4 numbers, but the condition has 3, once embedded",
+    ),
+    "name of other masks": (
+        lambda: "masked-affine",
+        {"masks": [torch.tensor([1, 0, 1, 0]), torch.tensor([0, 1, 0, 1])]},
+        r"each mask must have shape \(2,\), but one has \(4,\)",
+    ),
+    "factory of other features": (
+        lambda: partial(build_flow, "masked-affine", features=4, **SMALL),
+        {},
+        r"parameters have the shape \(2,\), but the flow is of data of shape \(4,\): build it with features=2",
+    ),
+    "factory of another context": (
+        lambda: lambda features: conditional(features=features, context_features=5),
+        {},
+        "this flow takes a context of 5 numbers, but the condition has 3, once embedded",
+    ),
+    "embedding of rows": (
+        conditional,
+        {"embedding_net": nn.Flatten(0)},
+        r"the embedding network must return \(batch, numbers\), but of \(2, 3\) it returned \(6,\)",
+    ),
+    "embedding of two outputs": (
+        conditional,
+        {"embedding_net": nn.LSTM(3, 3)},
+        r"the embedding network must return \(batch, numbers\), but of \(2, 3\) it returned tuple",
+    ),
 }
 
 
@@ -438,6 +718,134 @@ def test_what_fits_no_simulations_is_refused_before_training(name):
     inference = quietly(NPE, *simulations(), density_estimator=to_library("sbi", source(), **options))
     with pytest.raises(ValueError, match=message):
         inference.train()
+
+
+@pytest.mark.parametrize("name", flow_names())
+def test_no_flow_of_other_widths_is_trained(name):
+    """A flow says its widths. A transform fails when it is tried, or is seen to ignore the context."""
+    theta, x = simulations()
+    for features, context_features in ((3, 3), (4, 3), (2, 2), (2, 4), (2, None)):
+        flow = build_flow(name, features, context_features, **SMALL)
+        for source in (flow, flow.transform):
+            with pytest.raises(
+                ValueError, match="flow is of data of shape|takes a context of|does not take|unconditional"
+            ):
+                to_library("sbi", source)(theta, x)
+
+
+REFUSED_SIMULATIONS = {
+    "lists": ([[1.0, 2.0]], [[1.0]], TypeError, "theta must be a torch.Tensor, not a list"),
+    "integers": (
+        torch.ones(9, 2).long(),
+        torch.ones(9, 3),
+        TypeError,
+        r"theta is of torch.int64.*: give theta.float\(\)",
+    ),
+    "integers in x": (
+        torch.randn(9, 2),
+        torch.ones(9, 3).long(),
+        TypeError,
+        r"x is of torch.int64.*: give x.float\(\)",
+    ),
+    "two dtypes": (
+        torch.randn(9, 2),
+        torch.randn(9, 3).double(),
+        TypeError,
+        "theta is of torch.float32, but x of torch.float64: give both as torch.float32",
+    ),
+    "one number": (
+        torch.randn(9),
+        torch.randn(9, 3),
+        ValueError,
+        r"theta must have the shape \(batch, numbers\), not \(9,\); give theta.unsqueeze\(1\)",
+    ),
+    "one number in x": (torch.randn(9, 2), torch.randn(9), ValueError, r"not \(9,\); give x.unsqueeze\(1\)"),
+    "no numbers": (torch.randn(9, 2), torch.randn(9, 0), ValueError, r"x must have the shape .*, not \(9, 0\)"),
+    "no simulations": (torch.randn(0, 2), torch.randn(0, 3), ValueError, r"theta must have the shape .*, not \(0, 2\)"),
+    "one simulation": (
+        torch.randn(1, 2),
+        torch.randn(1, 3),
+        ValueError,
+        r"theta can't be standardised by 1 finite row, .*: simulate more, or give z_score_theta='none'",
+    ),
+    "unequal": (torch.randn(9, 2), torch.randn(8, 3), ValueError, "theta has 9 rows, but x has 8: give one x for each"),
+    "NaN": (torch.full((9, 2), NAN), torch.randn(9, 3), ValueError, "theta has NaN or infinite values in 9 of 9 rows"),
+    "infinite": (
+        torch.tensor([[1.0, 2.0], [torch.inf, 1.0], [2.0, 2.0]]),
+        torch.randn(3, 3),
+        ValueError,
+        "theta has NaN or infinite values in 1 of 3 rows: leave them out",
+    ),
+    "NaN in all of x": (
+        torch.randn(9, 2),
+        torch.full((9, 3), NAN),
+        ValueError,
+        "x can't be standardised by 0 finite rows",
+    ),
+    "images": (
+        torch.randn(9, 2, 3),
+        torch.randn(9, 3),
+        ValueError,
+        r"parameters have the shape \(2, 3\), but the flow is of data of shape \(6,\): give theta.flatten\(1\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_SIMULATIONS)
+def test_simulations_that_nothing_can_be_learned_from_are_refused(name):
+    theta, x, kind, message = REFUSED_SIMULATIONS[name]
+    with pytest.raises(kind, match=message):
+        to_library("sbi", "masked-affine", **SMALL)(theta, x)
+
+
+def test_what_a_density_is_of_must_be_finite_but_not_what_it_is_conditioned_on():
+    """NaN in a condition may stand for what was not observed: sbi leaves it to the embedding network."""
+    theta, x = simulations()
+    x[3] = NAN
+    with pytest.raises(ValueError, match="x has NaN or infinite values in 1 of 100 rows"):
+        to_library("sbi", "masked-affine", estimates="likelihood", **SMALL)(theta, x)
+    with pytest.raises(ValueError, match="x has NaN or infinite values in 1 of 100 rows"):
+        to_library("sbi", "masked-affine", **SMALL)(x)
+
+    class Known(nn.Module):
+        def forward(self, x):
+            return torch.cat((x.nan_to_num(), x.isnan().float()), 1)
+
+    loss = to_library("sbi", "masked-affine", embedding_net=Known(), **SMALL)(theta, x).loss(theta, x)
+    assert loss.isfinite().all()
+
+
+@pytest.mark.parametrize("estimates", ["posterior", "likelihood"])
+def test_one_number_for_all_needs_more_than_one(estimates):
+    for name, widths in {"theta": (1, 3), "x": (2, 1)}.items():
+        with pytest.raises(
+            ValueError, match=rf"z_score_{name}='structured' takes .* only one number in the shape \(1,\)"
+        ):
+            options = {f"z_score_{name}": "structured", "estimates": estimates}
+            to_library("sbi", "masked-autoregressive", **SMALL, **options)(*simulations(9, *widths))
+
+
+@pytest.mark.parametrize("trainer", [NPE, NLE])
+def test_two_simulations_are_too_few_to_standardise_by(trainer):
+    """sbi keeps one of them for validation."""
+    builder = to_library("sbi", "masked-affine", estimates="posterior" if trainer is NPE else "likelihood", **SMALL)
+    with pytest.raises(ValueError, match="can't be standardised by 1 finite row"):
+        quietly(trainer, *simulations(2), density_estimator=builder).train()
+
+
+def test_a_prior_of_another_width_is_refused_when_its_parameters_come():
+    """sbi shows no prior to a builder: simulations of other parameters train, as with sbi's own estimators."""
+    prior, (theta, x) = BoxUniform(-torch.ones(3), torch.ones(3)), simulations()
+    for trainer, estimates, message in (
+        (NPE, "posterior", "Shape of input"),
+        (NLE, "likelihood", "Shape of condition"),
+    ):
+        builder = to_library("sbi", "masked-affine", estimates=estimates, **SMALL)
+        inference = trainer(prior, density_estimator=builder, **QUIET).append_simulations(theta, x)
+        inference.train(max_num_epochs=1)
+        posterior = inference.build_posterior().set_default_x(x[:1])
+        with pytest.raises(ValueError, match=message):
+            posterior.potential(prior.sample((4,)))
 
 
 def test_a_conditional_flow_is_no_marginal():
@@ -474,6 +882,18 @@ def test_sbis_own_estimators_score_as_in_sbi(name):
     assert samples.shape == (4, 3, 2) and log_prob.shape == (4, 3)
     p = FlowDistribution(flow, x[:4], validate_args=False)
     assert p.batch_shape == (4,) and p.sample((5,)).shape == (5, 4, 2)
+
+
+@pytest.mark.parametrize("z_score", ["none", "independent", "structured"])
+@pytest.mark.parametrize("name", ["maf", "zuko_nsf"])
+def test_sbis_own_estimators_go_out_again(name, z_score):
+    """In, out and in once more: standardised once, by sbi's own."""
+    options = {"z_score_theta": z_score, "z_score_x": z_score, "embedding_net": nn.Linear(3, 4)}
+    native, (theta, x) = sbi_estimator(name, 2, (3,), **options), simulations()
+    again = to_library("sbi", as_flow(native), z_score_theta="none", z_score_x="none")(theta, x)
+    expected = native.log_prob(theta, x)
+    assert_close(again.log_prob(theta, x), expected, atol=1e-4, rtol=1e-4)
+    assert_close(as_flow(again).log_prob(theta, x), expected[0], atol=1e-4, rtol=1e-4)
 
 
 def test_an_estimator_on_the_priors_support():

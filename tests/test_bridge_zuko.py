@@ -16,7 +16,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from adapters import FlowDistribution, MaskedCouplingLayer, as_flow, as_transform, build_flow, half_mask, to_library
-from adapters.bridges.zuko import ZukoTransform, import_zuko, native_log_prob
+from adapters.bridges.zuko import ZukoTransform, native_log_prob
+from adapters.imports import import_zuko
 from adapters.networks import MLP
 from adapters.parts import parts_of, transform_of
 from tests.counting import counted
@@ -55,7 +56,8 @@ import adapters
 flow = adapters.build_flow("zuko-nsf", 2)
 flow.sample_and_log_prob(3)
 exported = adapters.to_library("zuko", flow.transform)
-from adapters.bridges.zuko import ZukoTransform, import_zuko, native_log_prob
+from adapters.bridges.zuko import ZukoTransform, native_log_prob
+from adapters.imports import import_zuko
 native_log_prob(exported, torch.randn(3, 2))
 zuko = import_zuko()
 half_normal = zuko.distributions.Truncated(Normal(0.0, 1.0, validate_args=False), 0.0)

@@ -40,8 +40,8 @@ from torch.distributions import TransformedDistribution, constraints
 from torch.testing import assert_close
 
 from adapters import FlowDistribution, as_flow, as_transform, build_flow, flow_names, to_library
-from adapters.bridges.zuko import import_zuko
 from adapters.flow import Flow
+from adapters.imports import import_zuko
 from adapters.networks import MLP
 from adapters.preprocess import Logit
 from tests.counting import counted

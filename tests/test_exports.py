@@ -33,7 +33,7 @@ def flow_in(library, exported, noise_shape):
     """The library's own flow around the export and a standard normal."""
     base = dist.Normal(torch.zeros(noise_shape).double(), 1.0).to_event(len(noise_shape))
     if library == "zuko":
-        from adapters.bridges.zuko import import_zuko
+        from adapters.imports import import_zuko
 
         lazy = import_zuko().lazy
         normal = import_zuko().distributions.DiagNormal

@@ -1,6 +1,7 @@
 """runs/compare.py --task npe: exact posteriors are exact, and flows of every kind are held to them. Of sbi."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from adapters import as_flow, build_flow
 from adapters.bridges.sbi import import_sbi
 from runs.common import npe
 from runs.common.comparison import Effort
+from runs.common.pictures import figures
+from runs.common.pictures.compare import draw_quality
+from runs.common.table import Table
 from runs.common.timing import Stopwatch
 from tests.scripts import run
 
@@ -70,6 +74,22 @@ def test_hand_written_and_sbis_own_flows_are_compared(tmp_path, monkeypatch):
         assert not training["gate_failures"] and 0.5 < training["score"] <= 1
     assert "unconditional:flow: it takes no context of width 2" in rows["unconditional:flow"]["failed"]
     assert "C2ST (accuracy)" in (tmp_path / "compare.md").read_text()
+
+
+def test_curves_and_scores_have_an_axis_each(tmp_path, monkeypatch):
+    """A curve shows −log p, which may be negative, and a score is the share of a classifier's right answers."""
+    drawings = []
+    monkeypatch.setattr(sys.modules[figures.figure.__module__], "save", lambda drawing, path: drawings.append(drawing))
+    training = {"budget": "1s", "seed": 0, "seconds": 1.0, "curve": [[0.1 * i, 3 - 0.5 * i] for i in range(11)]}
+    found = {"masked-affine": 0.9, "zuko-nsf": 0.8}
+    rows = {name: {"trainings": [training | {"score": score}]} for name, score in found.items()}
+    draw_quality(Table({"task": "npe", "budget": ["1s"]}, rows), list(rows), tmp_path / "quality.png")
+    (drawing,) = drawings
+    scores, curves = drawing.axes[:2], drawing.axes[2:]
+    assert all(0.7 < axis.get_ylim()[0] < 0.8 and 0.9 < axis.get_ylim()[1] < 1 for axis in scores)
+    assert [len(axis.lines) for axis in curves] == [2, 2] and all(axis.get_ylim()[0] < -1 for axis in curves)
+    assert "−log p (nats) of the training batches" in drawing.get_supxlabel()
+    assert drawing.get_supylabel() == "C2ST (accuracy)"
 
 
 @pytest.mark.parametrize("make", [npe.sbi_nsf, npe.sbi_zuko_nsf])

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 from adapters import as_flow, as_transform
 from adapters.bridges.common.bounds import bounds
-from adapters.bridges.zuko import import_zuko
+from adapters.imports import import_zuko
 from tests.laws import (
     assert_rows_apart_both_ways,
     autograd_log_det,

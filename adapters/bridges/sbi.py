@@ -9,10 +9,8 @@ p(x | θ), ``MarginalTrainer`` the evidence p(x). Each takes a *builder*: a func
 sbi builds on nflows and zuko, so an estimator comes in by the bridge of the flow that is inside it.
 """
 
-import copy
-import inspect
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -23,22 +21,22 @@ from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor, nn
 
 from adapters.bridges.common.context import AnyContextFlow
-from adapters.bridges.common.exports import EmbeddedContext, EventDim, whole_transform
+from adapters.bridges.common.exports import EmbeddedBase, EmbeddedContext, EventDim, whole_transform
 from adapters.bridges.common.on_demand import class_on_demand
+from adapters.bridges.common.simulations import check_reads_context, check_simulations, check_widths, embedded
+from adapters.bridges.common.sources import Source, made, source_of
 from adapters.bridges.common.tensors import like
-from adapters.bridges.zuko import import_zuko
-from adapters.checks import shown
+from adapters.checks import check_tensor, explain_mismatch, shown, sizes
 from adapters.flow import Flow, StandardNormal
+from adapters.imports import import_zuko
 from adapters.parts import base_of, embedding_of, event_shape_of, noise_shape_of, transform_of
 
 PACKAGES = LIBRARIES = ("sbi",)
 DISTRIBUTION = "sbi"
 EXTRA = "sbi"
 
-ROLES = {"posterior": "the prior's parameters", "likelihood": "the simulations"}  # what each density is of
+ESTIMATES = {"posterior": ("theta", "x"), "likelihood": ("x", "theta")}  # what a density is of, and its condition
 Z_SCORES = (None, "none", "independent", "structured")
-UNCONDITIONAL = "this flow is unconditional: it would ignore what NPE and NLE condition on"
-Source = NflowsFlow | Transform | Callable[..., Any]
 
 
 @cache
@@ -102,27 +100,13 @@ def flow_in(foreign: Any) -> NflowsFlow | None:
     return AnyContextFlow(transform, base, shape, needs_context=True)
 
 
-class EmbeddedBase(nflows.distributions.Distribution):
-    """A conditional base with the embedding network of its flow, which maps the context before it is used."""
-
-    def __init__(self, base: nflows.distributions.Distribution, embedding_net: nn.Module):
-        super().__init__()
-        self.base, self.embedding_net, self.shape = base, embedding_net, noise_shape_of(base)
-
-    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
-        return self.base.log_prob(inputs, self.embedding_net(context))
-
-    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
-        return self.base.sample(num_samples, self.embedding_net(context))
-
-
 def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool) -> Any:
     """A builder of estimators with this transform and a standard normal base."""
     return flow_out(transform)
 
 
 def flow_out(
-    source: Source,
+    source: Source | str,
     *,
     estimates: str = "posterior",
     z_score_theta: str | None = "independent",
@@ -150,26 +134,15 @@ def flow_out(
             that is unconditional; for one whose context is not as wide as the embedded condition; for one of another
             shape than what it is to be the density of.
     """
-    if estimates not in ROLES:
+    if estimates not in ESTIMATES:
         raise ValueError(f"estimates must be 'posterior', for NPE, or 'likelihood', for NLE, not {shown(estimates)}")
-    for name, z_score in {"z_score_theta": z_score_theta, "z_score_x": z_score_x}.items():
+    z_scores = {"theta": z_score_theta, "x": z_score_x}
+    for name, z_score in z_scores.items():
         if z_score not in Z_SCORES:
-            raise ValueError(f"{name} must be 'independent', 'structured' or 'none', not {shown(z_score)}")
+            raise ValueError(f"z_score_{name} must be 'independent', 'structured' or 'none', not {shown(z_score)}")
     if not isinstance(embedding_net, nn.Module):
         raise TypeError(f"embedding_net must be an nn.Module, not {shown(embedding_net)}")
-    if isinstance(source, str):
-        from adapters.catalogue import build_flow
-
-        source = partial(build_flow, source, **options)
-        if "masks" not in options:  # which would say how many features
-            with torch.random.fork_rng(devices=[]):
-                source(features=2, context_features=1)  # what is wrong with the options is said now
-    elif options and isinstance(source, NflowsFlow | Transform):
-        raise TypeError(f"a flow that is built already takes no {', '.join(options)}; give its name or a factory")
-    elif options:
-        source = partial(source, **options)
-    z_scores = (z_score_theta, z_score_x) if estimates == "posterior" else (z_score_x, z_score_theta)
-    return _builder()(source, estimates, *z_scores, embedding_net)
+    return _builder()(source_of(source, options), estimates, z_scores, embedding_net)
 
 
 def native_log_prob(exported: Any, inputs: Tensor, context: Tensor | None = None) -> Tensor:
@@ -187,28 +160,20 @@ def native_log_prob(exported: Any, inputs: Tensor, context: Tensor | None = None
 def _builder() -> type:
     import_sbi()
     from sbi.neural_nets.estimators.base import ConditionalEstimatorBuilder
-    from sbi.utils import sbiutils
+    from sbi.utils.sbiutils import standardizing_net, standardizing_transform
 
     class FlowBuilder(ConditionalEstimatorBuilder):
         """Makes estimators of one kind of flow: see ``flow_out``.
 
         Args:
             source: what the flow is, or what makes it.
-            estimates: a key of ``ROLES``.
-            z_score_input, z_score_condition: how to standardise what the density is of, and what it is conditioned on.
+            estimates: a key of ``ESTIMATES``.
+            z_scores: how ``"theta"`` and ``"x"`` are standardised, each one of ``Z_SCORES``.
             embedding_net: maps the condition, once standardised, to the flow's context.
         """
 
-        def __init__(
-            self,
-            source: Source,
-            estimates: str,
-            z_score_input: str | None,
-            z_score_condition: str | None,
-            embedding_net: nn.Module,
-        ):
-            self.source, self.estimates, self.embedding_net = source, estimates, embedding_net
-            self.z_score_input, self.z_score_condition = z_score_input, z_score_condition
+        def __init__(self, source: Source, estimates: str, z_scores: dict[str, str | None], embedding_net: nn.Module):
+            self.source, self.estimates, self.z_scores, self.embedding_net = source, estimates, z_scores, embedding_net
 
         def __call__(self, theta: Tensor, x: Tensor | None = None) -> nn.Module:
             """The estimator for these simulations, which tell the shapes, and which it standardises by.
@@ -218,43 +183,41 @@ def _builder() -> type:
                 x: the simulations, ``(batch, *event)``; ``None`` for ``MarginalTrainer``.
             """
             if x is None:
-                flow, _ = self._flow(theta, None)
-                return _unconditional_estimator()(flow, theta.shape[1:])
-            inputs, conditions = (theta, x) if self.estimates == "posterior" else (x, theta)
-            embedding_net = self.embedding_net.to(conditions.device)
-            z_scored, structured = sbiutils.z_score_parser(self.z_score_condition)
-            if z_scored:
-                embedding_net = nn.Sequential(sbiutils.standardizing_net(conditions, structured), embedding_net)
-            if _tried(embedding_net, conditions).dim() != 2:
-                embedding_net = nn.Sequential(embedding_net, nn.Flatten())
-            flow, own_embedding = self._flow(inputs, _tried(embedding_net, conditions))
-            if not isinstance(own_embedding, nn.Identity):
-                embedding_net = nn.Sequential(embedding_net, own_embedding)
-            _check_reads_context(flow, inputs[:2], _tried(embedding_net, conditions))
+                check_simulations({"x": theta}, "x", self.z_scores)
+                flow = self._made("x", theta, None)
+                return _unconditional_estimator()(self._standardised(flow, "x", theta, None), theta.shape[1:])
+            of, given = ESTIMATES[self.estimates]
+            data = {"theta": theta, "x": x}
+            check_simulations(data, of, self.z_scores)
+            inputs, conditions = data[of], data[given]
+            networks = [self.embedding_net.to(conditions.device)]
+            if self.z_scores[given] not in (None, "none"):
+                networks.insert(0, standardizing_net(conditions, self.z_scores[given] == "structured"))
+            if embedded(nn.Sequential(*networks), conditions).dim() > 2:
+                networks.append(nn.Flatten())
+            flow = self._made(of, inputs, embedded(nn.Sequential(*networks), conditions).shape[1])
+            if not isinstance(embedding_of(flow), nn.Identity):
+                networks.append(embedding_of(flow))
+            embedding_net = nn.Sequential(*networks) if len(networks) > 1 else networks[0]
+            context = embedded(embedding_net, conditions)
+            flow = self._standardised(flow, of, inputs, context.shape[1])
+            check_reads_context(flow, inputs[:2], context)
             return _conditional_estimator()(flow, embedding_net, inputs.shape[1:], conditions.shape[1:])
 
-        def _flow(self, inputs: Tensor, context: Tensor | None) -> tuple[Flow, nn.Module]:
-            """The flow, its standardisation in front of it, and the embedding network that it may have of its own.
+        def _made(self, of: str, inputs: Tensor, width: int | None) -> NflowsFlow:
+            """The flow for data like ``inputs`` and a context of that width."""
+            shape = inputs.shape[1:]
+            flow = made(self.source, shape, width).to(inputs)
+            check_widths(flow, of, shape, width)
+            return flow
 
-            Args:
-                inputs: data of the flow, ``(batch, *event)``.
-                context: some rows of its context, once embedded, ``(rows, C)``; ``None`` for no context.
-            """
-            shape, width = inputs.shape[1:], None if context is None else context.shape[1]
-            if isinstance(self.source, nn.Module):
-                made = copy.deepcopy(self.source)
-            else:
-                made = _call(self.source, features=shape.numel(), context_features=width)
-            flow = _whole(made, shape).to(inputs)
-            what = ROLES[self.estimates] if width is not None else "the simulations"
-            _check_widths(flow, shape, width, what)
-            transform, embedding_net = transform_of(flow), embedding_of(flow)
-            z_scored, structured = sbiutils.z_score_parser(self.z_score_input)
-            if z_scored:
-                transform = CompositeTransform([sbiutils.standardizing_transform(inputs, structured), transform])
-            if context is not None and not isinstance(embedding_net, nn.Identity):
-                width = _tried(embedding_net, context).shape[1]
-            return Flow(transform, base_of(flow), shape, width), embedding_net
+        def _standardised(self, flow: NflowsFlow, of: str, inputs: Tensor, width: int | None) -> Flow:
+            """The same flow of data that are not standardised, without the embedding network that it may have."""
+            transform = transform_of(flow)
+            if self.z_scores[of] not in (None, "none"):
+                standardise = standardizing_transform(inputs, self.z_scores[of] == "structured")
+                transform = CompositeTransform([standardise, transform])
+            return Flow(transform, base_of(flow), inputs.shape[1:], width)
 
     return FlowBuilder
 
@@ -280,13 +243,12 @@ def _conditional_estimator() -> type:
 
         def log_prob(self, input: Tensor, condition: Tensor) -> Tensor:
             """``([sample,] batch, *event)`` of either, which broadcast with each other → ``(sample, batch)``."""
-            self._check_input_shape(input)
-            input = input if input.dim() > len(self.input_shape) + 1 else input.unsqueeze(0)
-            return self._of_pairs(self.net.log_prob, input, condition)
+            found = self._of_pairs(self.net.log_prob, input, condition)
+            return found if found.dim() > 1 else found.unsqueeze(0)
 
         def loss(self, input: Tensor, condition: Tensor) -> Tensor:
             """−log p of each pair: ``(batch, *event)`` of either → ``(batch,)``."""
-            return -self.log_prob(input, condition).squeeze(0)
+            return -self._of_pairs(self.net.log_prob, input, condition)
 
         def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
             """The noise of the inputs, ``(*batch, *event)``, of which sbi's tests of calibration ask the density."""
@@ -294,30 +256,48 @@ def _conditional_estimator() -> type:
 
         def sample(self, sample_shape: torch.Size, condition: Tensor) -> Tensor:
             """Conditions ``(batch, *event)`` → ``(*sample_shape, batch, *event)``."""
-            shape = torch.Size(sample_shape)
-            samples = self.net.sample(shape.numel(), self._embedded(condition))
-            return samples.transpose(0, 1).reshape(*shape, -1, *self.input_shape)
+            return self._drawn(self.net.sample, sample_shape, condition)[0]
 
-        def sample_and_log_prob(self, sample_shape: torch.Size, condition: Tensor) -> tuple[Tensor, Tensor]:
+        def sample_and_log_prob(self, sample_shape: torch.Size, condition: Tensor) -> tuple[Tensor, ...]:
             """Samples, as ``sample`` gives them, and log p of each, ``(*sample_shape, batch)``, of the same pass."""
-            shape = torch.Size(sample_shape)
-            samples, log_prob = self.net.sample_and_log_prob(shape.numel(), self._embedded(condition))
-            samples, log_prob = samples.transpose(0, 1), log_prob.transpose(0, 1)
-            return samples.reshape(*shape, -1, *self.input_shape), log_prob.reshape(*shape, -1)
+            return self._drawn(self.net.sample_and_log_prob, sample_shape, condition)
 
         def _of_pairs(self, function: Callable, input: Tensor, condition: Tensor) -> Tensor:
             """``function(inputs, contexts)`` for each pair; every condition is embedded once, however many inputs."""
-            context = self._embedded(condition)
-            rows = torch.broadcast_shapes(input.shape[: input.dim() - len(self.input_shape)], context.shape[:-1])
+            check_tensor(input, "the input of this estimator")
+            self._check_input_shape(input)
+            context, batch = self._embedded(condition), input.shape[: input.dim() - len(self.input_shape)]
+            try:
+                rows = torch.broadcast_shapes(batch, context.shape[:-1])
+            except RuntimeError as error:
+                raise ValueError(
+                    f"a batch of inputs of shape {tuple(batch)} has no match in one of conditions of shape "
+                    f"{tuple(context.shape[:-1])}: give as many of either, or one"
+                ) from error
             inputs = input.expand(*rows, *self.input_shape).reshape(-1, *self.input_shape)
             found = function(inputs, context.expand(*rows, context.shape[-1]).reshape(-1, context.shape[-1]))
-            return found.reshape(*rows, *found.shape[1:])
+            return found.reshape((*rows, *found.shape[1:]))
+
+        def _drawn(self, function: Callable, sample_shape: torch.Size, condition: Tensor) -> tuple[Tensor, ...]:
+            """What ``function(n, contexts)`` returns, each ``(batch, n, …)``, as ``(*sample_shape, batch, …)``."""
+            shape, context = sizes(sample_shape, "sample_shape"), self._embedded(condition)
+            if context.dim() != 2:
+                wanted = ", ".join(["batch", *map(str, self.condition_shape)])
+                raise ValueError(f"samples need conditions of shape ({wanted}), not {tuple(condition.shape)}")
+            drawn = function(shape.numel(), context)
+            parts = drawn if isinstance(drawn, tuple) else (drawn,)
+            return tuple(t.transpose(0, 1).reshape(*shape, len(context), *t.shape[2:]) for t in parts)
 
         def _embedded(self, condition: Tensor) -> Tensor:
             """``(*batch, *condition_shape)`` → ``(*batch, C)``."""
+            check_tensor(condition, "the condition of this estimator")
             self._check_condition_shape(condition)
             batch = condition.shape[: condition.dim() - len(self.condition_shape)]
-            context = self._embedding_net(condition.reshape(-1, *self.condition_shape))
+            try:
+                context = self._embedding_net(condition.reshape(-1, *self.condition_shape))
+            except (RuntimeError, TypeError) as error:
+                explain_mismatch(error, self._embedding_net, "estimator", condition=condition)
+                raise
             return context.reshape(*batch, context.shape[1])
 
     return ConditionalFlowEstimator
@@ -330,22 +310,24 @@ def _unconditional_estimator() -> type:
 
         def log_prob(self, input: Tensor) -> Tensor:
             """``([sample,] batch, *event)`` → ``(sample, batch)``."""
-            self._check_input_shape(input)
-            rows = input.shape[: input.dim() - len(self.input_shape)]
-            return self.net.log_prob(input.reshape(-1, *self.input_shape)).reshape(rows if len(rows) > 1 else (1, -1))
+            found = -self.loss(input)
+            return found if found.dim() > 1 else found.unsqueeze(0)
 
         def loss(self, input: Tensor) -> Tensor:
             """−log p: ``(batch, *event)`` → ``(batch,)``."""
-            return -self.log_prob(input).squeeze(0)
+            check_tensor(input, "the input of this estimator")
+            self._check_input_shape(input)
+            batch = input.shape[: input.dim() - len(self.input_shape)]
+            return -self.net.log_prob(input.reshape(-1, *self.input_shape)).reshape(batch)
 
         def sample(self, sample_shape: torch.Size) -> Tensor:
             """``(*sample_shape, *event)``."""
-            shape = torch.Size(sample_shape)
+            shape = sizes(sample_shape, "sample_shape")
             return self.net.sample(shape.numel()).reshape(*shape, *self.input_shape)
 
         def sample_and_log_prob(self, sample_shape: torch.Size) -> tuple[Tensor, Tensor]:
             """Samples, and log p of each, ``(*sample_shape,)``, of the same pass."""
-            shape = torch.Size(sample_shape)
+            shape = sizes(sample_shape, "sample_shape")
             samples, log_prob = self.net.sample_and_log_prob(shape.numel())
             return samples.reshape(*shape, *self.input_shape), log_prob.reshape(shape)
 
@@ -360,78 +342,3 @@ def _source_of(builder: Any) -> NflowsFlow | Transform:
         "this builder was given a name or a factory, so it has no flow before it is called: "
         "as_flow(builder(theta, x)), or build_flow"
     )
-
-
-def _call(make: Callable[..., Any], **offered: int | None) -> Any:
-    """What the factory makes, called with those of the arguments that it takes."""
-    parameters = inspect.signature(make).parameters.values()
-    names = {parameter.name for parameter in parameters}
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    return make(**{name: value for name, value in offered.items() if takes_all or name in names})
-
-
-def _whole(made: Any, shape: torch.Size) -> NflowsFlow:
-    """A flow of any library; or a transform of any, with a standard normal base for data of that shape."""
-    from adapters.bridges import as_flow, as_transform
-
-    try:
-        return as_flow(made)
-    except TypeError:
-        return NflowsFlow(as_transform(made), StandardNormal(shape))
-
-
-@torch.no_grad()
-def _tried(embedding_net: nn.Module, conditions: Tensor) -> Tensor:
-    """The first two conditions embedded. A copy is tried, since a network may keep statistics of what it is given.
-
-    Raises:
-        ValueError: if the network does not take them.
-    """
-    try:
-        return copy.deepcopy(embedding_net).eval()(conditions[:2])
-    except RuntimeError as error:
-        shape = tuple(conditions.shape[1:])
-        raise ValueError(f"the embedding network can't be given conditions of shape {shape} ({error})") from error
-
-
-def _check_widths(flow: NflowsFlow, shape: torch.Size, width: int | None, what: str) -> None:
-    """Raise a ValueError if the flow is known to be of data of another shape, or to take another context."""
-    known = event_shape_of(flow)
-    if known is not None and known != shape:
-        raise ValueError(
-            f"{what} have the shape {tuple(shape)}, but the flow is of data of shape {tuple(known)}: build it with "
-            f"features={shape.numel()}"
-        )
-    takes = getattr(flow, "context_features", ...)
-    if takes is ... or takes == width:
-        return
-    if takes is None:
-        raise ValueError(f"{UNCONDITIONAL}; build it with context_features={width}")
-    if width is None:
-        raise ValueError(
-            f"this flow is conditional, of a context of {takes} numbers, and MarginalTrainer conditions on nothing"
-        )
-    raise ValueError(
-        f"this flow takes a context of {takes} numbers, but the condition has {width}, once embedded: build the flow "
-        f"with context_features={width}, or give an embedding_net that returns {takes}"
-    )
-
-
-@torch.enable_grad()
-def _check_reads_context(flow: Flow, inputs: Tensor, context: Tensor) -> None:
-    """Raise a ValueError unless the density depends on the context, as far as autograd can see.
-
-    A copy is asked, since a layer may take its first batch to initialise itself.
-    """
-    flow, context = copy.deepcopy(flow).eval(), context.detach().requires_grad_()
-    remedy = f"build its layers with a context of {context.shape[1]} numbers"
-    try:
-        log_prob = flow.log_prob(inputs, context)
-    except (RuntimeError, ValueError, TypeError) as error:
-        try:
-            flow.transform(inputs)
-        except Exception:
-            raise ValueError(f"this flow takes another context ({error}); {remedy}") from error
-        raise ValueError(f"{UNCONDITIONAL}; {remedy}") from error
-    if not log_prob.requires_grad or torch.autograd.grad(log_prob.sum(), context, allow_unused=True)[0] is None:
-        raise ValueError(f"{UNCONDITIONAL}; {remedy}")

@@ -4,14 +4,12 @@ zuko runs data → noise and lists the data side first, as nflows does, so nothi
 becomes a ``ZukoTransform``, and a composition becomes a ``Chain`` of them.
 
 A *lazy* transform or distribution of zuko is a module: called on a context, it gives a transform or distribution of
-torch. ``import zuko`` changes settings of the whole process. ``import_zuko`` puts these back, and so it is the only
-place that imports zuko.
+torch. The library is imported by ``import_zuko`` alone, which keeps it from changing settings of the whole process.
 """
 
 import math
 from collections.abc import Iterable
-from functools import cache, partial
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,33 +29,12 @@ from adapters.bridges.common.tensors import like, per_row
 from adapters.bridges.common.torch_base import TorchBase
 from adapters.checks import check_event
 from adapters.flow import Flow
+from adapters.imports import import_zuko
 from adapters.parts import parts_of
 
 PACKAGES = LIBRARIES = ("zuko",)
 DISTRIBUTION = "zuko"
 EXTRA = "zuko"
-
-
-@cache
-def import_zuko() -> ModuleType:
-    """zuko, imported so that torch.distributions validates arguments as it did before.
-
-    zuko turns validation off and empties ``arg_constraints`` for every distribution of torch. zuko's own distributions
-    need that, since some set their parameters only after torch would have checked them: so they alone keep it. zuko
-    also adds a method to torch's ``Transform``, ``call_and_ladj``. This one stays, as it changes nothing that torch
-    does. If somebody else has imported zuko before, torch.distributions stays as that import left it.
-    """
-    before = {name: vars(Distribution)[name] for name in ("_validate_args", "arg_constraints")}
-    try:
-        import zuko
-    finally:
-        for name, value in before.items():
-            setattr(Distribution, name, value)
-    for kind in vars(zuko.distributions).values():
-        if isinstance(kind, type) and kind.__module__ == zuko.distributions.__name__:
-            kind._validate_args = False
-            kind.arg_constraints = vars(kind).get("arg_constraints", {})
-    return zuko
 
 
 class ZukoTransform(Leaf):

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from adapters.bridges.zuko import import_zuko
 from adapters.catalogue.specification import NativeFlow, Specification
 from adapters.checks import check_positive
+from adapters.imports import import_zuko
 from adapters.networks import ACTIVATIONS
 
 

@@ -39,7 +39,8 @@ class PosteriorTask(Task):
     Parameters and simulations are standardised alike for all flows.
     """
 
-    measure, unit, features, context_features, layers, hidden, batch_size = "C2ST", "accuracy", 2, 2, 5, (50, 50), 256
+    measure, unit, loss = "C2ST", "accuracy", "−log p (nats)"
+    features, context_features, layers, hidden, batch_size = 2, 2, 5, (50, 50), 256
     recipe: ClassVar = {"lr": 1e-3, "decay": 0.3, "average": 0.999}
     prior: ClassVar[Distribution]
 

@@ -17,7 +17,7 @@ class Trial(NamedTuple):
     """One flow's training, ready to start.
 
     Attributes:
-        loss: a module; ``loss(batch(i))`` is what is minimised, in the task's measure.
+        loss: a module; ``loss(batch(i))`` is what is minimised, in the task's measure or what its ``loss`` says.
         batch: ``batch(i)`` is the i-th batch.
         score: the measure on test data, and its standard error.
         picture: an image of what was learned.
@@ -34,6 +34,7 @@ class Task(ABC):
 
     Attributes:
         measure: what the score is, and ``unit`` in what; lower is better, unless ``higher_is_better``.
+        loss: what the curves of training show, and in what; ``None`` if they show the measure, in its unit.
         features, layers, hidden, batch_size, masks, preprocess: what every flow is built with.
         recipe: what every flow is trained with, beside the budget.
         context_features: width of the context that every flow is conditioned on; ``None`` for none.
@@ -44,6 +45,7 @@ class Task(ABC):
     measure: ClassVar[str]
     unit: ClassVar[str] = "nats"
     higher_is_better: ClassVar[bool] = False
+    loss: ClassVar[str | None] = None
     features: ClassVar[int]
     layers: ClassVar[int]
     hidden: ClassVar[tuple[int, ...]]

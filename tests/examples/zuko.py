@@ -9,9 +9,9 @@ from nflows.transforms import Transform
 from torch import Tensor, nn
 
 from adapters import as_transform
-from adapters.bridges.zuko import import_zuko
 from adapters.catalogue.specification import Specification
 from adapters.catalogue.zuko import naf
+from adapters.imports import import_zuko
 from tests.examples import Example, Model
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from nflows import transforms
+from nflows.distributions import Distribution
 from nflows.flows import Flow
 from nflows.transforms import Transform
 from torch import Tensor, nn
@@ -92,6 +93,20 @@ class EmbeddedContext(Transform):
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return self.transform.inverse(inputs, self.embedding_net(context))
+
+
+class EmbeddedBase(Distribution):
+    """A conditional base with the embedding network of its flow, which maps the context before it is used."""
+
+    def __init__(self, base: Distribution, embedding_net: nn.Module):
+        super().__init__()
+        self.base, self.embedding_net, self.shape = base, embedding_net, noise_shape_of(base)
+
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        return self.base.log_prob(inputs, self.embedding_net(context))
+
+    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        return self.base.sample(num_samples, self.embedding_net(context))
 
 
 def _is_shape(value: object) -> bool:

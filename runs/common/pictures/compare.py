@@ -109,8 +109,9 @@ def longest_scores(table: Table, name: str) -> list[float]:
 def draw_quality(table: Table, names: Sequence[str], path: Path) -> Path:
     """Score against time of training, a panel for each library, all others' curves faint behind it.
 
-    A curve is the loss of the training batches at the longest budget, a running median over all seeds. A point is the
-    mean score on the test data after one of the budgets, its bar the standard deviation over the seeds.
+    A curve is the loss of the training batches at the longest budget, a running median over all seeds; if the loss is
+    not the measure, it has an axis at the right. A point is the mean score on the test data after one of the budgets,
+    its bar the standard deviation over the seeds.
     """
     task = table.task
     curves = {name: training_curve(table, name) for name in names}
@@ -121,7 +122,8 @@ def draw_quality(table: Table, names: Sequence[str], path: Path) -> Path:
     panels = dict(sorted(panels.items(), key=lambda item: item[0] != HAND_WRITTEN))  # ours first
     columns = min(PANELS, len(panels))
     rows = -(-len(panels) // columns)
-    shown = [loss for curve in curves.values() for loss in curve[len(curve) // 30 :, 1]]
+    losses = [loss for curve in curves.values() for loss in curve[len(curve) // 30 :, 1]]
+    shown = [] if task.loss else losses
     shown += [end for found in points.values() for end in (*(found[:, 1] - found[:, 2]), *(found[:, 1] + found[:, 2]))]
     logarithmic, limits = loss_axis(shown, task.measure == "KL", task.higher_is_better)
     size = max(6.4, 3.1 * columns + 0.4), 2.3 * rows + 0.6  # at least as wide as what is written below
@@ -135,24 +137,33 @@ def draw_quality(table: Table, names: Sequence[str], path: Path) -> Path:
             figures.log_ticks(first.yaxis)
         for axis, library in zip(axes.flat, panels, strict=False):
             axis.set_title(library, loc="left")
+            behind = axis
+            if task.loss:
+                behind = axis.twinx()
+                behind.tick_params(labelsize=7)
+                behind.set_ylim(*loss_axis(losses, False, False)[1] or (0, 1))
+                axis.set(zorder=1, facecolor="none")  # the points in front of the curves
             for name in names:
                 if name not in panels[library]:
-                    axis.plot(*curves[name].T, color=BEHIND, linewidth=0.8, zorder=1)
+                    behind.plot(*curves[name].T, color=BEHIND, linewidth=0.8, zorder=1)
             for name, colour in colours_of(panels[library]).items():
-                axis.plot(*curves[name].T, color=colour, linewidth=1, alpha=0.75, zorder=2)
+                behind.plot(*curves[name].T, color=colour, linewidth=1, alpha=0.75, zorder=2)
                 axis.errorbar(
                     *points[name].T, color=colour, fmt="o", markersize=3.5, elinewidth=1.2, capsize=2, zorder=3
                 )
         first.set_xlim(0, 1.04 * max(found[:, 0].max() for found in points.values()))
         for axis, library in zip(axes.flat, panels, strict=False):
-            name_the_ends(axis, {name: (points[name][-1, 0], points[name][-1, 1]) for name in panels[library]})
+            ends = {name: (points[name][-1, 0], points[name][-1, 1]) for name in panels[library]}
+            name_the_ends(axis, ends, 1.2 if task.loss else 1.05)
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
         for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest of each column
             axis.tick_params(labelbottom=True)
-        explained = "lines: loss of the training batches; points: test score after each budget, ± its spread over seeds"
+        measure = f"{task.measure} ({task.unit})"
+        lines = f"{task.loss} of the training batches, at the right" if task.loss else f"{measure} of training batches"
+        explained = f"lines: {lines}; points: test {task.measure} after each budget, ± its spread over seeds"
         drawing.supxlabel(f"seconds of training\n{explained}", fontsize=7.5, color=figures.INK)
-        drawing.supylabel(f"{task.measure} ({task.unit})", fontsize=9, color=figures.INK)
+        drawing.supylabel(measure, fontsize=9, color=figures.INK)
     return path
 
 
@@ -193,14 +204,20 @@ def colours_of(names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def name_the_ends(axis: "Axes", ends: dict[str, tuple[float, float]]) -> None:
-    """Write each flow's name beside its last point, at the panel's right, and apart from the other names."""
+def name_the_ends(axis: "Axes", ends: dict[str, tuple[float, float]], place: float) -> None:
+    """Write each flow's name beside its last point, apart from the other names.
+
+    Args:
+        axis: of the panel.
+        ends: the last point of each flow, by name.
+        place: where the names begin, as a share of the panel's width.
+    """
     to_share = axis.transData + axis.transAxes.inverted()
     heights = [float(np.clip(to_share.transform(end)[1], 0, 1)) for end in ends.values()]
     colours = colours_of(list(ends))
     for (name, end), height in zip(ends.items(), spread(heights, GAP), strict=True):
         axis.annotate(
-            name, end, (1.05, height), textcoords="axes fraction", va="center", fontsize=7, color=colours[name],
+            name, end, (place, height), textcoords="axes fraction", va="center", fontsize=7, color=colours[name],
             arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.5, "alpha": 0.6, "shrinkB": 3},
         )  # fmt: skip
 
