@@ -21,7 +21,7 @@ from adapters.check.subject import TookTooLong, time_limit
 from runs import pyro_vae
 from runs.common import contestants, gates, speed, tasks
 from runs.common.comparison import Effort, Unfit, parse_budget, parse_budgets, patiently
-from runs.common.cost import KINDS, peak, time_kind
+from runs.common.cost import KINDS, TimedFlow, peak, time_kind
 from runs.common.devices import make_accelerator
 from runs.common.fit import fit
 from runs.common.objectives import NegativeLogLikelihood
@@ -516,6 +516,18 @@ def test_that_no_flows_can_be_told_apart_is_said(tmp_path, own_module, capsys):
     )
     compare(**TINY, flows=("masked-affine", "twin:flow"), seeds=2, out=tmp_path)
     assert "No two flows can be told apart by these trainings: more --seeds tell more." in capsys.readouterr().out
+
+
+def test_a_call_that_takes_hours_is_given_up():
+    def for_hours():
+        while True:
+            pass
+
+    timed = TimedFlow.of(build_flow("masked-affine", 2), torch.randn(4, 2))
+    timed.calls["sample"] = for_hours
+    flows = {"slow": timed, "quick": TimedFlow.of(build_flow("masked-affine", 2), torch.randn(4, 2))}
+    times, failed = time_kind("sample", flows, torch.device("cpu"), QUICK, lambda: patiently("a sample", 0.3))
+    assert "a sample takes more than 0.3 s of CPU time" in str(failed["slow"]) and set(times) == {"quick"}
 
 
 @pytest.mark.parametrize("limited", [lambda: time_limit(0.2), lambda: patiently("it", 0.2)])

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,7 +228,8 @@ class Comparison:
                     raise
                 rows[name]["failed"] = reason(error)
         for kind in tqdm(KINDS, desc="timing", unit="kind", leave=False, disable=None):
-            times, failed = time_kind(kind, timed, self.task.device, self.effort.stopwatch)
+            limited = partial(patiently, f"a {kind} of one batch", self.effort.patience)
+            times, failed = time_kind(kind, timed, self.task.device, self.effort.stopwatch, limited)
             if REFERENCE in failed:
                 raise failed[REFERENCE]
             for name, row in rows.items():

@@ -6,7 +6,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,11 +67,18 @@ class TimedFlow:
 
 
 def time_kind(
-    kind: str, flows: dict[str, TimedFlow], device: torch.device, stopwatch: Stopwatch
+    kind: str,
+    flows: dict[str, TimedFlow],
+    device: torch.device,
+    stopwatch: Stopwatch,
+    limited: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[dict[str, list[float]], dict[str, BaseException]]:
-    """Milliseconds of one of ``KINDS``, of all flows that have it, in turn, and the errors of those that fail."""
+    """Milliseconds of one of ``KINDS``, of all flows that have it, in turn, and the errors of those that fail.
+
+    The first calls of each are made within ``limited()``, which may raise if they take too long.
+    """
     timed = {name: flow.train(kind == "step") for name, flow in flows.items() if kind in flow.calls}
-    return stopwatch.measure({name: flow.calls[kind] for name, flow in timed.items()}, device)
+    return stopwatch.measure({name: flow.calls[kind] for name, flow in timed.items()}, device, limited=limited)
 
 
 def peak(step: Callable[[], object], parameters: list[Tensor]) -> float:

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,11 @@ class Stopwatch:
     slow: float = 1.0
 
     def measure(
-        self, functions: Mapping[str, Callable[[], object]], device: torch.device, warmup: int = 1
+        self,
+        functions: Mapping[str, Callable[[], object]],
+        device: torch.device,
+        warmup: int = 1,
+        limited: Callable[[], AbstractContextManager] = nullcontext,
     ) -> tuple[dict[str, list[float]], dict[str, BaseException]]:
         """Milliseconds of each call, all in turn, and the errors of those that can't be called.
 
@@ -88,12 +93,14 @@ class Stopwatch:
             functions: what is timed.
             device: where they compute.
             warmup: calls of each one before the call that says how slow it is.
+            limited: within what these first calls are made, which may raise if they take too long.
         """
         first: dict[str, float] = {}
         failed: dict[str, BaseException] = {}
         for name, function in functions.items():
             try:
-                first[name] = interleaved({name: function}, 1, device, warmup)[name][0]
+                with limited():
+                    first[name] = interleaved({name: function}, 1, device, warmup)[name][0]
             except (Exception, SystemExit) as error:  # of a user's or a library's code
                 failed[name] = error
         quick = {name: functions[name] for name, ms in first.items() if ms < 1e3 * self.slow}
