@@ -1,5 +1,6 @@
 """The training loop on a problem whose answer is known."""
 
+import gc
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -17,7 +19,10 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.testing import assert_close
 
+from adapters import build_flow
+from runs.common.devices import make_accelerator
 from runs.common.fit import fit
+from runs.common.objectives import NegativeLogLikelihood
 from runs.common.recipe import Recipe
 from runs.common.training_state import STATE, NotFinite, TrainingState, read_checkpoint
 
@@ -448,3 +453,14 @@ def test_kills_cost_no_bit():
     """``python -m tests.kills 100`` does it a hundred times."""
     done = subprocess.run([sys.executable, "-m", "tests.kills", "6"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "kills hit, and the weights are the same to the bit" in done.stdout, done.stderr
+
+
+def test_a_training_that_is_over_is_not_kept_in_memory():
+    """A comparison trains hundreds of flows with one accelerator, which keeps whatever it has prepared."""
+    accelerator = make_accelerator("cpu")
+    loss = NegativeLogLikelihood(build_flow("masked-affine", 2, layers=1, hidden_features=(4,)))
+    fit(loss, lambda step: torch.randn(8, 2), Recipe(steps=2), quiet=True, accelerator=accelerator)
+    kept = weakref.ref(loss)
+    del loss
+    gc.collect()
+    assert kept() is None

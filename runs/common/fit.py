@@ -170,6 +170,7 @@ def fit(
         report.interrupted()
     finally:
         report.bar.close()
+        accelerator.free_memory()  # which would keep this model and its optimiser for as long as it lives
     if pending:
         training.trust(torch.stack(pending).tolist())
     training.save(finished=not training.fitted.interrupted)
