@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from adapters.bridges.common.exports import whole_transform
 from adapters.bridges.common.torch_base import TorchBase
 from adapters.check.measure import Pass, equation_15, equation_16, move, same, watching
-from adapters.check.subject import FORWARD, INVERSE, Subject, Wrong, kind, known, said
+from adapters.check.subject import FORWARD, INVERSE, Subject, TookTooLong, Wrong, kind, known, said, time_limit
 from adapters.flow import Flow, StandardNormal
 from adapters.masks import checkerboard_mask
 from adapters.networks import MLP
@@ -54,6 +54,7 @@ SCALE = ("scale_net", "s_net", "net_s", "scale", "s")
 TRANSLATION = ("translation_net", "t_net", "net_t", "translation", "t")
 NETWORKS = (*SCALE, *TRANSLATION, "subnet_constructor", "transform_net_create_fn")
 ROWS, SECONDS = 3, 8.0  # that a new layer is tried on, and that one call may take
+MAKING = 20.0  # seconds that making it may take
 MOVED = 0.02  # standard deviation of what moves its parameters, since many a layer starts at the identity
 IMAGE = "begin forward and inverse with z = z.view({shape}), and return their outputs by .flatten(1)"
 
@@ -270,7 +271,10 @@ def make(found: Any, offer: Offer, arguments: dict[str, Any], flag: str = "--opt
     parameters = _parameters(_name(found), found)[0].values()
     in_order = [given.pop(one.name) for one in parameters if one.kind is one.POSITIONAL_ONLY and one.name in given]
     try:
-        return found(*in_order, **given)
+        with time_limit(MAKING):
+            return found(*in_order, **given)
+    except TookTooLong:
+        raise Wrong(f"making it has not come back within {MAKING:g} s: is there a loop that does not end?") from None
     except (Exception, SystemExit) as error:  # of the user's own code
         raise Wrong(f"making it raises {said(error)}") from error
 

@@ -962,6 +962,117 @@ def test_no_flow_of_the_catalogue_is_accused(name, context_features):
     assert report, f"\n{report}"
 
 
+class Elementwise(nn.Module):
+    """f(z + t) with its inverse and log f', three functions, of which not all take every number."""
+
+    def __init__(self, function, inverse, log_slope):
+        super().__init__()
+        self.t, self.functions = nn.Parameter(torch.zeros(2)), (function, inverse, log_slope)
+
+    def forward(self, z):
+        return self.functions[0](z + self.t), self.functions[2](z + self.t).sum(1)
+
+    def inverse(self, z):
+        shifted = self.functions[1](z)
+        return shifted - self.t, -self.functions[2](shifted).sum(1)
+
+
+class Standardizing(nn.Module):
+    """Noise → data: in training ``inverse``, which is given the data, takes their mean m and variance v."""
+
+    m: Tensor
+    v: Tensor
+
+    def __init__(self, log_scale=lambda v: 0.5 * v.log(), only_in_training=True):
+        super().__init__()
+        self.t, self.log_scale, self.only_in_training = nn.Parameter(torch.zeros(2)), log_scale, only_in_training
+        self.register_buffer("m", torch.zeros(2))
+        self.register_buffer("v", torch.ones(2))
+
+    def forward(self, z):
+        return z * self.v.sqrt() + self.m + self.t, self.log_scale(self.v).sum().expand(len(z))
+
+    def inverse(self, z):
+        if self.training or not self.only_in_training:
+            with torch.no_grad():
+                self.m.copy_(0.9 * self.m + 0.1 * z.mean(0))
+                self.v.copy_(0.9 * self.v + 0.3 * z.var(0))
+        return (z - self.m - self.t) / self.v.sqrt(), -self.log_scale(self.v).sum().expand(len(z))
+
+
+BOUNDED = {
+    "tanh": (torch.tanh, torch.atanh, lambda x: 2 * (math.log(2) - x - nn.functional.softplus(-2 * x))),
+    "sigmoid": (torch.sigmoid, torch.logit, lambda x: nn.functional.logsigmoid(x) + nn.functional.logsigmoid(-x)),
+    "exp": (torch.exp, torch.log, lambda x: x),
+    "knots at 8": (lambda x: torch.where(x.abs() < 8, x, 2 * x - 8 * x.sign()),
+                   lambda y: torch.where(y.abs() < 8, y, (y + 8 * y.sign()) / 2),
+                   lambda x: torch.where(x.abs() < 8, 0.0 * x, 0.0 * x + math.log(2))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_no_layer_of_a_part_of_the_plane_is_accused(name):
+    report = check(Elementwise(*BOUNDED[name]), (2,))
+    assert report, f"\n{report}"
+
+
+class OwnLogit(Elementwise):
+    def __init__(self):
+        super().__init__(torch.logit, torch.sigmoid, lambda x: -(x.log() + (1 - x).log()))
+        self.t.requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, z):
+        y, log_det = super().forward(z)
+        return y * self.scale, log_det + self.scale.abs().log().sum()
+
+    def inverse(self, z):
+        x, log_det = super().inverse(z / self.scale)
+        return x, log_det - self.scale.abs().log().sum()
+
+
+def test_data_in_the_unit_square_are_tried_where_others_give_nan():
+    report = check(OwnLogit(), (2,))
+    assert report and "inputs in (0, 1), since others are not taken" in str(report), f"\n{report}"
+
+
+def test_running_statistics_settle_whichever_way_the_data_come():
+    assert check(Standardizing(), (2,))
+    report = check(Standardizing(torch.log), (2,))
+    assert {"forward_log_det", "inverse_log_det"} <= set(report.broken), f"\n{report}"
+    assert "! training mode computes what evaluation mode does" in str(check(Standardizing(), (2,)))
+    report = check(Standardizing(only_in_training=False), (2,))
+    assert report.mistakes == ["the layer changes itself at each call"], f"\n{report}"
+
+
+class Matrix(nn.Module):
+    def __init__(self, log_det):
+        super().__init__()
+        self.w, self.log_det = nn.Parameter(torch.tensor([[1.5, 0.2], [0.1, -0.7]])), log_det
+
+    def forward(self, z):
+        return z @ self.w.T, self.log_det(self.w, z)
+
+    def inverse(self, z):
+        return z @ self.w.inverse().T, -self.log_det(self.w, z)
+
+
+@pytest.mark.parametrize(
+    ("log_det", "mistakes"),
+    [
+        (lambda w, z: torch.linalg.slogdet(w).logabsdet.expand(len(z)), []),
+        (lambda w, z: torch.linalg.slogdet(w).logabsdet, ["one log-determinant for all rows"]),
+        (lambda w, z: w.det().log().expand(len(z)), ["log-determinant is not a number"]),
+        (lambda w, z: w.diagonal().sum().expand(len(z)), ["the scale is summed instead of its logarithm"]),
+        (lambda w, z: (w.det() + 0.1).expand(len(z)), []),
+        (lambda w, z: 2 * torch.linalg.slogdet(w).logabsdet.expand(len(z)), [OFF]),
+    ],
+)
+def test_a_constant_log_determinant_is_named_only_where_that_explains_it(log_det, mistakes):
+    report = check(Matrix(log_det), (2,))
+    assert report.mistakes == mistakes, f"\n{report}"
+
+
 @pytest.mark.parametrize("layer", [lambda: Course([Hand((2,)), Hand((2,))]), lambda: Scale(2), Shift])
 def test_no_other_right_layer_is_accused(layer):
     thing = layer()

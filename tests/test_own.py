@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from adapters import build_flow, check, discovery, flow_names, load_flow, save_flow
 from adapters.catalogue import flow_options
 from adapters.check.__main__ import main as check_command
-from adapters.own import DATA_TO_NOISE, NOISE_TO_DATA, in_short
+from adapters.check.subject import Wrong
+from adapters.own import DATA_TO_NOISE, NOISE_TO_DATA, Offer, in_short, make
 from runs.common.images import Images
 from tests.laws import randomise
 from tests.scripts import pictures_in, run
@@ -651,3 +652,13 @@ def test_an_unfinished_file_is_no_trouble_to_others(folder, code, tmp_path, monk
     finally:
         sys.modules.pop(f"{folder}.unfinished", None)
         importlib.import_module("adapters.catalogue")._flows.cache_clear()
+
+
+def test_a_class_that_hangs_is_one_line(monkeypatch):
+    def endless():
+        while True:
+            pass
+
+    monkeypatch.setattr("adapters.own.MAKING", 0.2)
+    with pytest.raises(Wrong, match=r"making it has not come back within 0\.2 s: is there a loop that does not end\?"):
+        make(endless, Offer((2,)), {})

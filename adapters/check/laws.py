@@ -43,10 +43,8 @@ RIGHT, WRONG, REMARK, UNASKED = "✓", "✗", "!", "·"
 FLOAT32, STEEP = 1e-2, 1e-2  # relative difference of a float32 copy, and how it may grow with the norm of J
 MASS = 0.02  # of ``mass_error``, with as many samples as ``Quadrature`` has by itself
 ALONE = 8  # rows at most that are tried by themselves
-RADII, FAR = (
-    (8, 4, 32, 16),
-    8,
-)  # largest |coordinate| of rows far from 0; up to which a fault there is more than a remark
+RADII = (7.83, 3.91, 31.7, 15.9)  # the size of rows far from 0; none is a likely edge of a bin
+FAR = 8  # up to this size a fault there is more than a remark
 GENTLE = 0.1  # how far parameters are moved for ∫p, which a grid must resolve
 TRIED = 2000  # draws that are timed first: ∫p takes fifty times as long
 TO_DTYPE = "make new tensors like z: torch.zeros_like(z), z.new_zeros(len(z)), mask.to(z.dtype); leave out .float()"
@@ -119,6 +117,13 @@ def log_det_shape(e: Evidence) -> Finding:
         found, rows = p.log_det, len(p.x)
         words = f"{p.direction} returns a log_det of shape {tuple(found.shape)}, where ({rows},) is wanted, one a row"
         if found.shape == (rows,):
+            if found.isnan().any():
+                row = int(found.isnan().nonzero()[0])
+                words = f"at {z_is(p, row)} the log_det of {p.direction} is NaN"
+                remedy = (
+                    "take the logarithm of the absolute value: scale.abs().log(), or torch.linalg.slogdet of a matrix"
+                )
+                return Finding(WRONG, words, "log-determinant is not a number", remedy)
             if found.dtype == p.x.dtype:
                 continue
             words = f"{p.direction} returns a log_det of {short(found.dtype)} for {short(p.x.dtype)}"
@@ -134,6 +139,9 @@ def log_det_shape(e: Evidence) -> Finding:
             return Finding(
                 WRONG, words, "log-determinant summed over the batch", f"it is summed along the rows: {remedy}"
             )
+        if found.numel() == 1 and _close(found.reshape(1).expand(rows), p.exact):
+            remedy = "it is the same in all rows here: give each its own, log_det.expand(len(z))"
+            return Finding(WRONG, words, "one log-determinant for all rows", remedy)
         if found.numel() == 1:
             mean = _close(found, p.exact.mean()) or _close(found, p.exact.mean() / p.x[0].numel())
             mistake = "log-determinant is a mean" if mean else "log-determinant summed over the batch"
@@ -165,7 +173,7 @@ def twice(e: Evidence) -> Finding:
     for p in e.repeatable:
         for what, again in zip(("outputs", "log_det"), p.function(p.x.clone(), e.context), strict=True):
             before = p.y if what == "outputs" else p.log_det
-            if not torch.allclose(again, before, rtol=EXACT, atol=EXACT):
+            if not torch.allclose(again, before, rtol=EXACT, atol=EXACT, equal_nan=True):
                 row = int(distance(again.reshape(len(p.x), -1), before.reshape(len(p.x), -1)).argmax())
                 words = (
                     f"at {z_is(p, row)} {p.direction} gives {what} {numbers(before[row])}, then {numbers(again[row])}"
@@ -355,6 +363,7 @@ def training(e: Evidence) -> Finding:
     """Training mode and evaluation mode agree, but for parts that are meant to differ."""
     subject, random = e.moved(), torch.random.get_rng_state()
     subject.module.train()
+    buffers = {name: buffer.clone() for name, buffer in subject.module.named_buffers()}
     meant = [
         f"{type(part).__name__}{f' ({name})' * bool(name)}"
         for name, part in subject.module.named_modules()
@@ -380,6 +389,10 @@ def training(e: Evidence) -> Finding:
                     return Finding(REMARK, words, "BatchNorm couples the rows")
                 if meant:
                     return Finding(REMARK, f"training mode differs from evaluation, by {meant[0]}: use eval() to score")
+                now = dict(subject.module.named_buffers())
+                if updated := [name for name, buffer in buffers.items() if not torch.equal(buffer, now[name])]:
+                    words = f"training mode differs from evaluation, and updates {some(updated)}: use eval() to score"
+                    return Finding(REMARK, words)
                 row = int(distance(y, p.y).argmax())
                 words = f"at {z_is(p, row)} {p.direction} gives {numbers(y[row])} in training, "
                 words += f"{numbers(p.y[row])} in evaluation"
@@ -496,7 +509,7 @@ def device(e: Evidence) -> Finding:
 
 
 def far(e: Evidence) -> Finding:
-    """Log-determinants and round trip hold as well at rows whose coordinates are R/2 to R in size, for R = 4 to 32.
+    """Log-determinants and round trip hold as well at rows whose coordinates are R/2 to R in size, R about 4 to 32.
 
     Beyond 8 it is a remark: many a right layer saturates there, or searches for its inverse only so far.
     """
@@ -506,17 +519,19 @@ def far(e: Evidence) -> Finding:
     for row in range(len(e.x)):
         near, radius = e.x[row : row + 1], RADII[row % len(RADII)]
         x = radius / 2 * (near.sign() + near / near.abs().max())
-        found = _far_off(e, x, None if e.context is None else e.context[row : row + 1])
+        found = _far_off(e, x, None if e.context is None else e.context[row : row + 1], radius <= FAR)
         if found and radius <= FAR:
-            remedy = "something is cut off there, by clamp, where or a bound: cut s rather than z, and let the inverse "
-            remedy += "and the log-determinant follow what was cut"
+            remedy = (
+                "something is cut off or wrapped round there, by clamp, where, remainder or a bound: bound s rather "
+            )
+            remedy += "than z, and let the inverse and the log-determinant follow whatever is cut"
             return Finding(WRONG, found, "it is right near 0 only", remedy)
         remark = remark or found
     return Finding(REMARK, remark) if remark else Finding(RIGHT)
 
 
-def _far_off(e: Evidence, x: Tensor, context: Tensor | None) -> str:
-    """What is wrong at that one row; empty where nothing is, and where it is too steep for float64 to tell."""
+def _far_off(e: Evidence, x: Tensor, context: Tensor | None, near: bool) -> str:
+    """What is wrong at that one row; empty where nothing is, and where it is too steep or flat for float64 to tell."""
     try:
         with torch.no_grad():
             y, log_det = e.forward.function(x.clone(), context)
@@ -524,7 +539,8 @@ def _far_off(e: Evidence, x: Tensor, context: Tensor | None) -> str:
         if not (is_tame(y, slopes) and log_det.shape == (1,)):
             return ""
         exact, z = log_abs_det(slopes), f"z = {numbers(x)}"
-        if not (torch.equal(log_det, exact) or _relative(log_det, exact) <= TRIP):
+        underflow = not (near or exact.isfinite())  # of tanh, say
+        if not (underflow or torch.equal(log_det, exact) or _relative(log_det, exact) <= TRIP):
             return f"at {z} forward says {number(log_det)}, autograd's Jacobian {number(exact)}"
         if e.one_way or e.slow:
             return ""
@@ -532,9 +548,11 @@ def _far_off(e: Evidence, x: Tensor, context: Tensor | None) -> str:
             back, log_det = e.subject.run(INVERSE, y.clone(), context)
     except Wrong:
         return ""  # what raises there is a remark of another law
+    if underflow and not back.isfinite().all():
+        return ""
     if not distance(back, x) <= TRIP:
         return f"at {z} forward gives {numbers(y)}, of which inverse makes {numbers(back)}"
-    if not (torch.equal(log_det, -exact) or _relative(log_det, -exact) <= TRIP):
+    if not (underflow or torch.equal(log_det, -exact) or _relative(log_det, -exact) <= TRIP):
         return f"at z' = {numbers(y)} inverse says {number(log_det)}, autograd's Jacobian {number(-exact)}"
     return ""
 
@@ -553,7 +571,7 @@ def extremes(e: Evidence) -> Finding:
                 remarks.append(f"at z = {what} {error}")
                 break
             if not (y.isfinite().all() and log_det.isfinite().all()):
-                tanh = ": end the network of s in tanh, as exercise 2.5 says" * bool(theirs(e.subject))
+                tanh = ": end the network of s in tanh, as exercise 2.5 says" * bool(theirs(e.subject) and p.seen)
                 remarks.append(f"at z = {what} {p.direction} is no longer finite{tanh}")
                 break
     return Finding(REMARK, remarks[0]) if remarks else Finding(RIGHT)
@@ -688,7 +706,10 @@ def mass(e: Evidence) -> Finding:
             drawn = draw(number_drawn)
         except Wrong as error:
             return Finding(UNASKED, str(error))
-        low, high = e.box or torch.quantile(drawn, torch.tensor([1e-3, 1 - 1e-3], dtype=drawn.dtype), dim=0)
+        finite = drawn.isfinite().all(1)
+        if not finite.any() or not (finite.all() or subject.is_flow):
+            return Finding(UNASKED, "it does not take all of the plane")
+        low, high = e.box or torch.quantile(drawn[finite], torch.tensor([1e-3, 1 - 1e-3], dtype=drawn.dtype), dim=0)
         total, error = mass_error(log_prob, drawn, low, high, cells)
         if error > tolerance:
             coarse, _ = mass_error(log_prob, drawn, low, high, 2 * cells // 3)

@@ -9,13 +9,14 @@ them are the measures themselves, functions of tensors, which comparisons and te
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from time import process_time
 from typing import NamedTuple
 
 import torch
+from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn.functional import softsign
 
@@ -227,15 +228,19 @@ class Evidence:
         self.x, self.z = points(self.rows, self.event_shape, 1), points(self.rows, self.event_shape, 2)
         try:
             self._move()
+            if self.forward.y.isfinite().all():
+                return
         except Hangs:
             raise
         except Wrong:
-            self.x, self.unit = torch.sigmoid(self.x), True  # such as a logit's data
-            try:
-                self._move()
-            except Wrong:
-                self.x, self.unit = points(self.rows, self.event_shape, 1), False
-                self._move()
+            pass
+        self.x, self.unit = torch.sigmoid(self.x), True  # such as a logit's data
+        with suppress(Wrong):
+            self._move()
+            if self.forward.y.isfinite().all():
+                return
+        self.x, self.unit = points(self.rows, self.event_shape, 1), False
+        self._move()
 
     def _move(self) -> None:
         for halving in range(HALVINGS + 1):
@@ -417,11 +422,21 @@ def move(module: nn.Module, scale: float, seed: int = 0) -> None:
 
 @torch.no_grad()
 def settle(subject: Subject, x: Tensor, context: Tensor | None) -> None:
-    """Pass the data through in training mode for as long as that changes a buffer."""
+    """Pass the data through in training mode for as long as that changes a buffer.
+
+    Which way a plain layer is given the data is not known: it is given them both ways.
+    """
     subject.module.train()
+    _settle(subject, subject.scores, x, context)
+    if not (subject.is_flow or isinstance(subject.thing, Transform)):
+        with suppress(Wrong):
+            _settle(subject, INVERSE, x, context)
+
+
+def _settle(subject: Subject, direction: str, x: Tensor, context: Tensor | None) -> None:
     for _ in range(SETTLING):
         before = [buffer.clone() for buffer in subject.module.buffers()]
-        subject.run(subject.scores, x.clone(), context)
+        subject.run(direction, x.clone(), context)
         if all(map(torch.equal, before, subject.module.buffers())):
             return
 

@@ -118,6 +118,17 @@ def mask_drawn_anew(e: Evidence, law: str) -> str | None:
     return None
 
 
+@mistake("the layer changes itself at each call", "twice", explains=ALL)
+def changes_itself(e: Evidence, law: str) -> str | None:
+    before = {name: value.clone() for name, value in e.subject.module.state_dict().items()}
+    for direction in (FORWARD, INVERSE):
+        e.passed(direction, 0.9 * e.x)
+    changed = [name for name, value in e.subject.module.state_dict().items() if not torch.equal(value, before[name])]
+    if changed:
+        return f"a call in evaluation mode changes {', '.join(changed[:3])}: do that only if self.training"
+    return None
+
+
 @mistake("random numbers within", "twice", explains=ALL)
 def random_within(e: Evidence, law: str) -> str | None:
     p = e.forward
@@ -130,16 +141,6 @@ def random_within(e: Evidence, law: str) -> str | None:
             "with the same seed the answers agree, so that random numbers are drawn within: draw them once, in "
             "__init__, and say training=self.training to dropout"
         )
-    return None
-
-
-@mistake("the layer changes itself at each call", "twice", explains=ALL)
-def changes_itself(e: Evidence, law: str) -> str | None:
-    before = {name: value.clone() for name, value in e.subject.module.state_dict().items()}
-    e.passed(FORWARD, e.x)
-    changed = [name for name, value in e.subject.module.state_dict().items() if not torch.equal(value, before[name])]
-    if changed:
-        return f"a call in evaluation mode changes {', '.join(changed[:3])}: do that only if self.training"
     return None
 
 
@@ -544,9 +545,11 @@ def multiple(e: Evidence, p: Pass) -> str | None:
         if same(p.log_det * math.log(base), p.exact):
             return f"log_det is a logarithm to base {base}: use the natural one, torch.log"
     factor = (p.log_det @ p.exact / (p.exact @ p.exact)).item()
-    if not same(p.log_det, factor * p.exact):
+    words = {2.0: "twice", 0.5: "half"}.get(round(factor, 6))
+    same_in_all = same(p.exact, p.exact[:1].expand_as(p.exact))  # then any number is a multiple of it
+    if not same(p.log_det, factor * p.exact) or (same_in_all and words is None):
         return None
-    times = {2.0: "twice", 0.5: "half"}.get(round(factor, 6), f"{number(factor)} times")
+    times = words or f"{number(factor)} times"
     return f"log_det is {times} autograd's in every row{_coupling(e, 17)}"
 
 
