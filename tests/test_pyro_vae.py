@@ -680,7 +680,7 @@ def test_two_processes_train_one_prior_after_the_other(tmp_path):
     command += ["--epochs", "2", "--width", "8", "--latent", "3", "--layers", "2", "--hidden", "8"]
     command += ["--importance-samples", "2", "--importance-images", "4", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("elbo -") == 2
     assert math.isfinite(json.loads((tmp_path / "metrics.json").read_text())["metrics"]["flow"]["elbo_std"])
