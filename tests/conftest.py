@@ -98,8 +98,6 @@ def _skip_what_needs_a_missing_library(item):
     except ImportError:
         text = f"{item.nodeid}\n{inspect.getsource(item.obj) if item.obj else ''}".lower()
         for library, remedy in MISSING.items():
-            if (
-                library in text
-            ):  # what needs it can't be tried; with all libraries, as .ci/run has them, nothing is skipped
+            if library in text:  # it can't be tried without; with all libraries, as .ci/run has them, none is skipped
                 pytest.skip(f"needs {library}: {remedy}")
         raise

@@ -1,12 +1,14 @@
 """The package as people meet it: ``python -m adapters``, ``help(adapters)`` and the version."""
 
 import importlib
+import importlib.metadata
 import inspect
 import pydoc
 import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 from types import FunctionType
 
@@ -98,23 +100,30 @@ for how, what, words in {programs!r}:
 def test_the_version_has_one_source():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["dynamic"] == ["version"]
-    assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "adapters.__version__"
+    assert project["tool"]["hatch"]["version"]["path"] == "adapters/__init__.py"
+    assert importlib.metadata.version("flow-adapters") == adapters.__version__
 
 
-def test_a_source_distribution_has_all_that_the_project_needs(tmp_path):
-    """The tests with what they share, the data, and the pictures that the READMEs show. Large files are empty here."""
+def test_the_distributions_have_what_they_need(tmp_path):
+    """All files are in the source distribution, the tests and the READMEs' pictures too; the wheel has only what runs.
+
+    Large files are empty here.
+    """
     folders = [path for name in ("adapters", "runs", "tests") for path in (ROOT / name).rglob("*")]
     files = {path.relative_to(ROOT) for path in folders if path.is_file() and "__pycache__" not in path.parts}
-    for path in files | {Path(name) for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")}:
+    for path in files | {Path(name) for name in ("pyproject.toml", ".gitignore", "README.md", "LICENSE")}:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(b"" if path.suffix in (".gz", ".png") else (ROOT / path).read_bytes())
-    program = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
-    command = [sys.executable, "-W", "ignore", "-c", program, "dist"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    program = "from hatchling.build import *; print(build_sdist('dist')); print(build_wheel('dist'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    with tarfile.open(tmp_path / "dist" / done.stdout.splitlines()[-1]) as archive:
+    source, wheel = (tmp_path / "dist" / name for name in done.stdout.split())
+    with tarfile.open(source) as archive:
         inside = {Path(name).relative_to(Path(name).parts[0]) for name in archive.getnames()}
     assert files - inside == set()
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {Path(name) for name in archive.namelist() if ".dist-info" not in name}
+    assert inside == {path for path in files if path.parts[0] != "tests" and path.parts[:2] != ("runs", "pictures")}
 
 
 def test_help_is_a_table_of_contents():
