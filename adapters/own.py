@@ -345,6 +345,11 @@ def is_list(thing: Any) -> bool:
     return isinstance(thing, list | tuple | nn.ModuleList) or type(thing) is nn.Sequential
 
 
+def layers_of(thing: Any) -> list[Any]:
+    """The layers of a list; anything else alone."""
+    return list(thing) if is_list(thing) else [thing]
+
+
 def _copy(thing: Any) -> Any:
     try:
         return copy.deepcopy(thing)

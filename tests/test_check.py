@@ -25,7 +25,7 @@ from adapters import MaskedCouplingLayer, build_flow, check, checkerboard_mask, 
 from adapters.check import WrongLayer, fresh
 from adapters.check.__main__ import main
 from adapters.check.laws import LAWS
-from adapters.check.measure import CALLS, Evidence
+from adapters.check.measure import Evidence
 from adapters.layers.spline import MaskedSplineCouplingLayer, spline_parameters
 from adapters.networks import MLP
 from adapters.own import Network, Offer, load, make
@@ -851,6 +851,18 @@ def test_samples_that_follow_another_density_are_found():
     assert report.broken == ["mass"] and not report.mistakes, f"\n{report}"
 
 
+class LosesSamples(Course):
+    def sample(self, shape):
+        x = super().sample(shape)
+        x[::10] = math.nan
+        return x
+
+
+def test_samples_that_are_no_numbers_are_lost_mass():
+    report = check(LosesSamples([Hand((2,))]), (2,))
+    assert report.broken == ["mass"] and "∫p = " in report.findings["mass"].words, f"\n{report}"
+
+
 def test_batch_norm_in_training_is_a_remark():
     report = check(with_batch_norm(), (4,))
     assert report and report.mistakes == ["BatchNorm couples the rows"], f"\n{report}"
@@ -1088,7 +1100,7 @@ def test_an_inverse_that_searches_does_not_fill_the_memory():
         evidence.gather()
     often = max(calls.values())
     seen = Counter(name for p in (evidence.back, evidence.inverse) for name, _, _ in p.seen)
-    assert often > 100 and seen and max(seen.values()) <= 2 * CALLS
+    assert often > 100 and seen and max(seen.values()) <= 10
 
 
 def test_the_layer_and_the_random_numbers_stay_as_they_were():

@@ -514,8 +514,11 @@ def test_that_no_flows_can_be_told_apart_is_said(tmp_path, own_module, capsys):
         "    size = {'layers': layers, 'hidden_features': hidden_features, 'masks': masks}\n"
         "    return build_flow('masked-affine', features, **size)\n",
     )
-    compare(**TINY, flows=("masked-affine", "twin:flow"), seeds=2, out=tmp_path)
-    assert "No two flows can be told apart by these trainings: more --seeds tell more." in capsys.readouterr().out
+    words = "No two flows can be told apart by these trainings: more --seeds tell more."
+    compare(**TINY, flows=("masked-affine", "twin:flow"), seeds=2, out=tmp_path / "twins")
+    assert words in capsys.readouterr().out
+    compare(**TINY, flows=("masked-affine", "nflows-affine"), seeds=2, out=tmp_path / "others")
+    assert words not in capsys.readouterr().out
 
 
 def test_a_call_that_takes_hours_is_given_up():

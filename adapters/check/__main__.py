@@ -10,7 +10,7 @@ import tyro
 from adapters.check import SECONDS, check
 from adapters.check.laws import WRONG
 from adapters.check.subject import Wrong, said
-from adapters.own import Offer, is_list, load, make
+from adapters.own import Offer, layers_of, load, make
 from adapters.pipe import until_nobody_reads
 
 LAYER = (
@@ -56,7 +56,7 @@ def main(
     except Exception as error:
         print(f"{WRONG} {error if isinstance(error, Wrong) else said(error)}")
         return 1
-    reports = [check(one, event_shape, context_features, seconds) for one in (thing if is_list(thing) else [thing])]
+    reports = [check(one, event_shape, context_features, seconds) for one in layers_of(thing)]
     print(*reports, sep="\n\n")
     return 0 if reports and all(reports) else 1
 

@@ -700,7 +700,8 @@ def mass(e: Evidence) -> Finding:
     with torch.no_grad(), seeded():
         try:
             start = process_time()
-            log_prob(draw(min(TRIED, number_drawn)))
+            few = draw(min(TRIED, number_drawn))
+            log_prob(few[few.isfinite().all(1)])
             if process_time() - start > seconds:
                 return Finding(UNASKED, "∫p would take too long")
             drawn = draw(number_drawn)

@@ -11,7 +11,7 @@ from adapters import build_flow, check
 from adapters.catalogue import check_options, describe_flow, flow_options, is_own
 from adapters.check.subject import Wrong
 from adapters.flow import Flow
-from adapters.own import Offer, is_list, load, make
+from adapters.own import Offer, layers_of, load, make
 from runs.common.results import parameter_count
 
 REFERENCE = "masked-affine"  # whose parameters the others match, and whose times the ratios are to
@@ -57,9 +57,8 @@ def named_mistakes(name: str, features: int, error: BaseException) -> list[str]:
     if not (is_own(name) and isinstance(error.__cause__, Wrong)):
         return []
     with suppress(Exception):
-        made = make(load(name), Offer((features,)), {})
-        reports = [check(one, (features,)) for one in (made if is_list(made) else [made])]
-        return [reason for report in reports for reason in report.reasons]
+        layers = layers_of(make(load(name), Offer((features,)), {}))
+        return [reason for layer in layers for reason in check(layer, (features,)).reasons]
     return []
 
 
