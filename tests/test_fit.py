@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from torch.testing import assert_close
 
 from adapters import build_flow
 from runs.common.devices import make_accelerator
-from runs.common.fit import fit
+from runs.common.fit import MOST, fit
 from runs.common.objectives import NegativeLogLikelihood
 from runs.common.recipe import Recipe
 from runs.common.training_state import STATE, NotFinite, TrainingState, read_checkpoint
@@ -464,3 +465,15 @@ def test_a_training_that_is_over_is_not_kept_in_memory():
     del loss
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize("seconds", [0.001, 1.0])
+def test_a_curve_has_few_points_however_slow_the_machine_is(seconds):
+    """Where each step takes a second, the losses of single steps would be noise, and as many as there are steps."""
+    loss = NegativeLogLikelihood(build_flow("masked-affine", 2, layers=1, hidden_features=(4,)))
+    ticks = itertools.count()
+    clock = lambda: seconds * next(ticks)  # noqa: E731
+    fitted = fit(loss, lambda step: torch.zeros(2, 2), Recipe(steps=1000), quiet=True, clock=clock)
+    steps = [step for step, _ in fitted.losses]
+    assert steps[-1] == 1000
+    assert all(b - a >= 1000 / MOST for a, b in itertools.pairwise([0, *steps[:-1]]))  # the last one takes what is left

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ASK_EVERY = 20  # steps; a device other than the CPU is asked for its losses once in so many: see ``fit``
 SNAPSHOT_EVERY = 100  # steps; a loss that is not finite costs at most so many
+MOST = 400  # numbers that a curve of losses has
 
 
 def fit(
@@ -184,7 +185,8 @@ def fit(
 class Report:
     """What a training shows while it runs, and the losses that its ``Fitted`` keeps.
 
-    About twice in a second it shows and keeps one number, the mean of all losses since the last such number.
+    About twice in a second it shows and keeps one number, the mean of all losses since the last such number. Of a
+    training it keeps ``MOST`` at most: where the machine stalls, each step takes so long, and its loss alone is noise.
     """
 
     def __init__(
@@ -226,7 +228,8 @@ class Report:
         """Take the losses of the last steps, and show their mean if it is time to."""
         self.window += values
         fitted = self.training.fitted
-        if fitted.seconds - self.shown_at > 0.5 or self.training.done():
+        due = fitted.seconds - self.shown_at > 0.5 and len(self.window) >= self.bar.total / MOST
+        if due or self.training.done():
             mean = self._mean_of_window()
             self.bar.set_postfix_str(self.describe(mean), refresh=False)
             rate = self.recipe.rate(self.training.progress())
