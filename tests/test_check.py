@@ -1159,6 +1159,7 @@ def test_the_command_says_what_is_wrong_and_where(tmp_path):
         (["mine:Sized", "--features", "3", "--arguments", "width", "5"], "3 coordinates"),
         (["mine:make", "--context-features", "3"], "a context of 3"),
         (["adapters:MaskedCouplingLayer", "--context-features", "2"], "Right: "),
+        (["masked-affine", "--features", "3", "--arguments", "scale_bound", "None"], "3 coordinates"),
     ],
 )
 def test_the_command_makes_what_is_asked_for(tmp_path, monkeypatch, capsys, arguments, words):
@@ -1182,6 +1183,21 @@ def test_the_command_makes_what_is_asked_for(tmp_path, monkeypatch, capsys, argu
 def test_a_name_that_names_nothing_is_one_line(name, words):
     with pytest.raises((ValueError, ImportError), match=words):
         load(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["masked-afine"], "unknown flow 'masked-afine'; known: masked-affine, "),
+        (["mine.py"], "'mine.py' names no layer or flow; write my_layer:MyLayer"),
+        (["masked-affine", "--shape", "1", "4", "4"], "masked-affine is a flow of vectors: give --features 16 instead"),
+        (["masked-affine", "--arguments", "bins", "4"], "masked-affine has no option 'bins'; it has: scale_bound"),
+    ],
+)
+def test_what_the_command_can_make_nothing_of_is_one_line(capsys, arguments, words):
+    assert tyro.cli(main, args=arguments) == 1
+    told = capsys.readouterr().out
+    assert words in told and told.count("\n") == 1
 
 
 def test_what_a_class_wants_and_is_not_offered_is_one_line():

@@ -1,12 +1,15 @@
 """``python -m adapters.check my_layer:MyLayer``"""
 
 import ast
+import math
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
 
+from adapters.catalogue import build_flow, is_own
 from adapters.check import SECONDS, check
 from adapters.check.laws import WRONG
 from adapters.check.subject import Wrong, said
@@ -17,7 +20,8 @@ LAYER = (
     "module:object or file.py:object. The object is a layer, a flow, a list of layers, of which each is checked, a "
     "class of one of these, or a function that gives one: of nflows, normflows, zuko, FrEIA, Pyro or your own. Your "
     "own forward(z) and inverse(z) must return the outputs and the log-determinant. A class or a function is called "
-    "with those of features, event_shape, context_features, mask, scale_net and translation_net that it asks for."
+    "with those of features, event_shape, context_features, mask, scale_net and translation_net that it asks for. A "
+    "flow's name, such as zuko-nsf, is that flow of the catalogue."
 )
 
 
@@ -39,6 +43,8 @@ def main(
 
     python -m adapters.check my_layer:make_flow --arguments hidden 64 bins 8
 
+    python -m adapters.check zuko-nsf
+
     The exit status is 0 if all laws hold, and 1 if one does not.
 
     Args:
@@ -52,13 +58,23 @@ def main(
     torch.manual_seed(0)  # the same report each time
     try:
         values = {name: _value(text) for name, text in (arguments or {}).items()}
-        thing = make(load(layer), Offer(event_shape, context_features), values, "--arguments")
+        thing = _made(layer, event_shape, context_features, values)
     except Exception as error:
         print(f"{WRONG} {error if isinstance(error, Wrong) else said(error)}")
         return 1
     reports = [check(one, event_shape, context_features, seconds) for one in layers_of(thing)]
     print(*reports, sep="\n\n")
     return 0 if reports and all(reports) else 1
+
+
+def _made(name: str, event_shape: tuple[int, ...], context_features: int | None, arguments: dict[str, Any]) -> Any:
+    """What the name says: something of anybody's own, or a flow of the catalogue, which is of vectors."""
+    if is_own(name) or Path(name).suffix == ".py":
+        return make(load(name), Offer(event_shape, context_features), arguments, "--arguments")
+    flow = build_flow(name, math.prod(event_shape), context_features, **arguments)
+    if len(event_shape) > 1:
+        raise ValueError(f"{name} is a flow of vectors: give --features {math.prod(event_shape)} instead of --shape")
+    return flow
 
 
 def _value(text: str) -> Any:
