@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pydoc
+import re
 import subprocess
 import sys
 import tarfile
@@ -99,7 +100,7 @@ for how, what, words in {programs!r}:
 
 def test_the_version_has_one_source():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["dynamic"] == ["version"]
+    assert project["project"]["dynamic"] == ["version", "readme"]
     assert project["tool"]["hatch"]["version"]["path"] == "adapters/__init__.py"
     assert importlib.metadata.version("flow-adapters") == adapters.__version__
 
@@ -123,7 +124,12 @@ def test_the_distributions_have_what_they_need(tmp_path):
     assert files - inside == set()
     with zipfile.ZipFile(wheel) as archive:
         inside = {Path(name) for name in archive.namelist() if ".dist-info" not in name}
-    assert inside == {path for path in files if path.parts[0] != "tests" and path.parts[:2] != ("runs", "pictures")}
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        page = archive.read(metadata).decode()
+    # On a package index no picture and no link leads nowhere, and each file that is linked is named.
+    assert re.findall(r"\]\((?!https:|#)[^)]*\)|<img|</?p>", page) == []
+    linked = re.findall(r'(?:\]\(|src=")((?:runs|tests)/[\w./-]+)', (ROOT / "README.md").read_text())
+    assert linked and [name for name in linked if f"`{name}`" not in page] == []
 
 
 def test_help_is_a_table_of_contents():
