@@ -25,7 +25,7 @@ from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from adapters.check.laws import MASS
+from adapters.check.laws.density import MASS
 from adapters.check.measure import jacobian, log_abs_det, mass_error, move, one_by_one
 
 Pass = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # a transform's forward or inverse

@@ -25,7 +25,9 @@ import torch
 from nflows.flows import Flow
 from torch import Tensor
 
-from adapters.check.laws import LAWS, REMARK, RIGHT, UNASKED, WRONG, Finding, Law, in_a_list, theirs
+from adapters.check.laws import LAWS
+from adapters.check.laws.finding import REMARK, RIGHT, UNASKED, WRONG, Finding, Law
+from adapters.check.laws.modules import in_a_list
 from adapters.check.measure import Evidence, is_mask, own_tensors, points, seeded
 from adapters.check.mistakes import Diagnosis, diagnose
 from adapters.check.subject import FORWARD, INVERSE, Subject, Wrong, known, said
@@ -253,7 +255,7 @@ def _parts(evidence: Evidence) -> list[_Part]:
         with suppress(Wrong), torch.no_grad():
             called.run(direction, points(evidence.rows, evidence.event_shape, 1), evidence.context)
     layers = {name: layer for name, layer in whole.module.named_modules() if name and hasattr(layer, INVERSE)}
-    own, parts = {name for name, _ in theirs(whole)}, []
+    own, parts = {name for name, _ in whole.theirs()}, []
     for name, layer in layers.items():
         if any(other.startswith(f"{name}.") for other in layers):
             continue

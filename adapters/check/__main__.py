@@ -11,7 +11,7 @@ import tyro
 
 from adapters.catalogue import build_flow, is_own
 from adapters.check import SECONDS, check
-from adapters.check.laws import WRONG
+from adapters.check.laws.finding import WRONG
 from adapters.check.subject import Wrong, said
 from adapters.own import Offer, layers_of, load, make
 from adapters.pipe import until_nobody_reads

@@ -480,12 +480,23 @@ def same(found: Tensor, wanted: Tensor, tolerance: float = EXACT) -> bool:
     """Whether all values agree, relative to their sizes; nothing agrees with NaN, infinity or another shape."""
     if found.shape != wanted.shape or not wanted.isfinite().all():
         return False
-    return bool(((found - wanted).abs() <= tolerance * (1 + wanted.abs())).all())
+    return bool((relative(found, wanted) <= tolerance).all())
+
+
+def relative(found: Tensor, wanted: Tensor) -> Tensor:
+    """|found − wanted| / (1 + |wanted|) of each value."""
+    return (found - wanted).abs() / (1 + wanted.abs())
 
 
 def distance(found: Tensor, wanted: Tensor) -> Tensor:
-    """Of each row, the largest |found − wanted| / (1 + |wanted|); NaN where anything is NaN."""
-    return ((found - wanted).abs() / (1 + wanted.abs())).flatten(1).amax(1)
+    """Of each row, the largest such error; NaN where anything is NaN."""
+    return relative(found, wanted).flatten(1).amax(1)
+
+
+def worst_of(errors: Tensor, lost: float = 0.0) -> float:
+    """The largest but for that share of them; infinite where it is NaN."""
+    ordered = errors.nan_to_num(math.inf, math.inf).sort().values
+    return ordered[math.ceil((1 - lost) * len(ordered)) - 1].item()
 
 
 @torch.no_grad()

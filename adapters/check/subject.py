@@ -5,6 +5,7 @@ whose call and whose ``inverse`` return ``(outputs, log_det)``, as the exercise'
 which has ``forward`` and ``inverse`` (noise → data and back) and ``log_prob`` and ``sample`` beside them.
 """
 
+import copy
 import inspect
 import signal
 import sys
@@ -99,6 +100,24 @@ class Subject:
             draws = self.call("sample", self.thing.sample, *self._given(rows, context))
             return draws if context is None else draws[:, 0]
         return self.call("sample", self.thing.sample, *self._given((n,), context))
+
+    def copy(self) -> "Subject":
+        return Subject(copy.deepcopy(self.thing), self.seconds)
+
+    def in_float32(self) -> "Subject":
+        """A copy in that dtype."""
+        twin = self.copy()
+        twin.module.float()
+        return twin
+
+    def theirs(self) -> list[tuple[str, nn.Module]]:
+        """Those modules inside whose class is written in the user's own file."""
+        found = []
+        for name, part in self.module.named_modules():
+            module = sys.modules.get(type(part).__module__)
+            if is_theirs(getattr(module, "__file__", None)):
+                found.append((name, part))
+        return found
 
     def base_log_prob(self, noise: Tensor, context: Tensor | None = None) -> Tensor | None:
         """log-density of the noise; ``None`` if the flow does not show its base."""

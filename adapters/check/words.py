@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from adapters.check.measure import Pass
+from adapters.check.measure import EXACT, Pass
 from adapters.check.subject import FORWARD
 
 PRIMED = "z'"
@@ -33,6 +33,12 @@ def numbers(values: Tensor) -> str:
 def number(value: Tensor | float) -> str:
     """Four digits."""
     return f"{float(value):.4g}".replace("-", "−")
+
+
+def offset(offsets: Tensor) -> str:
+    """What is said where all rows are off by one number."""
+    same = len(offsets) > 1 and (offsets - offsets[0]).abs().max() < EXACT
+    return f"; off by the same {number(offsets[0])} in every row" if same else ""
 
 
 def some(names: list[str]) -> str:
