@@ -49,6 +49,19 @@ def test_the_exact_posterior_is_the_one_of_the_simulator(kind):
     assert (moments(near) - moments(elsewhere)).abs().max() > 2 * error, "what is wrong must be seen"
 
 
+@pytest.mark.parametrize("kind", [npe.TwoMoons, npe.LinearGaussian])
+def test_the_picture_of_the_exact_posterior_is_that_of_its_draws(kind):
+    picture, pixel = torch.from_numpy(kind.true_picture()), 2 * kind.window / npe.PIXELS
+    draws = kind.exact(torch.zeros(2), 200_000)
+    bins = ((draws.flip(1) + kind.window) / (10 * pixel)).floor().long()  # of ten pixels; rows go along θ₂
+    inside = ((bins >= 0) & (bins < npe.PIXELS // 10)).all(1)
+    drawn = torch.zeros(npe.PIXELS // 10, npe.PIXELS // 10)
+    drawn.index_put_(tuple(bins[inside].T), torch.tensor(1 / len(draws)), accumulate=True)
+    exact = torch.nn.functional.avg_pool2d(picture[None].float(), 10)[0] * (10 * pixel) ** 2
+    assert 0.99 < exact.sum() < 1.01 and inside.double().mean() > 0.99
+    assert (exact - drawn).abs().max() < 0.004 < exact.max() / 5
+
+
 def test_an_observation_that_nothing_gives_is_refused():
     with pytest.raises(ValueError, match="no parameters within the prior give x = "):
         npe.TwoMoons.exact(torch.ones(2), 10)

@@ -43,6 +43,7 @@ class PosteriorTask(Task):
     features, context_features, layers, hidden, batch_size = 2, 2, 5, (50, 50), 256
     recipe: ClassVar = {"lr": 1e-3, "decay": 0.3, "average": 0.999}
     prior: ClassVar[Distribution]
+    window: ClassVar[float]  # of the pictures, which show p(θ | x = 0) for |θ₁|, |θ₂| up to this
 
     def __init__(self, device: torch.device, test_points: int = DRAWS, simulations: int = SIMULATIONS):
         check_installed(cast(Bridge, sbi))
@@ -64,6 +65,21 @@ class PosteriorTask(Task):
     @abstractmethod
     def exact(x: Tensor, n: int) -> Tensor:
         """n draws from p(θ | x) of one observation ``(2,)``."""
+
+    @staticmethod
+    @abstractmethod
+    def exact_at_0(theta: Tensor) -> Tensor:
+        """p(θ | x = 0), ``(n, 2)`` → ``(n,)``."""
+
+    @classmethod
+    def true_picture(cls) -> np.ndarray:
+        return cls.exact_at_0(cls._pictured()).view(PIXELS, PIXELS).numpy()
+
+    @classmethod
+    def _pictured(cls) -> Tensor:
+        """The pictures' points, ``(PIXELS², 2)``, row by row along θ₂."""
+        axis = cls.window * ((2 * torch.arange(PIXELS) + 1) / PIXELS - 1)
+        return torch.cartesian_prod(axis, axis).flip(1)
 
     @property
     def preprocess(self) -> Transform | None:
@@ -110,12 +126,8 @@ class PosteriorTask(Task):
 
     @torch.no_grad()
     def _picture(self, flow: Flow) -> np.ndarray:
-        """The density at the first observation, around the exact posterior."""
-        with seeded(SEED, torch.device("cpu")):
-            low, high = self.exact(self.observations[0], 1000).aminmax(dim=0)
-        first, second = (torch.linspace(float(a), float(b), PIXELS) for a, b in zip(low - 0.1, high + 0.1, strict=True))
-        points = torch.cartesian_prod(second.flip(0), first).flip(1).to(self.device)
-        return self.alone(flow).log_prob(points).exp().reshape(PIXELS, PIXELS).cpu().numpy()
+        theta, x = self._pictured().to(self.device), self.context(torch.zeros(1, 2)).to(self.device)
+        return flow.log_prob(theta, x.expand(len(theta), -1)).exp().view(PIXELS, PIXELS).cpu().numpy()
 
 
 class TwoMoons(PosteriorTask):
@@ -125,6 +137,7 @@ class TwoMoons(PosteriorTask):
     """
 
     prior: ClassVar[Distribution] = Independent(Uniform(-torch.ones(2), torch.ones(2)), 1)
+    window = 0.4
 
     @staticmethod
     def simulate(theta: Tensor) -> Tensor:
@@ -145,6 +158,15 @@ class TwoMoons(PosteriorTask):
         return kept[:n]
 
     @staticmethod
+    def exact_at_0(theta: Tensor) -> Tensor:
+        """Half of the crescent's own density, at the point of it that θ would need."""
+        point = torch.stack((theta.sum(1).abs(), theta[:, 0] - theta[:, 1]), dim=1) / math.sqrt(2)
+        along, across = (point - torch.tensor([0.25, 0.0])).unbind(1)
+        radius = torch.hypot(along, across)
+        density = torch.exp(-0.5 * ((radius - 0.1) / 0.01) ** 2) / (0.01 * math.sqrt(2 * math.pi)) / (math.pi * radius)
+        return torch.where(along > 0, density, 0) / 2
+
+    @staticmethod
     def _crescent(n: int) -> Tensor:
         angle, radius = math.pi * (torch.rand(n) - 0.5), 0.1 + 0.01 * torch.randn(n)
         return torch.stack((radius * angle.cos() + 0.25, radius * angle.sin()), dim=1)
@@ -154,6 +176,7 @@ class LinearGaussian(PosteriorTask):
     """θ ~ N(0, I) and x = Aθ + N(0, 0.1 I), of which the posterior is N(Σ Aᵀx / 0.1, Σ) with Σ = (I + AᵀA / 0.1)⁻¹."""
 
     prior: ClassVar[Distribution] = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    window = 1.2
     MATRIX: ClassVar[Tensor] = torch.tensor([[1.0, 0.5], [-0.3, 0.8]])
     NOISE: ClassVar[float] = 0.1
 
@@ -163,9 +186,17 @@ class LinearGaussian(PosteriorTask):
 
     @staticmethod
     def exact(x: Tensor, n: int) -> Tensor:
+        return LinearGaussian._posterior(x).sample((n,))
+
+    @staticmethod
+    def exact_at_0(theta: Tensor) -> Tensor:
+        return LinearGaussian._posterior(torch.zeros(2)).log_prob(theta).exp()
+
+    @staticmethod
+    def _posterior(x: Tensor) -> MultivariateNormal:
         matrix, noise = LinearGaussian.MATRIX, LinearGaussian.NOISE
         covariance = torch.linalg.inv(torch.eye(2) + matrix.T @ matrix / noise)
-        return MultivariateNormal(covariance @ matrix.T @ x / noise, covariance).sample((n,))
+        return MultivariateNormal(covariance @ matrix.T @ x / noise, covariance)
 
 
 class PosteriorLoss(nn.Module):

@@ -89,10 +89,10 @@ def draw_gallery(table: Table, learned: dict[str, np.ndarray | None], path: Path
                 axis.text(0.5, 0.5, "no picture kept", ha="center", va="center", fontsize=7, color=figures.FAINT)
             else:
                 axis.imshow(picture, interpolation="nearest", **style)
-            title = name
+            title = label(name)
             if name in learned:
                 mean = statistics.fmean(longest_scores(table, name))
-                title = f"{name}\n{'fails a gate' if table.gate_failures(name) else f'{mean:#.3g} {table.task.unit}'}"
+                title = f"{title}\n{'fails a gate' if table.gate_failures(name) else f'{mean:#.3g} {table.task.unit}'}"
             axis.set_title(title, fontsize=7.5, pad=3)
         highest = max((picture.max() for picture in panels.values() if picture is not None), default=0)
         if true is not None and highest > style["vmax"]:
@@ -154,7 +154,7 @@ def draw_quality(table: Table, names: Sequence[str], path: Path) -> Path:
         first.set_xlim(0, 1.04 * max(found[:, 0].max() for found in points.values()))
         for axis, library in zip(axes.flat, panels, strict=False):
             ends = {name: (points[name][-1, 0], points[name][-1, 1]) for name in panels[library]}
-            name_the_ends(axis, ends, 1.2 if task.loss else 1.05)
+            name_the_ends(axis, ends, 1.26 if task.loss else 1.05)
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
         for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest of each column
@@ -167,6 +167,11 @@ def draw_quality(table: Table, names: Sequence[str], path: Path) -> Path:
     return path
 
 
+def label(name: str) -> str:
+    """A flow's name where there is little room: of your own, without the file."""
+    return name.rpartition(":")[2]
+
+
 def library_of(name: str) -> str:
     """Whose flow that is, in the words of a panel's title."""
     if ":" in name:
@@ -176,9 +181,17 @@ def library_of(name: str) -> str:
 
 
 def training_curve(table: Table, name: str) -> np.ndarray:
-    """Seconds and loss of the batches, ``(n, 2)``, at the longest budget: a running median over all seeds' pairs."""
+    """Seconds and loss of the batches, ``(n, 2)``, at the longest budget: a running median over all seeds' pairs.
+
+    A training of so many steps takes longer at one time than at another, so each seed's seconds are stretched to the
+    mean.
+    """
     trainings = next(found for budget in reversed(table.budgets) if (found := table.trainings(name, budget)))
-    pairs = np.array(sorted(pair for training in trainings for pair in training["curve"])).reshape(-1, 2)
+    mean = statistics.fmean(training["seconds"] for training in trainings)
+    stretched = [
+        (seconds * mean / training["seconds"], loss) for training in trainings for seconds, loss in training["curve"]
+    ]
+    pairs = np.array(sorted(stretched)).reshape(-1, 2)
     half = max(1, len(pairs) // 30)
     smooth = [np.median(pairs[max(0, i - half) : i + half + 1], axis=0) for i in range(len(pairs))]
     return np.array(smooth).reshape(-1, 2)
@@ -205,7 +218,7 @@ def colours_of(names: Sequence[str]) -> dict[str, str]:
 
 
 def name_the_ends(axis: "Axes", ends: dict[str, tuple[float, float]], place: float) -> None:
-    """Write each flow's name beside its last point, apart from the other names.
+    """Write each flow's name beside its last point, apart from the other names, with a line up to the panel's edge.
 
     Args:
         axis: of the panel.
@@ -216,10 +229,9 @@ def name_the_ends(axis: "Axes", ends: dict[str, tuple[float, float]], place: flo
     heights = [float(np.clip(to_share.transform(end)[1], 0, 1)) for end in ends.values()]
     colours = colours_of(list(ends))
     for (name, end), height in zip(ends.items(), spread(heights, GAP), strict=True):
-        axis.annotate(
-            name, end, (place, height), textcoords="axes fraction", va="center", fontsize=7, color=colours[name],
-            arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.5, "alpha": 0.6, "shrinkB": 3},
-        )  # fmt: skip
+        line = {"arrowstyle": "-", "color": colours[name], "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+        axis.annotate("", end, (1, height), textcoords="axes fraction", arrowprops=line)
+        axis.text(place, height, label(name), transform=axis.transAxes, va="center", fontsize=7, color=colours[name])
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
