@@ -416,11 +416,117 @@ class SummedInLogProb(Course):
         return self.base().log_prob(z) + log_det.sum()
 
 
-class SamplesOtherwise(Course):
-    """``sample`` and ``log_prob`` of different densities, which only ∫p over parts of the plane can tell."""
+class Backwards(Course):
+    """The same with ``forward`` data → noise and ``inverse`` noise → data, as the paper on Real NVP has it."""
+
+    def forward(self, x):
+        return super().inverse(x)
+
+    def inverse(self, z):
+        return super().forward(z)
+
+    def log_prob(self, x):
+        z, log_det = self(x)
+        return self.base().log_prob(z) + log_det
 
     def sample(self, sample_shape=(1,)):
-        return self(2 * self.base().sample(sample_shape))[0]
+        return self.inverse(self.base().sample(sample_shape))[0]
+
+
+class OfItsPrior(Course):
+    """A base under another name, of each coordinate; samples by number."""
+
+    base = None  # type: ignore[assignment]
+
+    def __init__(self, layers: list[nn.Module], features: int = 2):
+        super().__init__(layers, features)
+        self.prior = torch.distributions.Normal(0.0, 1.0)
+
+    def log_prob(self, x):
+        z, log_det = self.inverse(x)
+        return self.prior.log_prob(z).sum(1) + log_det
+
+    def sample(self, n: int):
+        return self(torch.randn(n, len(self.mean)))[0]
+
+
+class WithoutABase(OfItsPrior):
+    """The standard normal's density written out."""
+
+    def __init__(self, layers: list[nn.Module], features: int = 2):
+        super().__init__(layers, features)
+        del self.prior
+
+    def log_prob(self, x):
+        z, log_det = self.inverse(x)
+        return log_det - 0.5 * (z**2 + math.log(2 * math.pi)).sum(1)
+
+
+RIGHT_FLOWS = (Course, Backwards, OfItsPrior, WithoutABase)
+DIRECTION = "the direction is noise → data where data → noise is expected"
+
+
+def normal(z: Tensor) -> Tensor:
+    return -0.5 * (z**2 + math.log(2 * math.pi)).sum(1)
+
+
+def drawn(flow, given) -> Tensor:
+    return torch.randn(*(given if isinstance(given, tuple) else (given,)), len(flow.mean))
+
+
+FAULTS_OF_FLOWS: dict[str, tuple[str, Callable, list[str]]] = {  # of which method, what it does, and its names
+    "sign": (
+        "log_prob",
+        lambda flow, x: normal(flow.inverse(x)[0]) - flow.inverse(x)[1],
+        ["wrong sign of the log-determinant"],
+    ),
+    "left out": ("log_prob", lambda flow, x: normal(flow.inverse(x)[0]), ["log-determinant is left out"]),
+    "direction": ("log_prob", lambda flow, x: normal(flow(x)[0]) + flow(x)[1], [DIRECTION]),
+    "samples of another base": ("sample", lambda flow, given: flow(2 * drawn(flow, given))[0], []),
+    "samples of the base alone": ("sample", drawn, []),
+    "samples the wrong way": (
+        "sample",
+        lambda flow, given: flow.inverse(drawn(flow, given))[0],
+        ["sample runs data → noise"],
+    ),
+}
+
+
+class ScaleAndShift(nn.Module):
+    """z' = z exp(s) + t, of which not every other is nearly its own inverse."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.s = nn.Parameter(torch.full((features,), 0.5))
+        self.t = nn.Parameter(torch.full((features,), 0.5))
+
+    def forward(self, z):
+        return z * self.s.exp() + self.t, self.s.sum().expand(len(z))
+
+    def inverse(self, z):
+        return (z - self.t) * (-self.s).exp(), -self.s.sum().expand(len(z))
+
+
+DRAWS = {
+    "coins": lambda features: torch.randint(0, 2, (features,)),
+    "half of a permutation": lambda features: torch.randperm(features) % 2,
+    "one coordinate": lambda features: nn.functional.one_hot(torch.randint(features, ()), features),
+}
+
+
+class DrawsMasks(nn.Module):
+    """The exercise's layer with a mask of its own in each call."""
+
+    def __init__(self, draw: Callable, features: int):
+        super().__init__()
+        self.draw, self.features = draw, features
+        self.scale, self.translation = MLP(features, features), MLP(features, features)
+
+    def forward(self, z):
+        return forward(z, self.draw(self.features).to(z), self.scale, self.translation)
+
+    def inverse(self, z):
+        return inverse(z, self.draw(self.features).to(z), self.scale, self.translation)
 
 
 class Shift(nn.Module):
@@ -846,9 +952,54 @@ def test_a_wrong_layer_inside_a_flow_is_pointed_at():
     assert "The fault is in its part layers.0, a Hand." in unexplained
 
 
-def test_samples_that_follow_another_density_are_found():
-    report = check(SamplesOtherwise([Hand((2,))]), (2,))
-    assert report.broken == ["mass"] and not report.mistakes, f"\n{report}"
+@pytest.mark.parametrize("features", [1, 2, 3])
+@pytest.mark.parametrize("kind", RIGHT_FLOWS)
+def test_a_right_flow_is_right_whatever_its_form(kind, features):
+    report = check(kind([ScaleAndShift(features) for _ in range(2)], features), (features,))
+    assert report and report.findings["samples"].verdict == "✓", f"\n{report}"
+
+
+@pytest.mark.parametrize("features", [1, 2, 3])
+@pytest.mark.parametrize("kind", [Course, OfItsPrior, WithoutABase])
+@pytest.mark.parametrize("fault", FAULTS_OF_FLOWS)
+def test_a_flow_whose_density_and_samples_differ_is_wrong(fault, kind, features):
+    method, written, mistakes = FAULTS_OF_FLOWS[fault]
+    wrong = type("Wrong", (kind,), {method: written})
+    report = check(wrong([ScaleAndShift(features) for _ in range(2)], features), (features,))
+    assert set(report.broken) <= {"samples", "mass"} and report.broken, f"\n{report}"
+    assert report.mistakes == mistakes, f"\n{report}"
+
+
+@pytest.mark.parametrize("features", [2, 3])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_mask_that_is_drawn_anew_is_named_in_few_coordinates_too(draw, layers, features):
+    """Two draws may agree, and one may leave all unchanged."""
+    redrawing = [DrawsMasks(DRAWS[draw], features) for _ in range(layers)]
+    for thing in (Course(redrawing, features), redrawing[0]):
+        report = check(thing, (features,))
+        assert report.mistakes == ["the mask is drawn anew at each call"], f"\n{report}"
+
+
+def test_a_wrong_layer_of_a_library_is_told_once():
+    """A bridge wraps it, and its part is the layer itself."""
+    normflows = pytest.importorskip("normflows")
+
+    class Wrong(normflows.flows.Flow):
+        def __init__(self):
+            super().__init__()
+            self.s = nn.Parameter(torch.zeros(2))
+
+        def forward(self, z):
+            return z * self.s.exp(), -self.s.sum().expand(len(z))
+
+        def inverse(self, z):
+            return z * (-self.s).exp(), -self.s.sum().expand(len(z))
+
+    for thing in (Wrong(), normflows.NormalizingFlow(normflows.distributions.DiagGaussian(2), [Wrong(), Wrong()])):
+        report = check(thing, (2,))
+        assert report.mistakes == ["wrong sign of the log-determinant"], f"\n{report}"
+        assert str(report).count("n its part") <= 1, f"\n{report}"
 
 
 class LosesSamples(Course):

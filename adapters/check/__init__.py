@@ -25,6 +25,7 @@ import torch
 from nflows.flows import Flow
 from torch import Tensor
 
+from adapters import bridges
 from adapters.check.laws import LAWS
 from adapters.check.laws.finding import REMARK, RIGHT, UNASKED, WRONG, Finding, Law
 from adapters.check.laws.modules import in_a_list
@@ -254,17 +255,28 @@ def _parts(evidence: Evidence) -> list[_Part]:
     for direction in (FORWARD, INVERSE):
         with suppress(Wrong), torch.no_grad():
             called.run(direction, points(evidence.rows, evidence.event_shape, 1), evidence.context)
-    layers = {name: layer for name, layer in whole.module.named_modules() if name and hasattr(layer, INVERSE)}
+    layers = {name: layer for name, layer in whole.module.named_modules() if hasattr(layer, INVERSE)}
+    wrappers = [name for name, layer in layers.items() if type(layer).__module__.startswith(bridges.__name__)]
+    wrapped = {  # a library's layer is called by its wrapper, which is the part then
+        name: wrapper for wrapper in wrappers if not any(_is_below(other, wrapper) for other in wrappers)
+        for name in layers if _is_below(name, wrapper)
+    }  # fmt: skip
     own, parts = {name for name, _ in whole.theirs()}, []
     for name, layer in layers.items():
-        if any(other.startswith(f"{name}.") for other in layers):
+        if not name or name in wrapped or any(_is_below(other, name) for other in layers if other not in wrapped):
             continue
         z, context = (*given[name], None)[:2] if name in given else (None, evidence.context)
         shape = tuple(z.shape[1:]) if isinstance(z, Tensor) else evidence.event_shape
         width = context.shape[-1] if isinstance(context, Tensor) else None
-        where = f"in its part {name}, a {type(layer).__name__}"
-        parts.append(_Part(where, layer, shape, width, whole.seconds, name in own))
+        inside = next((other for other, wrapper in wrapped.items() if wrapper == name), name)
+        where = f"in its part {name}, a {type(layers[inside]).__name__}"
+        parts.append(_Part(where, layer, shape, width, whole.seconds, inside in own))
     return parts
+
+
+def _is_below(name: str, other: str) -> bool:
+    """Whether one module is inside another, by their names; that of all is empty."""
+    return name != other and name.startswith(f"{other}." if other else "")
 
 
 def _joined(diagnoses: list[Diagnosis], new: Diagnosis) -> list[Diagnosis]:
@@ -285,6 +297,8 @@ def _measured(law: Law, evidence: Evidence, findings: dict[str, Finding]) -> Fin
         return Finding(WRONG, str(error))
     except RuntimeError as error:  # what autograd says of the user's own functions
         return Finding(WRONG, said(error))
+    except Exception as error:  # a fault of this measure, which accuses nobody
+        return Finding(UNASKED, f"it could not be measured ({said(error)})")
 
 
 def fresh(judged: Any, seconds: float) -> Subject:

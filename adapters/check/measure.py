@@ -32,6 +32,7 @@ THROUGH = 16  # of more coordinates, autograd does not go through the inverse: J
 PATIENCE = 1.0  # seconds of computing: an inverse that takes longer is called no more often than it must be
 AT_ONCE = 250_000  # numbers in one batch, of copies of a row, by which a Jacobian is found
 ROUGH = 4e-3  # of ``roughness``: about 1e-6 in float64, up to 1.5e-3 for a search, 7e-3 to 0.1 where float32 is within
+AGAIN = 16  # calls that must agree
 CALLS = 3  # of each network inside, that are looked at in one pass
 STEP = 1e-6  # h of ``roughness``
 
@@ -330,6 +331,20 @@ class Evidence:
         if direction == FORWARD:
             return self.forward
         return self.inverse if self.back.undoes is None else self.back
+
+    @torch.no_grad()
+    def again(self, p: Pass) -> Iterator[tuple[Tensor, Tensor]]:
+        """What that pass's function gives in call after call: two may agree although a mask is drawn anew in each."""
+        start = process_time()
+        for _ in range(AGAIN):
+            yield p.function(p.x.clone(), p.context)
+            if process_time() - start > PATIENCE / 2:
+                return
+
+    @property
+    def steady(self) -> bool:
+        """Whether forward's outputs are the same in all of these."""
+        return all(same(y, self.forward.y) for y, _ in self.again(self.forward))
 
     @cached_property
     def mask(self) -> tuple[str, Tensor] | None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from adapters.parts import base_of, embedding_of
 
 FORWARD, INVERSE = "forward", "inverse"
 WRITE_INVERSE = "write def inverse(self, z, context=None), which returns what forward was given, and minus its log_det"
+BASES = ("base", "prior", "base_dist", "base_distribution", "distribution", "latent", "p_z", "q0")
 OTHER_NAMES = ("backward", "reverse", "invert", "inv", "inverse_transform", "_inverse", "g", "decode")  # of an inverse
 
 
@@ -94,12 +95,23 @@ class Subject:
         return answer
 
     def sample(self, n: int, context: Tensor | None = None) -> Tensor:
-        """n draws, each with its own row of the context if there is one."""
+        """n draws, each with its own row of the context if there is one; n is given as a shape, or else as a number."""
+        sample = self.thing.sample
         if isinstance(self.thing, Flow):
-            rows = 1 if context is not None else n
-            draws = self.call("sample", self.thing.sample, *self._given(rows, context))
+            draws = self.call("sample", sample, *self._given(1 if context is not None else n, context))
             return draws if context is None else draws[:, 0]
-        return self.call("sample", self.thing.sample, *self._given((n,), context))
+        try:
+            draws = self.call("sample", sample, *self._given((n,), context))
+        except Wrong as error:
+            if not isinstance(error.__cause__, TypeError):
+                raise
+            try:
+                draws = self.call("sample", sample, *self._given(n, context))
+            except Wrong:
+                raise error from None
+        if not isinstance(draws, Tensor):
+            raise Wrong(f"sample returns {kind(draws)}, where a tensor is wanted")
+        return draws
 
     def copy(self) -> "Subject":
         return Subject(copy.deepcopy(self.thing), self.seconds)
@@ -119,14 +131,29 @@ class Subject:
                 found.append((name, part))
         return found
 
-    def base_log_prob(self, noise: Tensor, context: Tensor | None = None) -> Tensor | None:
-        """log-density of the noise; ``None`` if the flow does not show its base."""
+    def bases(self) -> list[Any]:
+        """What may be the flow's base: whatever it holds that has a ``log_prob``, those with a usual name first."""
         if isinstance(self.thing, Flow):
-            return base_of(self.thing).log_prob(noise, context=embedding_of(self.thing)(context))
-        base: Any = getattr(self.thing, "base", None)
-        if base is not None and not hasattr(base, "log_prob") and callable(base):
-            base = base()  # the course's: a module whose call gives torch's distribution
-        return None if base is None or not hasattr(base, "log_prob") else base.log_prob(noise)
+            return [base_of(self.thing)]
+        found = []
+        for name in dict.fromkeys((*BASES, *vars(self.thing), *self.module._modules)):
+            base = getattr(self.thing, name, None)
+            if name in BASES and callable(base) and not hasattr(base, "log_prob"):
+                with suppress(Exception):
+                    base = base()  # the course's: a module whose call gives torch's distribution
+            if callable(getattr(base, "log_prob", None)):
+                found.append(base)
+        return found
+
+    def base_log_prob(self, noise: Tensor, context: Tensor | None = None, base: Any = None) -> Tensor | None:
+        """log-density of the noise under that base, by default the first; ``None`` if the flow does not show one."""
+        base = next(iter(self.bases()), None) if base is None else base
+        if base is None:
+            return None
+        if isinstance(self.thing, Flow):
+            return base.log_prob(noise, context=embedding_of(self.thing)(context))
+        found = base.log_prob(noise)
+        return found.flatten(1).sum(1) if found.shape == noise.shape else found  # of each coordinate
 
     def call(self, name: str, function: Callable, *given: Any) -> Any:
         """``function`` of what is given, within the time limit; a ``Wrong`` sentence for what goes wrong in it."""

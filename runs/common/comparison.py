@@ -20,7 +20,7 @@ from adapters.check import Report
 from adapters.check.subject import Wrong, same_grad_mode
 from adapters.flow import Flow
 from runs.common import gates
-from runs.common.contestants import REFERENCE, build, footnote, match_parameters, named_mistakes
+from runs.common.contestants import REFERENCE, build, footnote, match_parameters, mistakes_in_sampling, named_mistakes
 from runs.common.cost import KINDS, TimedFlow, compile_gain, time_kind
 from runs.common.devices import seeded
 from runs.common.pictures.compare import save_learned
@@ -185,8 +185,9 @@ class Comparison:
                 with patiently("its check", self.effort.patience):
                     small = self.task.alone(self._small(name))
                     report = gates.check_before_training(small, self.task.features, self.effort.quadrature)
-                if not report:
-                    row["untrained"] = report.reasons
+                    wrong = report.reasons or mistakes_in_sampling(name, self.task.features, self.task.context_features)
+                if wrong:
+                    row["untrained"] = wrong
             except FAILURES as error:
                 if mistakes := named_mistakes(name, self.task.features, error):
                     row["untrained"] = mistakes

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from adapters import build_flow, check
 from adapters.catalogue import check_options, describe_flow, flow_options, is_own
-from adapters.check.subject import Wrong
+from adapters.check.subject import Subject, Wrong, known
 from adapters.flow import Flow
-from adapters.own import Offer, layers_of, load, make
+from adapters.own import SECONDS, Offer, layers_of, load, make
 from runs.common.results import parameter_count
 
 REFERENCE = "masked-affine"  # whose parameters the others match, and whose times the ratios are to
@@ -59,6 +59,19 @@ def named_mistakes(name: str, features: int, error: BaseException) -> list[str]:
     with suppress(Exception):
         layers = layers_of(make(load(name), Offer((features,)), {}))
         return [reason for layer in layers for reason in check(layer, (features,)).reasons]
+    return []
+
+
+def mistakes_in_sampling(name: str, features: int, context_features: int | None = None) -> list[str]:
+    """What the check says of the ``sample`` of somebody's own flow, which is trained and scored without it."""
+    if not is_own(name):
+        return []
+    with suppress(Exception):
+        thing = make(load(name), Offer((features,), context_features), {})
+        own = Subject(known(thing), SECONDS)
+        if own.is_flow and own.thing is thing:
+            report = check(thing, (features,), context_features)
+            return report.reasons if "samples" in report.broken else []
     return []
 
 

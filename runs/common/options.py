@@ -173,6 +173,7 @@ class FlowOptions(Deciding):
 
     def _what_is_wrong(self) -> list[str]:
         """What the check says of a small flow, of two layers over two coordinates; nothing if it can't be so small."""
+        from runs.common.contestants import mistakes_in_sampling
         from runs.common.gates import check_before_training
 
         with torch.random.fork_rng([]):
@@ -180,7 +181,7 @@ class FlowOptions(Deciding):
                 flow = build_flow(self.flow, 2, layers=2, hidden_features=(16, 16), **self._options())
             except Exception:  # of a layer for images, for example
                 return []
-            return check_before_training(flow, 2).reasons
+            return check_before_training(flow, 2).reasons or mistakes_in_sampling(self.flow, 2)
 
     def file_name(self) -> str:
         """The flow's name as part of a directory's: ``my_layer-MyLayer`` for ``code/my_layer.py:MyLayer``."""

@@ -28,7 +28,8 @@ def outputs(e: Evidence) -> Finding:
             row = int((~p.y.flatten(1).isfinite()).any(1).nonzero()[0])
             return Finding(WRONG, f"at {z_is(p, row)} {direction} gives {numbers(p.y[row])}")
     parameters = e.subject.transform.parameters() if isinstance(e.subject.transform, nn.Module) else ()
-    if any(one.requires_grad for one in parameters) and e.forward.y.shape == e.x.shape and e.forward.kept.all():
+    unchanged = e.forward.y.shape == e.x.shape and e.forward.kept.all() and e.steady
+    if unchanged and any(one.requires_grad for one in parameters):
         remedy = "write equation 15 in forward, equation 16 in inverse, and equation 17 for both log-determinants"
         return Finding(
             WRONG, "forward(z) is z itself, whatever the parameters are", "the layer is the identity", remedy
@@ -96,9 +97,12 @@ def inputs_kept(e: Evidence) -> Finding:
 
 
 def twice(e: Evidence) -> Finding:
-    """Two calls agree in evaluation mode, also of a new layer, whichever direction is called first."""
+    """All calls agree in evaluation mode, also of a new layer, whichever direction is called first."""
     for p in e.repeatable:
-        for what, again in zip(("outputs", "log_det"), p.function(p.x.clone(), e.context), strict=True):
+        answers = (
+            (what, found) for both in e.again(p) for what, found in zip(("outputs", "log_det"), both, strict=True)
+        )
+        for what, again in answers:
             before = p.y if what == "outputs" else p.log_det
             if not torch.allclose(again, before, rtol=EXACT, atol=EXACT, equal_nan=True):
                 row = int(distance(again.reshape(len(p.x), -1), before.reshape(len(p.x), -1)).argmax())

@@ -1,8 +1,10 @@
 """Laws of a density: log_prob, the samples and ∫p belong together."""
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from time import process_time
+from typing import Any, NamedTuple
 
 import torch
 from nflows.flows import Flow
@@ -10,12 +12,13 @@ from torch import Tensor
 
 from adapters.check.laws.finding import RIGHT, UNASKED, WRONG, Finding
 from adapters.check.measure import LARGEST, TRIP, Evidence, Quadrature, mass_error, relative, same, seeded, worst_of
-from adapters.check.subject import FORWARD, INVERSE, NoInverse, Subject, Wrong, kind
+from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, Wrong, kind
 from adapters.check.words import number, numbers, offset, smallest
 
 MASS = 0.02  # of ``mass_error``, with as many samples as ``Quadrature`` has by itself
 GENTLE = 0.1  # how far parameters are moved for ∫p, which a grid must resolve
 TRIED = 2000  # draws that are timed first: ∫p takes fifty times as long
+COMPARED = 20_000  # samples that are compared with the base
 
 
 def samples(e: Evidence) -> Finding:
@@ -35,18 +38,24 @@ def samples(e: Evidence) -> Finding:
             return Finding(UNASKED, "its samples are too large to judge")
         x, context = x[near], None if e.context is None else e.context[near]
         claimed = subject.log_prob(x, context)
-        noise, log_det = subject.run(subject.scores, x, context)
-        base = subject.base_log_prob(noise, context)
+        readings = _readings(subject, x, context)
+    best = min(readings, key=lambda reading: worst_of(relative(claimed, reading.log_prob)), default=None)
     worst = 0.0
-    if base is not None:
-        errors = relative(claimed, base + log_det)
+    if best is not None:
+        errors = relative(claimed, best.log_prob)
         worst = worst_of(errors)
         if not worst <= TRIP:
-            row = smallest(x, errors, TRIP)
+            first = readings[0]
+            row = smallest(x, relative(claimed, first.log_prob), TRIP)
             words = f"at x = {numbers(x[row])} log_prob says {number(claimed[row])}, base and log-determinant "
-            words += number((base + log_det)[row]) + offset(claimed - base - log_det)
-            mistake, remedy = _density_mistake(subject, x, context, claimed, base, log_det)
+            words += number(first.log_prob[row]) + offset(claimed - first.log_prob)
+            mistake, remedy = _density_mistake(readings, x, claimed)
+            if not mistake and first.base is None:
+                return Finding(UNASKED, "it does not show its base")
             return Finding(WRONG, words, mistake, remedy, error=worst)
+        subject.scores = best.direction
+        if not isinstance(subject.thing, Flow) and (wrong := _sampler(subject, e, best)):
+            return wrong
     if came is not None:
         errors = relative(came[near], claimed)
         worst = max(worst, worst_of(errors, e.lost))
@@ -54,9 +63,101 @@ def samples(e: Evidence) -> Finding:
             row = smallest(x, errors, TRIP)
             words = f"at x = {numbers(x[row])} sample_and_log_prob says {number(came[near][row])}, log_prob "
             return Finding(WRONG, words + number(claimed[row]), error=worst)
-    elif base is None:
-        return Finding(UNASKED, "it does not show its base")
     return Finding(RIGHT, f"to {worst:.0e}", error=worst)
+
+
+class _Reading(NamedTuple):
+    """One way to read a flow: which direction leads to the noise, and which base the noise has.
+
+    Attributes:
+        direction: forward or inverse.
+        base: ``None`` for a standard normal that the flow does not show.
+        base_log_prob, log_det: of each row.
+    """
+
+    direction: str
+    base: Any
+    base_log_prob: Tensor
+    log_det: Tensor
+
+    @property
+    def log_prob(self) -> Tensor:
+        return self.base_log_prob + self.log_det
+
+
+def _readings(subject: Subject, x: Tensor, context: Tensor | None) -> list[_Reading]:
+    """All ways to read it, the usual one first: of a library's flow one, of somebody's own either direction."""
+    other = INVERSE if subject.scores == FORWARD else FORWARD
+    directions = (subject.scores,) if isinstance(subject.thing, Flow) else (subject.scores, other)
+    found = []
+    for direction in directions:
+        for base in subject.bases() or [None]:
+            with suppress(Wrong if direction == other else Hangs):
+                noise, log_det = subject.run(direction, x, context)
+                with suppress(Exception):  # a part that has a log_prob, and is no base
+                    log_prob = _normal(noise) if base is None else subject.base_log_prob(noise, context, base)
+                    if isinstance(log_prob, Tensor) and log_prob.shape == log_det.shape:
+                        found.append(_Reading(direction, base, log_prob, log_det))
+    return found
+
+
+def _normal(noise: Tensor) -> Tensor:
+    """The standard normal's log-density."""
+    return -0.5 * (noise**2 + math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+def _sampler(subject: Subject, e: Evidence, reading: _Reading) -> Finding | None:
+    """What is wrong with ``sample``: f(samples) must follow the base, whose draws they are compared with.
+
+    Each coordinate has its Kolmogorov-Smirnov distance, the largest difference of the two distribution functions. One
+    right sampler in ten million is above the limit.
+    """
+    subject = e.moved()
+    drawing = _drawing(subject)
+    row = None if e.context is None else e.context[:1]
+
+    def context(n: int) -> Tensor | None:
+        return None if row is None else row.expand(n, -1)
+
+    try:
+        start = process_time()
+        drawn = drawing.sample(TRIED, context(TRIED)).double()
+        if process_time() - start < e.quadrature.seconds:
+            drawn = drawing.sample(COMPARED, context(COMPARED)).double()
+        n = len(drawn)
+        base = torch.randn(n, *e.event_shape) if reading.base is None else reading.base.sample((n,))
+        if base.shape != drawn.shape and reading.base is not None:
+            base = reading.base.sample(drawn.shape)  # of each coordinate
+        other = INVERSE if reading.direction == FORWARD else FORWARD
+        distances = {}
+        for direction in (reading.direction, other):
+            noise = subject.run(direction, drawn, context(n))[0].flatten(1)
+            noise = noise[noise.isfinite().all(1)]  # far out exp may overflow
+            distances[direction] = _kolmogorov(noise, base.flatten(1).to(noise)) if len(noise) > 0.99 * n else math.inf
+    except (Wrong, TypeError, AttributeError, RuntimeError):
+        return None  # a base that draws in another way, say
+    limit = math.sqrt(math.log(2e7 * base[0].numel()) / n)
+    if distances[reading.direction] <= limit or distances[reading.direction] == math.inf:
+        return None
+    words = f"{reading.direction} makes noise of the samples that is not the base's"
+    words += f": distribution functions differ by {distances[reading.direction]:.2f}, by chance less than {limit:.2f}"
+    if distances[other] > limit:
+        return Finding(WRONG, words, "", "")
+    if reading.direction == INVERSE:
+        remedy = "sample calls inverse: write self.forward(base.sample(…))[0], noise → data"
+        return Finding(WRONG, words, "sample runs data → noise", remedy)
+    remedy = "log_prob calls forward, and sample, too: log p(x) = log p_base(z) + log|det J|, with both from inverse(x)"
+    return Finding(WRONG, words, "the direction is noise → data where data → noise is expected", remedy)
+
+
+def _kolmogorov(one: Tensor, other: Tensor) -> float:
+    """The largest Kolmogorov-Smirnov distance of the columns of two samples."""
+    worst = 0.0
+    for a, b in zip(one.T, other.T, strict=True):
+        both = torch.cat((a, b)).sort().values
+        shares = [torch.searchsorted(x.sort().values, both, right=True) / len(x) for x in (a, b)]
+        worst = max(worst, (shares[0] - shares[1]).abs().max().item())
+    return worst
 
 
 def _samples_of(subject: Subject, rows: int, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -70,27 +171,28 @@ def _samples_of(subject: Subject, rows: int, context: Tensor | None) -> tuple[Te
     return (x, log_prob) if context is None else (x[:, 0], log_prob[:, 0])
 
 
-def _density_mistake(
-    subject: Subject, x: Tensor, context: Tensor | None, claimed: Tensor, base: Tensor, log_det: Tensor
-) -> tuple[str, str]:
-    """Which formula the log_prob of a flow follows instead."""
+def _density_mistake(readings: Sequence[_Reading], x: Tensor, claimed: Tensor) -> tuple[str, str]:
+    """Which formula the log_prob of a flow follows instead, by any reading; the usual direction is tried first."""
     right = "log p(x) = log p_base(z) + log|det J|, with both from inverse(x)"
-    if same(claimed, base - log_det):
-        return "wrong sign of the log-determinant", f"log_prob subtracts it: {right}"
-    if same(claimed, base):
-        return "log-determinant is left out", f"log_prob has no log-determinant: {right}"
-    if same(claimed - base - log_det, claimed.new_full(claimed.shape, x[0].numel() * math.log(2 * math.pi) / 2)):
-        return "the base's normalising constant is missing", "the standard normal's log-density has − (D/2) log 2π, too"
-    other = INVERSE if subject.scores == FORWARD else FORWARD
-    with torch.no_grad(), suppress(Wrong):
-        z, other_log_det = subject.run(other, x, context)
-        other_base = subject.base_log_prob(z, context)
-        if other_base is not None and any(same(claimed, other_base + sign * other_log_det) for sign in (1, -1)):
-            return "the direction is noise → data where data → noise is expected", f"log_prob calls {other}: {right}"
-    if same(claimed, base + log_det.sum()) or same(claimed, (base + log_det).sum().expand_as(claimed)):
-        return "log-determinant summed over the batch", right
-    if same(claimed, base + log_det.mean()) or same(claimed, (base + log_det).mean().expand_as(claimed)):
-        return "log-determinant is a mean", right
+    usual = readings[0].direction
+    constant = claimed.new_full(claimed.shape, x[0].numel() * math.log(2 * math.pi) / 2)
+    for direction, _, base, log_det in readings:
+        if direction != usual:
+            if any(same(claimed, base + sign * log_det) for sign in (1, -1)):
+                mistake = "the direction is noise → data where data → noise is expected"
+                return mistake, f"log_prob calls {direction}: {right}"
+            continue
+        if same(claimed, base - log_det):
+            return "wrong sign of the log-determinant", f"log_prob subtracts it: {right}"
+        if same(claimed, base):
+            return "log-determinant is left out", f"log_prob has no log-determinant: {right}"
+        if same(claimed - base - log_det, constant):
+            missing = "the standard normal's log-density has − (D/2) log 2π, too"
+            return "the base's normalising constant is missing", missing
+        if same(claimed, base + log_det.sum()) or same(claimed, (base + log_det).sum().expand_as(claimed)):
+            return "log-determinant summed over the batch", right
+        if same(claimed, base + log_det.mean()) or same(claimed, (base + log_det).mean().expand_as(claimed)):
+            return "log-determinant is a mean", right
     return "", ""
 
 
