@@ -269,7 +269,8 @@ def _parts(evidence: Evidence) -> list[_Part]:
         shape = tuple(z.shape[1:]) if isinstance(z, Tensor) else evidence.event_shape
         width = context.shape[-1] if isinstance(context, Tensor) else None
         inside = next((other for other, wrapper in wrapped.items() if wrapper == name), name)
-        where = f"in its part {name}, a {type(layers[inside]).__name__}"
+        what = layer.name if name in wrappers and hasattr(layer, "name") else f"a {type(layer).__name__}"
+        where = f"in its part {name}, {what}"
         parts.append(_Part(where, layer, shape, width, whole.seconds, inside in own))
     return parts
 
