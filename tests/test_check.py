@@ -970,6 +970,19 @@ def test_a_flow_whose_density_and_samples_differ_is_wrong(fault, kind, features)
     assert report.mistakes == mistakes, f"\n{report}"
 
 
+class Flattened(nn.Module):
+    def forward(self, z):
+        return z.flatten(1), z.new_zeros(len(z))
+
+    def inverse(self, z):
+        return z.view(len(z), 1, 2, 3), z.new_zeros(len(z))
+
+
+def test_a_layer_that_changes_the_shape_takes_noise_of_its_outputs_shape():
+    report = check(Flattened(), (1, 2, 3))
+    assert report and "forward turns (1, 2, 3) into (6,)" in str(report), f"\n{report}"
+
+
 @pytest.mark.parametrize("features", [2, 3])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("draw", DRAWS)

@@ -269,6 +269,8 @@ class Evidence:
         self.forward = self.passed(FORWARD, self.x)
         if not _is_tame(self.forward):
             return False
+        if self.forward.y.shape[1:].numel() == self.size:
+            self.z = points(self.rows, tuple(self.forward.y.shape[1:]), 2)
         try:
             start = process_time()
             back = self.passed(INVERSE, self.z)
