@@ -30,6 +30,7 @@ from sbi.inference.posteriors.posterior_parameters import (  # noqa: E402
     RejectionPosteriorParameters,
     VIPosteriorParameters,
 )
+from sbi.neural_nets import likelihood_nn  # noqa: E402
 from sbi.utils import BoxUniform, RestrictedPrior, get_density_thresholder  # noqa: E402
 
 SMALL = {"layers": 2, "hidden_features": (8,)}
@@ -914,6 +915,65 @@ def test_what_is_no_flow_of_sbis_is_refused():
     inference.train(max_num_epochs=1)
     with pytest.raises(TypeError, match=r"is cut to the support of its prior.*as_flow\(posterior.posterior_estimator"):
         as_flow(inference.build_posterior())
+
+
+def with_a_log_prob_of_its_own(kind):
+    """An estimator of that kind for positive data: its flow is of their logarithm."""
+
+    class OfLogarithm(kind):
+        def log_prob(self, input, condition):
+            return super().log_prob(input.log(), condition) - input.log().sum(-1)
+
+    estimator = (
+        made() if kind is type(made()) else sbi_estimator("maf" if kind is sbi.NFlowsFlow else "zuko_nsf", 2, (3,))
+    )
+    estimator.__class__ = OfLogarithm
+    return estimator
+
+
+class Direct(sbi.ConditionalDensityEstimator):
+    """As sbi's guide to custom estimators makes one, of a flow without an embedding network."""
+
+    def log_prob(self, input, condition):
+        return self.net.log_prob(2 * input, condition) + math.log(4)
+
+    def loss(self, input, condition):
+        return -self.log_prob(input, condition)
+
+    def sample(self, sample_shape, condition):
+        raise NotImplementedError
+
+
+def mixed_estimator():
+    theta, x = simulations()
+    return likelihood_nn("mnle", hidden_features=8, num_transforms=2)(
+        theta, torch.cat((x[:, :2], (x[:, 2:] > 0).float()), 1)
+    )
+
+
+OF_ANOTHER_DENSITY = {
+    "sbi's nflows": (lambda: with_a_log_prob_of_its_own(sbi.NFlowsFlow), "net"),
+    "sbi's zuko": (lambda: with_a_log_prob_of_its_own(sbi.ZukoFlow), "net"),
+    "ours": (lambda: with_a_log_prob_of_its_own(type(made())), "net"),
+    "direct": (lambda: Direct(conditional(), torch.Size([2]), torch.Size([3])), "net"),
+    "mixed": (mixed_estimator, "continuous_net"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The mixed neural density estimator assumes")
+@pytest.mark.parametrize("name", OF_ANOTHER_DENSITY)
+def test_an_estimator_of_another_density_than_its_flow_is_refused(name):
+    make, part = OF_ANOTHER_DENSITY[name]
+    estimator = make()
+    with pytest.raises(TypeError, match=rf"has a log_prob of its own, so .*: .* give as_flow\(estimator.{part}\)$"):
+        as_flow(estimator)
+    assert isinstance(as_flow(getattr(estimator, part)), NflowsFlow)
+
+
+def test_a_subclass_that_leaves_log_prob_as_it_is_comes_in():
+    estimator, (theta, x) = sbi_estimator("zuko_nsf", 2, (3,)), simulations()
+    estimator.__class__ = type("WithALossOfItsOwn", (type(estimator),), {"loss": lambda self, input, condition: None})
+    assert_close(as_flow(estimator).log_prob(theta, x), estimator.log_prob(theta, x)[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ def flow_in(foreign: Any) -> NflowsFlow | None:
     Its context is the estimator's condition as it is: z-scoring and embedding network are parts of the flow.
 
     Raises:
-        TypeError: for a posterior, whose density is cut to the prior's support; for an estimator that holds no flow.
+        TypeError: for a posterior, whose density is cut to the prior's support; for an estimator that holds no flow, or
+            whose density is not that of the flow which it holds.
     """
     from adapters.bridges import as_flow
 
@@ -82,11 +83,14 @@ def flow_in(foreign: Any) -> NflowsFlow | None:
             f"{type(foreign).__name__} is cut to the support of its prior, so it is no flow; its estimator is one: "
             "as_flow(posterior.posterior_estimator)"
         )
-    if isinstance(foreign, estimators.UnconditionalDensityEstimator):
-        return as_flow(foreign.net)
-    if not isinstance(foreign, estimators.ConditionalDensityEstimator) or not isinstance(foreign.net, nn.Module):
+    kinds = (estimators.ConditionalDensityEstimator, estimators.UnconditionalDensityEstimator)
+    if not isinstance(foreign, kinds) or not isinstance(foreign.net, nn.Module):
         return None
-    inner, embedding_net = as_flow(foreign.net), foreign.embedding_net
+    inner = as_flow(foreign.net)
+    _check_scores_by_flow(foreign)
+    if isinstance(foreign, estimators.UnconditionalDensityEstimator):
+        return inner
+    embedding_net = foreign.embedding_net
     transform, base = transform_of(inner), base_of(inner)
     shape = event_shape_of(inner) or foreign.input_shape
     if type(base) is nflows.distributions.StandardNormal:  # which draws float32 always
@@ -332,6 +336,22 @@ def _unconditional_estimator() -> type:
             return samples.reshape(*shape, *self.input_shape), log_prob.reshape(shape)
 
     return FlowEstimator
+
+
+def _check_scores_by_flow(estimator: Any) -> None:
+    """Raise a TypeError unless ``log_prob`` is one of those that are known to give the density of the flow inside.
+
+    Any other may transform the input first, or be a sum of several densities.
+    """
+    estimators = import_sbi()
+    known = [estimators.NFlowsFlow, estimators.ZukoFlow, estimators.ZukoUnconditionalFlow]
+    known += [_conditional_estimator(), _unconditional_estimator()]
+    if not any(type(estimator).log_prob is kind.log_prob for kind in known):
+        part = "continuous_net" if isinstance(estimator, estimators.MixedDensityEstimator) else "net"
+        raise TypeError(
+            f"{type(estimator).__name__} has a log_prob of its own, so the flow inside is of another density: if that "
+            f"is what you want, give as_flow(estimator.{part})"
+        )
 
 
 def _source_of(builder: Any) -> NflowsFlow | Transform:
