@@ -23,6 +23,7 @@ from tests.laws import randomise
 sbi = import_sbi()
 from sbi.diagnostics import run_sbc  # noqa: E402  # after import_sbi, which keeps torch as it is
 from sbi.diagnostics.lc2st import LC2ST_NF  # noqa: E402
+from sbi.diagnostics.misspecification import calc_misspecification_logprob  # noqa: E402
 from sbi.inference import NLE, NPE, NPE_B, EnsemblePosterior, MarginalTrainer  # noqa: E402
 from sbi.inference.posteriors.posterior_parameters import (  # noqa: E402
     ImportanceSamplingPosteriorParameters,
@@ -30,7 +31,8 @@ from sbi.inference.posteriors.posterior_parameters import (  # noqa: E402
     RejectionPosteriorParameters,
     VIPosteriorParameters,
 )
-from sbi.neural_nets import likelihood_nn  # noqa: E402
+from sbi.neural_nets import likelihood_nn, marginal_nn  # noqa: E402
+from sbi.neural_nets.factory import ZukoFlowType  # noqa: E402
 from sbi.utils import BoxUniform, RestrictedPrior, get_density_thresholder  # noqa: E402
 
 SMALL = {"layers": 2, "hidden_features": (8,)}
@@ -368,7 +370,29 @@ def test_as_a_marginal():
     samples, log_prob = estimator.sample_and_log_prob((5, 2))
     assert samples.shape == (5, 2, 3) and estimator.sample((5, 2)).shape == (5, 2, 3)
     assert_close(estimator.log_prob(samples), log_prob, atol=1e-3, rtol=1e-3)
-    assert_close(as_flow(estimator).log_prob(x), estimator.log_prob(x)[0])
+    assert_close(as_flow(estimator).log_prob(x), estimator.log_prob(x))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # sbi's, about a marginal that is hardly trained
+def test_a_marginal_is_used_as_sbis_own():
+    """sbi's test of misspecification, shapes, and what is differentiable."""
+    _, x = simulations(60)
+    ours = to_library("sbi", "masked-affine", **SMALL)(x)
+    native = marginal_nn(ZukoFlowType.NSF, hidden_features=8, num_transforms=2)(x)
+    for call in (
+        lambda estimator: estimator.log_prob(x[:5]),
+        lambda estimator: estimator.log_prob(x.reshape(4, 15, 3)),
+        lambda estimator: estimator.log_prob(x[0]),
+        lambda estimator: estimator.loss(x[:5]),
+        lambda estimator: estimator.sample((4,)),
+        lambda estimator: estimator.sample(()),
+        lambda estimator: estimator.sample_and_log_prob((4, 2))[0],
+        lambda estimator: estimator.sample_and_log_prob((4, 2))[1],
+    ):
+        found, expected = call(ours), call(native)
+        assert found.shape == expected.shape and found.requires_grad == expected.requires_grad
+    p_value, rejected = calc_misspecification_logprob(x, x.mean(0, keepdim=True) + 1000, ours)
+    assert p_value == 0 and rejected
 
 
 def test_in_rounds():
@@ -960,7 +984,7 @@ OF_ANOTHER_DENSITY = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The mixed neural density estimator assumes")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # sbi's, about categories
 @pytest.mark.parametrize("name", OF_ANOTHER_DENSITY)
 def test_an_estimator_of_another_density_than_its_flow_is_refused(name):
     make, part = OF_ANOTHER_DENSITY[name]

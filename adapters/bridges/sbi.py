@@ -156,7 +156,7 @@ def native_log_prob(exported: Any, inputs: Tensor, context: Tensor | None = None
     width = None if context is None else context.shape[1]
     flow = Flow(transform, StandardNormal(shape).to(inputs), shape, width)
     if context is None:
-        return _unconditional_estimator()(flow, shape).log_prob(inputs).squeeze(0)
+        return _unconditional_estimator()(flow, shape).log_prob(inputs)
     return _conditional_estimator()(flow, nn.Identity(), shape, context.shape[1:]).log_prob(inputs, context).squeeze(0)
 
 
@@ -310,22 +310,22 @@ def _conditional_estimator() -> type:
 @class_on_demand
 def _unconditional_estimator() -> type:
     class FlowEstimator(import_sbi().UnconditionalDensityEstimator):
-        """A flow as sbi's density estimator without a condition."""
+        """A flow as sbi's density estimator without a condition: its shapes and gradients are those of sbi's own."""
 
         def log_prob(self, input: Tensor) -> Tensor:
-            """``([sample,] batch, *event)`` → ``(sample, batch)``."""
-            found = -self.loss(input)
-            return found if found.dim() > 1 else found.unsqueeze(0)
-
-        def loss(self, input: Tensor) -> Tensor:
-            """−log p: ``(batch, *event)`` → ``(batch,)``."""
+            """``([sample,] batch, *event)`` → ``([sample,] batch)``."""
             check_tensor(input, "the input of this estimator")
             self._check_input_shape(input)
             batch = input.shape[: input.dim() - len(self.input_shape)]
-            return -self.net.log_prob(input.reshape(-1, *self.input_shape)).reshape(batch)
+            return self.net.log_prob(input.reshape(-1, *self.input_shape)).reshape(batch)
 
+        def loss(self, input: Tensor) -> Tensor:
+            """−log p: ``(batch, *event)`` → ``(batch,)``."""
+            return -self.log_prob(input)
+
+        @torch.no_grad()
         def sample(self, sample_shape: torch.Size) -> Tensor:
-            """``(*sample_shape, *event)``."""
+            """``(*sample_shape, *event)``, without a graph."""
             shape = sizes(sample_shape, "sample_shape")
             return self.net.sample(shape.numel()).reshape(*shape, *self.input_shape)
 
