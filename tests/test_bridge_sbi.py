@@ -858,6 +858,50 @@ def test_two_simulations_are_too_few_to_standardise_by(trainer):
         quietly(trainer, *simulations(2), density_estimator=builder).train()
 
 
+@pytest.mark.parametrize(
+    ("trainer", "estimates", "other"), [(NPE, "likelihood", "posterior"), (NLE, "posterior", "likelihood")]
+)
+@pytest.mark.parametrize("width", [2, 3])
+def test_an_estimator_of_the_other_density_is_not_trained(trainer, estimates, other, width):
+    """Of one width, θ and x may change places unseen: standardised by each other's moments, the flow hardly learns."""
+    builder = to_library("sbi", "masked-affine", estimates=estimates, **SMALL)
+    inference = quietly(trainer, *simulations(width=width), density_estimator=builder)
+    message = rf"is trained on . given .: give estimates='{other}'" if width == 2 else "Expected trailing dimensions"
+    for resume in [False] if width == 3 else [False, True]:  # once more, of the estimator that there is now
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            inference.train(max_num_epochs=1, resume_training=resume)
+
+
+def test_estimators_that_are_given_other_data_than_they_were_made_of_train():
+    """What is not surely wrong is not refused: θ that is x, pairs both ways round, and data never seen."""
+    theta, x = simulations(width=2)
+    builder = to_library("sbi", "masked-affine", **SMALL)
+    for made_of, trained_on in {
+        "the same": ((theta, theta), (theta, theta)),
+        "both ways round": ((torch.cat((theta, x)), torch.cat((x, theta))), (x, theta)),
+        "unseen": ((theta, x), (x + 1, theta)),
+        "re-paired": ((theta, x), (x, theta.flip(0))),
+        "none": ((theta, x), (x[:0], theta[:0])),
+    }.values():
+        assert builder(*made_of).loss(*trained_on).shape == (len(trained_on[0]),)
+    estimator = builder(theta, x)
+    estimator.loss(theta, x)
+    assert estimator.loss(x, theta).shape == (100,)  # it has seen that all is well, and looks no more
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing)), None], ids=["copy", "pickle", "loss"]
+)
+def test_no_estimator_keeps_its_simulations(way):
+    theta, x = simulations(10_000, width=2)
+    estimator = to_library("sbi", "masked-affine", **SMALL)(theta, x)
+    if way is None:
+        estimator.loss(theta, x)
+    else:
+        estimator = way(estimator)
+    assert estimator.made_of is None and len(pickle.dumps(estimator)) < theta.nbytes
+
+
 def test_a_prior_of_another_width_is_refused_when_its_parameters_come():
     """sbi shows no prior to a builder: simulations of other parameters train, as with sbi's own estimators."""
     prior, (theta, x) = BoxUniform(-torch.ones(3), torch.ones(3)), simulations()

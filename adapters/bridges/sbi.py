@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from adapters.bridges.common.context import AnyContextFlow
 from adapters.bridges.common.exports import EmbeddedBase, EmbeddedContext, EventDim, whole_transform
 from adapters.bridges.common.on_demand import class_on_demand
-from adapters.bridges.common.simulations import check_reads_context, check_simulations, check_widths, embedded
+from adapters.bridges.common.simulations import (
+    Pairs,
+    check_not_swapped,
+    check_reads_context,
+    check_simulations,
+    check_widths,
+    embedded,
+)
 from adapters.bridges.common.sources import Source, made, source_of
 from adapters.bridges.common.tensors import like
 from adapters.checks import check_tensor, explain_mismatch, shown, sizes
@@ -136,7 +143,8 @@ def flow_out(
     Raises:
         TypeError, ValueError: for arguments that no estimator can be made of. When the builder is called: for a flow
             that is unconditional; for one whose context is not as wide as the embedded condition; for one of another
-            shape than what it is to be the density of.
+            shape than what it is to be the density of. When training begins: for ``estimates`` of the other trainer.
+            (Of θ and x of different shapes sbi says it first, by "Expected trailing dimensions".)
     """
     if estimates not in ESTIMATES:
         raise ValueError(f"estimates must be 'posterior', for NPE, or 'likelihood', for NLE, not {shown(estimates)}")
@@ -206,7 +214,10 @@ def _builder() -> type:
             context = embedded(embedding_net, conditions)
             flow = self._standardised(flow, of, inputs, context.shape[1])
             check_reads_context(flow, inputs[:2], context)
-            return _conditional_estimator()(flow, embedding_net, inputs.shape[1:], conditions.shape[1:])
+            estimator = _conditional_estimator()(flow, embedding_net, inputs.shape[1:], conditions.shape[1:])
+            if inputs.shape == conditions.shape:  # otherwise sbi finds out that they are the wrong way round
+                estimator.made_of = Pairs(of, inputs, conditions)
+            return estimator
 
         def _made(self, of: str, inputs: Tensor, width: int | None) -> NflowsFlow:
             """The flow for data like ``inputs`` and a context of that width."""
@@ -235,7 +246,13 @@ def _conditional_estimator() -> type:
             flow: its context is the embedded condition.
             embedding_net: maps conditions ``(rows, *condition_shape)`` to ``(rows, C)``.
             input_shape, condition_shape: of one datum, and of what it is conditioned on.
+
+        Attributes:
+            made_of: the simulations that it was made of, until its first loss tells that it is given them the right way
+                round; ``None`` from then on, in a copy and in a pickle.
         """
+
+        made_of: Pairs | None = None
 
         def __init__(self, flow: Flow, embedding_net: nn.Module, input_shape: torch.Size, condition_shape: torch.Size):
             super().__init__(flow, input_shape, condition_shape)
@@ -252,6 +269,9 @@ def _conditional_estimator() -> type:
 
         def loss(self, input: Tensor, condition: Tensor) -> Tensor:
             """−log p of each pair: ``(batch, *event)`` of either → ``(batch,)``."""
+            if self.made_of is not None:
+                check_not_swapped(self.made_of, input, condition)
+                self.made_of = None
             return -self._of_pairs(self.net.log_prob, input, condition)
 
         def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
@@ -265,6 +285,9 @@ def _conditional_estimator() -> type:
         def sample_and_log_prob(self, sample_shape: torch.Size, condition: Tensor) -> tuple[Tensor, ...]:
             """Samples, as ``sample`` gives them, and log p of each, ``(*sample_shape, batch)``, of the same pass."""
             return self._drawn(self.net.sample_and_log_prob, sample_shape, condition)
+
+        def __getstate__(self) -> dict[str, Any]:
+            return self.__dict__ | {"made_of": None}
 
         def _of_pairs(self, function: Callable, input: Tensor, condition: Tensor) -> Tensor:
             """``function(inputs, contexts)`` for each pair; every condition is embedded once, however many inputs."""

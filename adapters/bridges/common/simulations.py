@@ -5,6 +5,7 @@ A flow's context is the condition once it is embedded, by a network which may st
 
 import copy
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from nflows.flows import Flow as NflowsFlow
@@ -60,6 +61,36 @@ def check_simulations(data: Mapping[str, Tensor], of: str, z_scores: Mapping[str
         raise ValueError(f"theta has {len(data['theta'])} rows, but x has {len(data['x'])}: give one x for each theta")
     if len({values.dtype for values in data.values()}) > 1:
         raise TypeError(f"theta is of {data['theta'].dtype}, but x of {data['x'].dtype}: give both as torch.float32")
+
+
+class Pairs(NamedTuple):
+    """Simulations, each a row of both tensors, by their roles in a density of ``of``, which is ``theta`` or ``x``."""
+
+    of: str
+    inputs: Tensor
+    conditions: Tensor
+
+    def hold(self, input: Tensor, condition: Tensor) -> bool:
+        """Whether these two are the input and the condition of one simulation."""
+        same = (self.inputs == input.to(self.inputs)) & (self.conditions == condition.to(self.conditions))
+        return bool(same.flatten(1).all(1).any())
+
+
+def check_not_swapped(made_of: Pairs, inputs: Tensor, conditions: Tensor) -> None:
+    """Raise a ValueError if training takes for the condition what the density is to be of, and the reverse.
+
+    The first pair tells: it is one of the simulations that the estimator was made of, but only the other way round.
+
+    Args:
+        made_of: these simulations.
+        inputs, conditions: a batch that it is trained on, of the same shapes.
+    """
+    if not (len(inputs) and len(conditions)) or made_of.hold(inputs[0], conditions[0]):
+        return
+    if made_of.hold(conditions[0], inputs[0]):
+        is_of, given = ("p(θ | x)", "x given θ") if made_of.of == "theta" else ("p(x | θ)", "θ given x")
+        remedy = "'likelihood' for NLE" if made_of.of == "theta" else "'posterior', the default, for NPE"
+        raise ValueError(f"this estimator is of {is_of}, but is trained on {given}: give estimates={remedy}")
 
 
 @torch.no_grad()
