@@ -1068,6 +1068,45 @@ def test_a_trained_posterior_is_a_prior_in_pyro(source):
     assert_close(prior.log_prob(theta[:5]), estimator.log_prob(theta[:5, None], x_o[None])[:, 0])
 
 
+class MeanOverTrials(nn.Linear):
+    """A network that takes any leading dimensions, and so would not notice which of them are the trials."""
+
+    def forward(self, x):
+        return super().forward(x).mean(-2)
+
+
+@pytest.mark.parametrize("embedding_net", [MeanOverTrials(2, 4), nn.Sequential(nn.Flatten(), nn.Linear(10, 4))])
+@pytest.mark.parametrize("make", ["maf", "zuko_nsf", "ours"])
+def test_a_posterior_of_several_trials_is_a_distribution(make, embedding_net):
+    """Its context is the condition, of shape (5, 2) here: the batch shape is what stands before that."""
+    theta, x = torch.randn(20, 2), torch.randn(20, 5, 2)
+    if make == "ours":
+        estimator = to_library("sbi", "masked-affine", embedding_net=embedding_net, **SMALL)(theta, x)
+    else:
+        estimator = sbi_estimator(make, 2, (5, 2), embedding_net=embedding_net)
+    flow = as_flow(estimator)
+    one, many = FlowDistribution(flow, x[0]), FlowDistribution(flow, x)
+    assert one.batch_shape == () and many.batch_shape == (20,)
+    expected = estimator.log_prob(theta, x)[0]
+    assert_close(many.log_prob(theta), expected)
+    assert_close(one.log_prob(theta[0]), expected[0])
+    assert_close(FlowDistribution(flow, x.reshape(4, 5, 5, 2)).log_prob(theta.reshape(4, 5, 2)), expected.view(4, 5))
+    assert_close(one.expand((3, 20)).log_prob(theta), one.log_prob(theta).expand(3, 20))
+    assert_close(many.expand((3, 20)).log_prob(theta), expected.expand(3, 20))
+    samples = many.sample((3,))
+    assert samples.shape == (3, 20, 2) and one.sample().shape == (2,)
+    assert_close(many.log_prob(samples), estimator.log_prob(samples, x), atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"give a context of shape \(\*batch, 5, 2\)"):
+        FlowDistribution(flow)
+    with pytest.raises(ValueError, match=r"give a context of shape \(batch, 5, 2\)"):
+        flow.log_prob(theta)
+    for wrong in (x[0, 0], x[:, :4], x.transpose(1, 2)):
+        with pytest.raises(ValueError, match=r"context must have the shape \(\*batch, 5, 2\), not"):
+            FlowDistribution(flow, wrong)
+        with pytest.raises(ValueError, match=r"the context of this flow takes inputs of shape \(batch, 5, 2\), not"):
+            flow.sample(3, wrong)
+
+
 def make_sbi(name, features, width):
     """The maker of a checkpoint: an estimator of that kind and shape, whatever its weights and its standardisation."""
     return sbi_estimator(name, features, (width,))

@@ -108,7 +108,7 @@ def flow_in(foreign: Any) -> NflowsFlow | None:
             base = EmbeddedBase(base, embedding_net)
     if len(foreign.condition_shape) == 1:
         return Flow(transform, base, shape, foreign.condition_shape[0])
-    return AnyContextFlow(transform, base, shape, needs_context=True)
+    return AnyContextFlow(transform, base, shape, needs_context=True, context_shape=foreign.condition_shape)
 
 
 def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool) -> Any:
