@@ -7,9 +7,11 @@ from functools import partial
 
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as pyro_transforms
 import pytest
 import torch
 from nflows.flows import Flow as NflowsFlow
+from nflows.transforms import ActNorm, CompositeTransform, Logit
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 from torch.testing import assert_close
@@ -689,6 +691,23 @@ REFUSED = {
         {},
         r"this flow does not take data of shape \(2,\) with a context of 3 numbers \(.*\): build its layers for both",
     ),
+    "layer that takes no context": (
+        lambda: CompositeTransform(
+            [conditional().transform, as_transform(pyro_transforms.permute(2)), conditional().transform]
+        ),
+        {},
+        r"\(Permute is unconditional, but a context of shape \(2, 3\) was given\): join that layer to the others",
+    ),
+    "domain": (
+        lambda: CompositeTransform([Logit(), conditional().transform]),
+        {"z_score_theta": "none"},
+        r"the prior's parameters lie outside the domain of a layer of this flow, such as \[0, 1\] of a logit: put",
+    ),
+    "domain, once standardised": (
+        lambda: CompositeTransform([Logit(), conditional().transform]),
+        {},
+        "outside the domain of a layer .* or give z_score_theta='none' if they lie there until they are standardised",
+    ),
     "prior": (
         lambda: conditional(features=3),
         {},
@@ -926,8 +945,6 @@ def test_probing_a_flow_leaves_no_trace():
     """Layers that initialise themselves on their first batch do so in training, not while the builder looks."""
     theta, x = simulations()
     embedding_net = nn.BatchNorm1d(3)
-    from nflows.transforms import ActNorm, CompositeTransform
-
     layers = CompositeTransform([ActNorm(2), conditional().transform])
     estimator = to_library("sbi", layers, embedding_net=embedding_net)(theta, x)
     assert embedding_net.num_batches_tracked == 0

@@ -213,7 +213,7 @@ def _builder() -> type:
             embedding_net = nn.Sequential(*networks) if len(networks) > 1 else networks[0]
             context = embedded(embedding_net, conditions)
             flow = self._standardised(flow, of, inputs, context.shape[1])
-            check_reads_context(flow, inputs[:2], context)
+            check_reads_context(flow, of, inputs[:2], context)
             estimator = _conditional_estimator()(flow, embedding_net, inputs.shape[1:], conditions.shape[1:])
             if inputs.shape == conditions.shape:  # otherwise sbi finds out that they are the wrong way round
                 estimator.made_of = Pairs(of, inputs, conditions)

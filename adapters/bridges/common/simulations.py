@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from nflows.flows import Flow as NflowsFlow
+from nflows.transforms.base import InputOutsideDomain
 from torch import Tensor, nn
 
 from adapters.checks import check_tensor
@@ -145,13 +146,14 @@ def check_widths(flow: NflowsFlow, of: str, shape: torch.Size, width: int | None
 
 
 @torch.enable_grad()
-def check_reads_context(flow: Flow, inputs: Tensor, context: Tensor) -> None:
-    """Raise a ValueError unless the density depends on the context, as far as autograd can see.
+def check_reads_context(flow: Flow, of: str, inputs: Tensor, context: Tensor) -> None:
+    """Raise a ValueError unless the flow takes the data, and its density depends on the context.
 
-    A copy is asked, since a layer may take its first batch to initialise itself.
+    That it depends is what autograd sees. A copy is asked, since a layer may take its first batch to initialise itself.
 
     Args:
         flow: the flow.
+        of: what the density is of, ``"theta"`` or ``"x"``.
         inputs, context: some rows of its data and of its context.
     """
     flow, context = copy.deepcopy(flow).eval(), context.detach().nan_to_num().requires_grad_()
@@ -159,13 +161,23 @@ def check_reads_context(flow: Flow, inputs: Tensor, context: Tensor) -> None:
     remedy = f"build its layers with a context of {width} numbers"
     try:
         log_prob = flow.log_prob(inputs, context)
+    except InputOutsideDomain as error:
+        raise ValueError(
+            f"{ROLES[of]} lie outside the domain of a layer of this flow, such as [0, 1] of a logit: put a layer that "
+            f"maps them there before it, or give z_score_{of}='none' if they lie there until they are standardised"
+        ) from error
     except Exception as error:
         try:
             flow.transform(inputs)
         except Exception:
+            cure = "build its layers for both"
+            if "is unconditional" in str(error):  # the error of a layer beside others, which do take a context
+                cure = (
+                    "join that layer to the others in its own library before as_flow, or wrap it in a Transform that "
+                    "does not hand it the context"
+                )
             raise ValueError(
-                f"this flow does not take data of shape {shape} with a context of {width} numbers ({error}): build its "
-                "layers for both"
+                f"this flow does not take data of shape {shape} with a context of {width} numbers ({error}): {cure}"
             ) from error
         raise ValueError(f"{UNCONDITIONAL}; {remedy}") from error
     if not log_prob.requires_grad or torch.autograd.grad(log_prob.sum(), context, allow_unused=True)[0] is None:
