@@ -274,8 +274,21 @@ def mixture(features, context_features):
     return zuko.lazy.Flow(layer, zuko.flows.GMM(features, context_features, hidden_features=(8,)))
 
 
+def by_position(features, context_features, /):
+    return conditional(features=features, context_features=context_features)
+
+
+def zuko_class(**options):
+    import zuko
+
+    return partial(zuko.flows.NSF, transforms=2, hidden_features=(8,), **options)
+
+
 SOURCES = {
     "flow": conditional,
+    "zuko's class": zuko_class,
+    "zuko's class with its context": lambda: zuko_class(context=3),
+    "function of whatever it is given": lambda: lambda features, **others: conditional(features=features, **others),
     "transform": lambda: conditional().transform,
     "library's flow": lambda: as_flow(own_factory(2, 3)),
     "factory of a library's flow": lambda: own_factory,
@@ -337,6 +350,11 @@ def test_each_call_of_a_builder_makes_an_estimator_of_its_own():
     again = inference.train(max_num_epochs=1, retrain_from_scratch=True, force_first_round_loss=True)
     assert not any(p is q for p in trained.parameters() for q in again.parameters())
     assert all(map(torch.equal, weights, flow.parameters()))
+
+
+def test_a_class_of_zukos_makes_a_marginal():
+    _, x = simulations()
+    assert to_library("sbi", zuko_class())(x).log_prob(x).shape == (100,)
 
 
 def test_the_builder_hands_its_flow_back():
@@ -635,6 +653,16 @@ BUILT_WRONG = {
         lambda: to_library("sbi", conditional(), embedding_net=nn.Linear),
         TypeError,
         "embedding_net must be an nn.Module, not <class",
+    ),
+    "factory of other arguments": (
+        lambda: to_library("sbi", lambda features, width: None),
+        TypeError,
+        "is called with features=… and context_features=…, but this one wants width: give a function of these two by",
+    ),
+    "factory of positions": (
+        lambda: to_library("sbi", by_position),
+        TypeError,
+        "but this one wants features, context_features: give a function of these two by name",
     ),
     "no factory": (lambda: to_library("sbi", print), TypeError, "to_library exports an nflows Transform, not"),
     "network": (lambda: to_library("sbi", nn.Linear(2, 2)), TypeError, "to_library exports an nflows Transform, not"),

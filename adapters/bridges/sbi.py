@@ -132,8 +132,8 @@ def flow_out(
 
     Args:
         source: a flow; a transform, for a standard normal base; a name for ``build_flow``; or a factory, which is
-            called with those of ``features=`` and ``context_features=`` that it takes, and returns a flow or a
-            transform of any library.
+            called with those of ``features=`` and ``context_features=`` (or ``context=``, zuko's name) that it takes,
+            and returns a flow or a transform of any library.
         estimates: ``"posterior"``, for ``NPE``, or ``"likelihood"``, for ``NLE``.
         z_score_theta, z_score_x: how parameters and simulations are standardised, by sbi's own functions: each number
             for itself (``"independent"``), all alike (``"structured"``), or not at all (``"none"``).
