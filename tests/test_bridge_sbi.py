@@ -26,7 +26,7 @@ sbi = import_sbi()
 from sbi.diagnostics import run_sbc  # noqa: E402  # after import_sbi, which keeps torch as it is
 from sbi.diagnostics.lc2st import LC2ST_NF  # noqa: E402
 from sbi.diagnostics.misspecification import calc_misspecification_logprob  # noqa: E402
-from sbi.inference import NLE, NPE, NPE_B, EnsemblePosterior, MarginalTrainer  # noqa: E402
+from sbi.inference import NLE, NPE, NPE_A, NPE_B, NRE, EnsemblePosterior, MarginalTrainer  # noqa: E402
 from sbi.inference.posteriors.posterior_parameters import (  # noqa: E402
     ImportanceSamplingPosteriorParameters,
     MCMCPosteriorParameters,
@@ -682,6 +682,13 @@ def test_no_builder_is_made_of_what_makes_no_estimator(name):
         call()
 
 
+class Squeezing(nn.Linear):
+    """Right for many rows, but one loses its dimension."""
+
+    def forward(self, input):
+        return super().forward(input).squeeze()
+
+
 REFUSED = {
     "context": (
         lambda: conditional(context_features=4),
@@ -775,6 +782,11 @@ REFUSED = {
         conditional,
         {"embedding_net": nn.Flatten(0)},
         r"the embedding network must return \(batch, numbers\), but of \(2, 3\) it returned \(6,\)",
+    ),
+    "embedding that squeezes": (
+        conditional,
+        {"embedding_net": Squeezing(3, 3)},
+        r"the embedding network must return \(batch, numbers\), but of \(1, 3\) it returned \(3,\)",
     ),
     "embedding of two outputs": (
         conditional,
@@ -967,6 +979,17 @@ def test_a_prior_of_another_width_is_refused_when_its_parameters_come():
 def test_a_conditional_flow_is_no_marginal():
     with pytest.raises(ValueError, match="of a context of 3 numbers, and MarginalTrainer conditions on nothing"):
         to_library("sbi", conditional())(simulations()[0])
+
+
+@pytest.mark.parametrize(
+    ("trainer", "argument", "message"),
+    [(NPE_A, "density_estimator", "a trainer that wants num_components, as NPE_A does,"), (NRE, "classifier", "NRE ")],
+)
+def test_trainers_of_something_else_say_that_they_take_no_flow(trainer, argument, message):
+    builder = to_library("sbi", "masked-affine", **SMALL)
+    inference = trainer(PRIOR, **{argument: builder}, **QUIET).append_simulations(*simulations())
+    with pytest.raises(TypeError, match=f"{message}.* takes no flow: use NPE, NLE or MarginalTrainer"):
+        inference.train(max_num_epochs=1)
 
 
 def test_probing_a_flow_leaves_no_trace():

@@ -12,7 +12,7 @@ sbi builds on nflows and zuko, so an estimator comes in by the bridge of the flo
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import nflows.distributions
 import torch
@@ -43,6 +43,7 @@ DISTRIBUTION = "sbi"
 EXTRA = "sbi"
 
 ESTIMATES = {"posterior": ("theta", "x"), "likelihood": ("x", "theta")}  # what a density is of, and its condition
+TRAINERS = "use NPE, NLE or MarginalTrainer"
 Z_SCORES = (None, "none", "independent", "structured")
 
 
@@ -127,6 +128,9 @@ def flow_out(
 ) -> Any:
     """A builder for ``NPE(prior, density_estimator=builder)``, for ``NLE`` or, of no context, ``MarginalTrainer``.
 
+    sbi's other trainers take no flow: NRE trains a classifier, NPE_A a mixture, FMPE and NPSE a vector field. (Given a
+    flow, the last two say that the batch or the shape of the input does not match.)
+
     Each call makes an estimator of its own, as sbi expects of a builder that it may call again to train from scratch:
     of a flow or a transform it takes a copy, as it is at that moment. ``as_flow(estimator)`` is the trained flow.
 
@@ -136,7 +140,8 @@ def flow_out(
             and returns a flow or a transform of any library.
         estimates: ``"posterior"``, for ``NPE``, or ``"likelihood"``, for ``NLE``.
         z_score_theta, z_score_x: how parameters and simulations are standardised, by sbi's own functions: each number
-            for itself (``"independent"``), all alike (``"structured"``), or not at all (``"none"``).
+            for itself (``"independent"``), all alike (``"structured"``), or not at all (``"none"``). Give ``"none"``
+            for what the flow standardises already, be it by a preprocessing or, trained by sbi, of ``as_flow``.
         embedding_net: maps the condition, once standardised, to the flow's context. As in sbi, it is not copied.
         options: for a name or a factory: further arguments, such as ``layers``.
 
@@ -187,13 +192,19 @@ def _builder() -> type:
         def __init__(self, source: Source, estimates: str, z_scores: dict[str, str | None], embedding_net: nn.Module):
             self.source, self.estimates, self.z_scores, self.embedding_net = source, estimates, z_scores, embedding_net
 
-        def __call__(self, theta: Tensor, x: Tensor | None = None) -> nn.Module:
+        def __call__(self, theta: Tensor, x: Tensor | None = None, **others: Any) -> nn.Module:
             """The estimator for these simulations, which tell the shapes, and which it standardises by.
 
             Args:
                 theta: parameters, ``(batch, *event)``; for ``MarginalTrainer``, the simulations.
                 x: the simulations, ``(batch, *event)``; ``None`` for ``MarginalTrainer``.
+                others: what no flow can be told, such as how many components a mixture has.
+
+            Raises:
+                TypeError: for ``others``; see ``check_simulations`` and ``flow_out`` for all else.
             """
+            if others:
+                raise TypeError(f"a trainer that wants {', '.join(others)}, as NPE_A does, takes no flow: {TRAINERS}")
             if x is None:
                 check_simulations({"x": theta}, "x", self.z_scores)
                 flow = self._made("x", theta, None)
@@ -273,6 +284,10 @@ def _conditional_estimator() -> type:
                 check_not_swapped(self.made_of, input, condition)
                 self.made_of = None
             return -self._of_pairs(self.net.log_prob, input, condition)
+
+        def forward(self, *args: Any) -> NoReturn:
+            """Refused: NRE calls its classifier so."""
+            raise TypeError(f"NRE trains a classifier, and takes no flow: {TRAINERS}")
 
         def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
             """The noise of the inputs, ``(*batch, *event)``, of which sbi's tests of calibration ask the density."""

@@ -98,17 +98,27 @@ def check_not_swapped(made_of: Pairs, inputs: Tensor, conditions: Tensor) -> Non
 def embedded(embedding_net: nn.Module, conditions: Tensor) -> Tensor:
     """The first two conditions embedded. A copy is tried, since a network may keep statistics of what it is given.
 
+    So is one alone, as an observation is later: a network that squeezes its output would fail only then.
+
     Raises:
         ValueError: if the network does not take them, or gives no row for each.
     """
-    shape = tuple(conditions.shape[1:])
+    tried = copy.deepcopy(embedding_net).eval()
+    two, _ = [_rows_of(tried, rows) for rows in (conditions[:2], conditions[:1])]
+    return two
+
+
+def _rows_of(embedding_net: nn.Module, conditions: Tensor) -> Tensor:
     try:
-        found = copy.deepcopy(embedding_net).eval()(conditions[:2])
+        found = embedding_net(conditions)
     except RuntimeError as error:
+        shape = tuple(conditions.shape[1:])
         raise ValueError(f"the embedding network can't be given conditions of shape {shape} ({error})") from error
-    rows = len(conditions[:2])
-    if not isinstance(found, Tensor) or found.dim() < 2 or len(found) != rows:
-        given, returned = (rows, *shape), tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(found, Tensor) or found.dim() < 2 or len(found) != len(conditions):
+        given, returned = (
+            tuple(conditions.shape),
+            tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__,
+        )
         raise ValueError(f"the embedding network must return (batch, numbers), but of {given} it returned {returned}")
     return found
 
