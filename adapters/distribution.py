@@ -67,18 +67,13 @@ class FlowDistribution(TorchDistribution):
     ):
         self.flow = as_flow(flow)
         self.context = context
-        _check_context(self.flow, context)
+        self._context_dim = _check_context(self.flow, context)
         self._support, self._last = support, LastResult()
         if not isinstance(support, constraints.Constraint):
             raise TypeError(f"support must be a constraint of torch.distributions.constraints, not {shown(support)}")
         event_shape = _event_shape(self.flow) if event_shape is None else sizes(event_shape, "event_shape")
         batch_shape = torch.Size() if context is None else context.shape[: context.dim() - self._context_dim]
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
-
-    @property
-    def _context_dim(self) -> int:
-        """How many dimensions a row of the context has: one, unless the flow says otherwise."""
-        return len(getattr(self.flow, "context_shape", None) or "C")
 
     @property
     def arg_constraints(self) -> dict[str, constraints.Constraint]:
@@ -109,7 +104,7 @@ class FlowDistribution(TorchDistribution):
             torch.empty(()).expand(self.batch_shape).expand(batch_shape)
         except RuntimeError:
             raise ValueError(f"a batch of {tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}") from None
-        new.flow, new._support, new._last = self.flow, self._support, LastResult()
+        new.flow, new._support, new._last, new._context_dim = self.flow, self._support, LastResult(), self._context_dim
         new.context = None if self.context is None else self._expanded(self.context, batch_shape)
         super(FlowDistribution, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -205,23 +200,25 @@ def _outside(error: InputOutsideDomain) -> InputOutsideDomain:
     )
 
 
-def _check_context(flow: Flow, context: Tensor | None) -> None:
+def _check_context(flow: Flow, context: Tensor | None) -> int:
+    """How many dimensions a row of the context has: one, unless the flow says more. A wrong context is an error."""
     width = getattr(flow, "context_features", ...)  # only our own Flow has the attribute
     if context is not None:
         check_tensor(context, "the context of this distribution")
     base = base_of(flow)
     if isinstance(base, MADEMoG) and isinstance(embedding_of(flow), torch.nn.Identity):
         width = context_width_of(base)  # without a check, it would silently ignore a missing context
-    shape = getattr(flow, "context_shape", None) or ((width,) if isinstance(width, int) else None)
-    expected = ", ".join(map(str, shape or "C"))
     if width is None and context is not None:
         raise ValueError(f"this flow is unconditional, but a context of shape {tuple(context.shape)} was given")
-    if shape is not None and context is None:
+    row = (width,) if isinstance(width, int) else getattr(flow, "context_shape", None) if width is ... else None
+    expected = "C" if row is None else ", ".join(map(str, row))
+    if row is not None and context is None:
         raise ValueError(f"this flow is conditional: give a context of shape (*batch, {expected})")
-    if context is not None and (context.dim() == 0 or (shape is not None and context.shape[-len(shape) :] != shape)):
+    if context is not None and (context.dim() == 0 or (row is not None and context.shape[-len(row) :] != row)):
         if isinstance(width, int):
             check_no_labels(context, width, "the context")
         raise ValueError(f"the context must have the shape (*batch, {expected}), not {tuple(context.shape)}")
+    return 1 if row is None else len(row)
 
 
 def _event_shape(flow: Flow) -> torch.Size:
