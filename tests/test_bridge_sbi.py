@@ -138,17 +138,17 @@ REFUSED_PAIRS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_pairs_that_do_not_fit_are_refused(call):
-    estimator = made()
-    function = getattr(estimator, call)
+    function = getattr(made(), call)
     for input_shape, condition_shape, kind, message in REFUSED_PAIRS.values():
         with pytest.raises(kind, match=message):
             function(torch.randn(input_shape), torch.randn(condition_shape))
-    theta, x = simulations(5)
+    theta, x = simulations(5, width=2)
+    function = getattr(to_library("sbi", "masked-affine", **SMALL)(theta, x), call)
     for wrong in ((theta.double(), x), (theta, x.double()), (theta.long(), x), (theta.tolist(), x), (theta, None)):
         with pytest.raises(TypeError, match="this flow is of torch.float32|must be a torch.Tensor"):
             function(*wrong)
     with pytest.raises(TypeError, match="this estimator is of torch.float32, its condition of torch.float64"):
-        getattr(made(embedding_net=nn.Linear(3, 2)), call)(theta, x.double())
+        getattr(made(embedding_net=nn.Linear(3, 2)), call)(theta, torch.randn(5, 3).double())
 
 
 def test_samples_of_wrong_conditions_are_refused():
@@ -256,6 +256,11 @@ def test_it_moves_to_another_device(device):
     estimator.to(device)
     assert_close(estimator.log_prob(theta.to(device), x.to(device)).cpu(), expected)
     assert estimator.sample((3,), x.to(device)).device.type == device.type
+    theta, x = simulations(5, width=2)
+    estimator = to_library("sbi", "masked-affine", **SMALL)(theta, x).to(device)
+    with pytest.raises(ValueError, match="is trained on x given θ"):
+        estimator.loss(x.to(device), theta.to(device))
+    assert estimator.loss(theta.to(device), x.to(device)).device.type == device.type
 
 
 # -- out: what a builder takes -----------------------------------------------------------------------------------------
@@ -659,6 +664,11 @@ BUILT_WRONG = {
         TypeError,
         "is called with features=… and context_features=…, but this one wants width: give a function of these two by",
     ),
+    "option that a factory lacks": (
+        lambda: to_library("sbi", own_factory, depth=3),
+        TypeError,
+        "a factory that takes no such options: partial object .*depth=3.* has incorrect arguments",
+    ),
     "factory of positions": (
         lambda: to_library("sbi", by_position),
         TypeError,
@@ -943,6 +953,8 @@ def test_estimators_that_are_given_other_data_than_they_were_made_of_train():
         "none": ((theta, x), (x[:0], theta[:0])),
     }.values():
         assert builder(*made_of).loss(*trained_on).shape == (len(trained_on[0]),)
+    assert builder(theta, x).loss(theta.view(4, 25, 2), x.view(4, 25, 2)).shape == (4, 25)
+    assert builder(theta, x).loss(theta[0], x[0]).shape == ()
     estimator = builder(theta, x)
     estimator.loss(theta, x)
     assert estimator.loss(x, theta).shape == (100,)  # it has seen that all is well, and looks no more

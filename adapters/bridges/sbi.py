@@ -280,10 +280,11 @@ def _conditional_estimator() -> type:
 
         def loss(self, input: Tensor, condition: Tensor) -> Tensor:
             """−log p of each pair: ``(batch, *event)`` of either → ``(batch,)``."""
-            if self.made_of is not None:
+            loss = -self._of_pairs(self.net.log_prob, input, condition)
+            if self.made_of is not None and loss.numel():
                 check_not_swapped(self.made_of, input, condition)
                 self.made_of = None
-            return -self._of_pairs(self.net.log_prob, input, condition)
+            return loss
 
         def forward(self, *args: Any) -> NoReturn:
             """Refused: NRE calls its classifier so."""

@@ -72,7 +72,7 @@ class Pairs(NamedTuple):
     conditions: Tensor
 
     def hold(self, input: Tensor, condition: Tensor) -> bool:
-        """Whether these two are the input and the condition of one simulation."""
+        """Whether these two, each one row, are the input and the condition of one simulation."""
         same = (self.inputs == input.to(self.inputs)) & (self.conditions == condition.to(self.conditions))
         return bool(same.flatten(1).all(1).any())
 
@@ -83,12 +83,11 @@ def check_not_swapped(made_of: Pairs, inputs: Tensor, conditions: Tensor) -> Non
     The first pair tells: it is one of the simulations that the estimator was made of, but only the other way round.
 
     Args:
-        made_of: these simulations.
-        inputs, conditions: a batch that it is trained on, of the same shapes.
+        made_of: these simulations, whose inputs and conditions are of one shape.
+        inputs, conditions: a batch that it is trained on, each ``(*batch, *event)``.
     """
-    if not (len(inputs) and len(conditions)) or made_of.hold(inputs[0], conditions[0]):
-        return
-    if made_of.hold(conditions[0], inputs[0]):
+    first, second = (values.reshape(-1, *made_of.inputs.shape[1:])[:1] for values in (inputs, conditions))
+    if made_of.hold(second, first) and not made_of.hold(first, second):
         is_of, given = ("p(θ | x)", "x given θ") if made_of.of == "theta" else ("p(x | θ)", "θ given x")
         remedy = "'likelihood' for NLE" if made_of.of == "theta" else "'posterior', the default, for NPE"
         raise ValueError(f"this estimator is of {is_of}, but is trained on {given}: give estimates={remedy}")
@@ -115,10 +114,8 @@ def _rows_of(embedding_net: nn.Module, conditions: Tensor) -> Tensor:
         shape = tuple(conditions.shape[1:])
         raise ValueError(f"the embedding network can't be given conditions of shape {shape} ({error})") from error
     if not isinstance(found, Tensor) or found.dim() < 2 or len(found) != len(conditions):
-        given, returned = (
-            tuple(conditions.shape),
-            tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__,
-        )
+        given = tuple(conditions.shape)
+        returned = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"the embedding network must return (batch, numbers), but of {given} it returned {returned}")
     return found
 

@@ -61,9 +61,13 @@ def made(source: Source, shape: torch.Size, context_features: int | None) -> Nfl
 
 def _check_factory(make: Callable[..., Any]) -> None:
     """Raise a TypeError for a factory that can't be called with the names that ``_called`` knows and no others."""
+    try:
+        parameters = inspect.signature(make).parameters
+    except ValueError as error:
+        raise TypeError(f"a factory that takes no such options: {error}") from error
     wanted = {
         name: parameter
-        for name, parameter in inspect.signature(make).parameters.items()
+        for name, parameter in parameters.items()
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
