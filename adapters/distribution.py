@@ -34,7 +34,8 @@ class FlowDistribution(TorchDistribution):
 
     Args:
         flow: an nflows ``Flow``, or a flow of another library, which goes through ``as_flow``.
-        context: c, ``(*batch, C)``. Its leading dimensions are the batch shape. ``None`` for an unconditional flow.
+        context: c, ``(*batch, C)``. Its leading dimensions are the batch shape. ``None`` for an unconditional flow. The
+            context of an estimator of sbi's ends in its condition's shape, be it of an image: ``(*batch, *shape)``.
         event_shape: shape of one datum; by default that of the flow, or else that of its base.
         support: where each coordinate of x may lie; by default all of ℝ.
         validate_args: whether to check context and values, as torch's own distributions do.
@@ -66,19 +67,18 @@ class FlowDistribution(TorchDistribution):
     ):
         self.flow = as_flow(flow)
         self.context = context
-        _check_context(self.flow, context)
+        self._context_dim = _check_context(self.flow, context)
         self._support, self._last = support, LastResult()
         if not isinstance(support, constraints.Constraint):
             raise TypeError(f"support must be a constraint of torch.distributions.constraints, not {shown(support)}")
         event_shape = _event_shape(self.flow) if event_shape is None else sizes(event_shape, "event_shape")
-        super().__init__(
-            torch.Size() if context is None else context.shape[:-1], event_shape, validate_args=validate_args
-        )
+        batch_shape = torch.Size() if context is None else context.shape[: context.dim() - self._context_dim]
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     @property
     def arg_constraints(self) -> dict[str, constraints.Constraint]:
-        """What torch checks of the arguments: the context, if there is one, is a vector in its last dimension."""
-        return {} if self.context is None else {"context": constraints.real_vector}
+        """What torch checks of the arguments: the context, if there is one, holds rows of real numbers."""
+        return {} if self.context is None else {"context": constraints.independent(constraints.real, self._context_dim)}
 
     @property
     def support(self) -> constraints.Constraint:
@@ -104,8 +104,8 @@ class FlowDistribution(TorchDistribution):
             torch.empty(()).expand(self.batch_shape).expand(batch_shape)
         except RuntimeError:
             raise ValueError(f"a batch of {tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}") from None
-        new.flow, new._support, new._last = self.flow, self._support, LastResult()
-        new.context = None if self.context is None else self.context.expand(*batch_shape, self.context.shape[-1])
+        new.flow, new._support, new._last, new._context_dim = self.flow, self._support, LastResult(), self._context_dim
+        new.context = None if self.context is None else self._expanded(self.context, batch_shape)
         super(FlowDistribution, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -173,8 +173,11 @@ class FlowDistribution(TorchDistribution):
         """The context expanded to this batch shape, one row for each datum: ``(prod(batch), C)``."""
         if self.context is None:
             return None
-        width = self.context.shape[-1]
-        return self.context.expand(*batch, width).reshape(math.prod(batch), width)
+        context = self._expanded(self.context, batch)
+        return context.reshape(math.prod(batch), *context.shape[len(batch) :])
+
+    def _expanded(self, context: Tensor, batch: torch.Size) -> Tensor:
+        return context.expand(*batch, *context.shape[-self._context_dim :])
 
 
 def _sample(base: nflows.distributions.Distribution, count: int, context: Tensor | None) -> Tensor:
@@ -197,7 +200,8 @@ def _outside(error: InputOutsideDomain) -> InputOutsideDomain:
     )
 
 
-def _check_context(flow: Flow, context: Tensor | None) -> None:
+def _check_context(flow: Flow, context: Tensor | None) -> int:
+    """How many dimensions a row of the context has: one, unless the flow says more. A wrong context is an error."""
     width = getattr(flow, "context_features", ...)  # only our own Flow has the attribute
     if context is not None:
         check_tensor(context, "the context of this distribution")
@@ -206,13 +210,15 @@ def _check_context(flow: Flow, context: Tensor | None) -> None:
         width = context_width_of(base)  # without a check, it would silently ignore a missing context
     if width is None and context is not None:
         raise ValueError(f"this flow is unconditional, but a context of shape {tuple(context.shape)} was given")
-    if isinstance(width, int) and context is None:
-        raise ValueError(f"this flow is conditional: give a context of shape (*batch, {width})")
-    if context is not None and (context.dim() == 0 or (isinstance(width, int) and context.shape[-1] != width)):
+    row = (width,) if isinstance(width, int) else getattr(flow, "context_shape", None) if width is ... else None
+    expected = "C" if row is None else ", ".join(map(str, row))
+    if row is not None and context is None:
+        raise ValueError(f"this flow is conditional: give a context of shape (*batch, {expected})")
+    if context is not None and (context.dim() == 0 or (row is not None and context.shape[-len(row) :] != row)):
         if isinstance(width, int):
             check_no_labels(context, width, "the context")
-        expected = width if isinstance(width, int) else "C"
         raise ValueError(f"the context must have the shape (*batch, {expected}), not {tuple(context.shape)}")
+    return 1 if row is None else len(row)
 
 
 def _event_shape(flow: Flow) -> torch.Size:

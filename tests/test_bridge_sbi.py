@@ -7,9 +7,11 @@ from functools import partial
 
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as pyro_transforms
 import pytest
 import torch
 from nflows.flows import Flow as NflowsFlow
+from nflows.transforms import ActNorm, CompositeTransform, Logit
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 from torch.testing import assert_close
@@ -23,13 +25,16 @@ from tests.laws import randomise
 sbi = import_sbi()
 from sbi.diagnostics import run_sbc  # noqa: E402  # after import_sbi, which keeps torch as it is
 from sbi.diagnostics.lc2st import LC2ST_NF  # noqa: E402
-from sbi.inference import NLE, NPE, NPE_B, EnsemblePosterior, MarginalTrainer  # noqa: E402
+from sbi.diagnostics.misspecification import calc_misspecification_logprob  # noqa: E402
+from sbi.inference import NLE, NPE, NPE_A, NPE_B, NRE, EnsemblePosterior, MarginalTrainer  # noqa: E402
 from sbi.inference.posteriors.posterior_parameters import (  # noqa: E402
     ImportanceSamplingPosteriorParameters,
     MCMCPosteriorParameters,
     RejectionPosteriorParameters,
     VIPosteriorParameters,
 )
+from sbi.neural_nets import likelihood_nn, marginal_nn  # noqa: E402
+from sbi.neural_nets.factory import ZukoFlowType  # noqa: E402
 from sbi.utils import BoxUniform, RestrictedPrior, get_density_thresholder  # noqa: E402
 
 SMALL = {"layers": 2, "hidden_features": (8,)}
@@ -133,17 +138,17 @@ REFUSED_PAIRS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_pairs_that_do_not_fit_are_refused(call):
-    estimator = made()
-    function = getattr(estimator, call)
+    function = getattr(made(), call)
     for input_shape, condition_shape, kind, message in REFUSED_PAIRS.values():
         with pytest.raises(kind, match=message):
             function(torch.randn(input_shape), torch.randn(condition_shape))
-    theta, x = simulations(5)
+    theta, x = simulations(5, width=2)
+    function = getattr(to_library("sbi", "masked-affine", **SMALL)(theta, x), call)
     for wrong in ((theta.double(), x), (theta, x.double()), (theta.long(), x), (theta.tolist(), x), (theta, None)):
         with pytest.raises(TypeError, match="this flow is of torch.float32|must be a torch.Tensor"):
             function(*wrong)
     with pytest.raises(TypeError, match="this estimator is of torch.float32, its condition of torch.float64"):
-        getattr(made(embedding_net=nn.Linear(3, 2)), call)(theta, x.double())
+        getattr(made(embedding_net=nn.Linear(3, 2)), call)(theta, torch.randn(5, 3).double())
 
 
 def test_samples_of_wrong_conditions_are_refused():
@@ -251,6 +256,11 @@ def test_it_moves_to_another_device(device):
     estimator.to(device)
     assert_close(estimator.log_prob(theta.to(device), x.to(device)).cpu(), expected)
     assert estimator.sample((3,), x.to(device)).device.type == device.type
+    theta, x = simulations(5, width=2)
+    estimator = to_library("sbi", "masked-affine", **SMALL)(theta, x).to(device)
+    with pytest.raises(ValueError, match="is trained on x given θ"):
+        estimator.loss(x.to(device), theta.to(device))
+    assert estimator.loss(theta.to(device), x.to(device)).device.type == device.type
 
 
 # -- out: what a builder takes -----------------------------------------------------------------------------------------
@@ -269,8 +279,21 @@ def mixture(features, context_features):
     return zuko.lazy.Flow(layer, zuko.flows.GMM(features, context_features, hidden_features=(8,)))
 
 
+def by_position(features, context_features, /):
+    return conditional(features=features, context_features=context_features)
+
+
+def zuko_class(**options):
+    import zuko
+
+    return partial(zuko.flows.NSF, transforms=2, hidden_features=(8,), **options)
+
+
 SOURCES = {
     "flow": conditional,
+    "zuko's class": zuko_class,
+    "zuko's class with its context": lambda: zuko_class(context=3),
+    "function of whatever it is given": lambda: lambda features, **others: conditional(features=features, **others),
     "transform": lambda: conditional().transform,
     "library's flow": lambda: as_flow(own_factory(2, 3)),
     "factory of a library's flow": lambda: own_factory,
@@ -334,6 +357,11 @@ def test_each_call_of_a_builder_makes_an_estimator_of_its_own():
     assert all(map(torch.equal, weights, flow.parameters()))
 
 
+def test_a_class_of_zukos_makes_a_marginal():
+    _, x = simulations()
+    assert to_library("sbi", zuko_class())(x).log_prob(x).shape == (100,)
+
+
 def test_the_builder_hands_its_flow_back():
     flow = conditional()
     assert as_flow(to_library("sbi", flow)) is flow and as_transform(to_library("sbi", flow)) is flow.transform
@@ -367,7 +395,29 @@ def test_as_a_marginal():
     samples, log_prob = estimator.sample_and_log_prob((5, 2))
     assert samples.shape == (5, 2, 3) and estimator.sample((5, 2)).shape == (5, 2, 3)
     assert_close(estimator.log_prob(samples), log_prob, atol=1e-3, rtol=1e-3)
-    assert_close(as_flow(estimator).log_prob(x), estimator.log_prob(x)[0])
+    assert_close(as_flow(estimator).log_prob(x), estimator.log_prob(x))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # sbi's, about a marginal that is hardly trained
+def test_a_marginal_is_used_as_sbis_own():
+    """sbi's test of misspecification, shapes, and what is differentiable."""
+    _, x = simulations(60)
+    ours = to_library("sbi", "masked-affine", **SMALL)(x)
+    native = marginal_nn(ZukoFlowType.NSF, hidden_features=8, num_transforms=2)(x)
+    for call in (
+        lambda estimator: estimator.log_prob(x[:5]),
+        lambda estimator: estimator.log_prob(x.reshape(4, 15, 3)),
+        lambda estimator: estimator.log_prob(x[0]),
+        lambda estimator: estimator.loss(x[:5]),
+        lambda estimator: estimator.sample((4,)),
+        lambda estimator: estimator.sample(()),
+        lambda estimator: estimator.sample_and_log_prob((4, 2))[0],
+        lambda estimator: estimator.sample_and_log_prob((4, 2))[1],
+    ):
+        found, expected = call(ours), call(native)
+        assert found.shape == expected.shape and found.requires_grad == expected.requires_grad
+    p_value, rejected = calc_misspecification_logprob(x, x.mean(0, keepdim=True) + 1000, ours)
+    assert p_value == 0 and rejected
 
 
 def test_in_rounds():
@@ -609,6 +659,21 @@ BUILT_WRONG = {
         TypeError,
         "embedding_net must be an nn.Module, not <class",
     ),
+    "factory of other arguments": (
+        lambda: to_library("sbi", lambda features, width: None),
+        TypeError,
+        "is called with features=… and context_features=…, but this one wants width: give a function of these two by",
+    ),
+    "option that a factory lacks": (
+        lambda: to_library("sbi", own_factory, depth=3),
+        TypeError,
+        "a factory that takes no such options: partial object .*depth=3.* has incorrect arguments",
+    ),
+    "factory of positions": (
+        lambda: to_library("sbi", by_position),
+        TypeError,
+        "but this one wants features, context_features: give a function of these two by name",
+    ),
     "no factory": (lambda: to_library("sbi", print), TypeError, "to_library exports an nflows Transform, not"),
     "network": (lambda: to_library("sbi", nn.Linear(2, 2)), TypeError, "to_library exports an nflows Transform, not"),
     "other library": (
@@ -625,6 +690,13 @@ def test_no_builder_is_made_of_what_makes_no_estimator(name):
     call, kind, message = BUILT_WRONG[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+class Squeezing(nn.Linear):
+    """Right for many rows, but one loses its dimension."""
+
+    def forward(self, input):
+        return super().forward(input).squeeze()
 
 
 REFUSED = {
@@ -663,6 +735,23 @@ REFUSED = {
         lambda: conditional(context_features=4).transform,
         {},
         r"this flow does not take data of shape \(2,\) with a context of 3 numbers \(.*\): build its layers for both",
+    ),
+    "layer that takes no context": (
+        lambda: CompositeTransform(
+            [conditional().transform, as_transform(pyro_transforms.permute(2)), conditional().transform]
+        ),
+        {},
+        r"\(Permute is unconditional, but a context of shape \(2, 3\) was given\): join that layer to the others",
+    ),
+    "domain": (
+        lambda: CompositeTransform([Logit(), conditional().transform]),
+        {"z_score_theta": "none"},
+        r"the prior's parameters lie outside the domain of a layer of this flow, such as \[0, 1\] of a logit: put",
+    ),
+    "domain, once standardised": (
+        lambda: CompositeTransform([Logit(), conditional().transform]),
+        {},
+        "outside the domain of a layer .* or give z_score_theta='none' if they lie there until they are standardised",
     ),
     "prior": (
         lambda: conditional(features=3),
@@ -703,6 +792,11 @@ REFUSED = {
         conditional,
         {"embedding_net": nn.Flatten(0)},
         r"the embedding network must return \(batch, numbers\), but of \(2, 3\) it returned \(6,\)",
+    ),
+    "embedding that squeezes": (
+        conditional,
+        {"embedding_net": Squeezing(3, 3)},
+        r"the embedding network must return \(batch, numbers\), but of \(1, 3\) it returned \(3,\)",
     ),
     "embedding of two outputs": (
         conditional,
@@ -833,6 +927,52 @@ def test_two_simulations_are_too_few_to_standardise_by(trainer):
         quietly(trainer, *simulations(2), density_estimator=builder).train()
 
 
+@pytest.mark.parametrize(
+    ("trainer", "estimates", "other"), [(NPE, "likelihood", "posterior"), (NLE, "posterior", "likelihood")]
+)
+@pytest.mark.parametrize("width", [2, 3])
+def test_an_estimator_of_the_other_density_is_not_trained(trainer, estimates, other, width):
+    """Of one width, θ and x may change places unseen: standardised by each other's moments, the flow hardly learns."""
+    builder = to_library("sbi", "masked-affine", estimates=estimates, **SMALL)
+    inference = quietly(trainer, *simulations(width=width), density_estimator=builder)
+    message = rf"is trained on . given .: give estimates='{other}'" if width == 2 else "Expected trailing dimensions"
+    for resume in [False] if width == 3 else [False, True]:  # once more, of the estimator that there is now
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            inference.train(max_num_epochs=1, resume_training=resume)
+
+
+def test_estimators_that_are_given_other_data_than_they_were_made_of_train():
+    """What is not surely wrong is not refused: θ that is x, pairs both ways round, and data never seen."""
+    theta, x = simulations(width=2)
+    builder = to_library("sbi", "masked-affine", **SMALL)
+    for made_of, trained_on in {
+        "the same": ((theta, theta), (theta, theta)),
+        "both ways round": ((torch.cat((theta, x)), torch.cat((x, theta))), (x, theta)),
+        "unseen": ((theta, x), (x + 1, theta)),
+        "re-paired": ((theta, x), (x, theta.flip(0))),
+        "none": ((theta, x), (x[:0], theta[:0])),
+    }.values():
+        assert builder(*made_of).loss(*trained_on).shape == (len(trained_on[0]),)
+    assert builder(theta, x).loss(theta.view(4, 25, 2), x.view(4, 25, 2)).shape == (4, 25)
+    assert builder(theta, x).loss(theta[0], x[0]).shape == ()
+    estimator = builder(theta, x)
+    estimator.loss(theta, x)
+    assert estimator.loss(x, theta).shape == (100,)  # it has seen that all is well, and looks no more
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing)), None], ids=["copy", "pickle", "loss"]
+)
+def test_no_estimator_keeps_its_simulations(way):
+    theta, x = simulations(10_000, width=2)
+    estimator = to_library("sbi", "masked-affine", **SMALL)(theta, x)
+    if way is None:
+        estimator.loss(theta, x)
+    else:
+        estimator = way(estimator)
+    assert estimator.made_of is None and len(pickle.dumps(estimator)) < theta.nbytes
+
+
 def test_a_prior_of_another_width_is_refused_when_its_parameters_come():
     """sbi shows no prior to a builder: simulations of other parameters train, as with sbi's own estimators."""
     prior, (theta, x) = BoxUniform(-torch.ones(3), torch.ones(3)), simulations()
@@ -853,12 +993,21 @@ def test_a_conditional_flow_is_no_marginal():
         to_library("sbi", conditional())(simulations()[0])
 
 
+@pytest.mark.parametrize(
+    ("trainer", "argument", "message"),
+    [(NPE_A, "density_estimator", "a trainer that wants num_components, as NPE_A does,"), (NRE, "classifier", "NRE ")],
+)
+def test_trainers_of_something_else_say_that_they_take_no_flow(trainer, argument, message):
+    builder = to_library("sbi", "masked-affine", **SMALL)
+    inference = trainer(PRIOR, **{argument: builder}, **QUIET).append_simulations(*simulations())
+    with pytest.raises(TypeError, match=f"{message}.* takes no flow: use NPE, NLE or MarginalTrainer"):
+        inference.train(max_num_epochs=1)
+
+
 def test_probing_a_flow_leaves_no_trace():
     """Layers that initialise themselves on their first batch do so in training, not while the builder looks."""
     theta, x = simulations()
     embedding_net = nn.BatchNorm1d(3)
-    from nflows.transforms import ActNorm, CompositeTransform
-
     layers = CompositeTransform([ActNorm(2), conditional().transform])
     estimator = to_library("sbi", layers, embedding_net=embedding_net)(theta, x)
     assert embedding_net.num_batches_tracked == 0
@@ -916,6 +1065,65 @@ def test_what_is_no_flow_of_sbis_is_refused():
         as_flow(inference.build_posterior())
 
 
+def with_a_log_prob_of_its_own(kind):
+    """An estimator of that kind for positive data: its flow is of their logarithm."""
+
+    class OfLogarithm(kind):
+        def log_prob(self, input, condition):
+            return super().log_prob(input.log(), condition) - input.log().sum(-1)
+
+    estimator = (
+        made() if kind is type(made()) else sbi_estimator("maf" if kind is sbi.NFlowsFlow else "zuko_nsf", 2, (3,))
+    )
+    estimator.__class__ = OfLogarithm
+    return estimator
+
+
+class Direct(sbi.ConditionalDensityEstimator):
+    """As sbi's guide to custom estimators makes one, of a flow without an embedding network."""
+
+    def log_prob(self, input, condition):
+        return self.net.log_prob(2 * input, condition) + math.log(4)
+
+    def loss(self, input, condition):
+        return -self.log_prob(input, condition)
+
+    def sample(self, sample_shape, condition):
+        raise NotImplementedError
+
+
+def mixed_estimator():
+    theta, x = simulations()
+    return likelihood_nn("mnle", hidden_features=8, num_transforms=2)(
+        theta, torch.cat((x[:, :2], (x[:, 2:] > 0).float()), 1)
+    )
+
+
+OF_ANOTHER_DENSITY = {
+    "sbi's nflows": (lambda: with_a_log_prob_of_its_own(sbi.NFlowsFlow), "net"),
+    "sbi's zuko": (lambda: with_a_log_prob_of_its_own(sbi.ZukoFlow), "net"),
+    "ours": (lambda: with_a_log_prob_of_its_own(type(made())), "net"),
+    "direct": (lambda: Direct(conditional(), torch.Size([2]), torch.Size([3])), "net"),
+    "mixed": (mixed_estimator, "continuous_net"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # sbi's, about categories
+@pytest.mark.parametrize("name", OF_ANOTHER_DENSITY)
+def test_an_estimator_of_another_density_than_its_flow_is_refused(name):
+    make, part = OF_ANOTHER_DENSITY[name]
+    estimator = make()
+    with pytest.raises(TypeError, match=rf"has a log_prob of its own, so .*: .* give as_flow\(estimator.{part}\)$"):
+        as_flow(estimator)
+    assert isinstance(as_flow(getattr(estimator, part)), NflowsFlow)
+
+
+def test_a_subclass_that_leaves_log_prob_as_it_is_comes_in():
+    estimator, (theta, x) = sbi_estimator("zuko_nsf", 2, (3,)), simulations()
+    estimator.__class__ = type("WithALossOfItsOwn", (type(estimator),), {"loss": lambda self, input, condition: None})
+    assert_close(as_flow(estimator).log_prob(theta, x), estimator.log_prob(theta, x)[0], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "source", ["maf", "zuko_maf", to_library("sbi", "masked-affine", **SMALL)], ids=["maf", "zuko_maf", "ours"]
 )
@@ -938,6 +1146,45 @@ def test_a_trained_posterior_is_a_prior_in_pyro(source):
     assert all(torch.isfinite(torch.tensor(step(torch.zeros(2)))) for _ in range(3))
     prior = FlowDistribution(flow, x_o)
     assert_close(prior.log_prob(theta[:5]), estimator.log_prob(theta[:5, None], x_o[None])[:, 0])
+
+
+class MeanOverTrials(nn.Linear):
+    """A network that takes any leading dimensions, and so would not notice which of them are the trials."""
+
+    def forward(self, x):
+        return super().forward(x).mean(-2)
+
+
+@pytest.mark.parametrize("embedding_net", [MeanOverTrials(2, 4), nn.Sequential(nn.Flatten(), nn.Linear(10, 4))])
+@pytest.mark.parametrize("make", ["maf", "zuko_nsf", "ours"])
+def test_a_posterior_of_several_trials_is_a_distribution(make, embedding_net):
+    """Its context is the condition, of shape (5, 2) here: the batch shape is what stands before that."""
+    theta, x = torch.randn(20, 2), torch.randn(20, 5, 2)
+    if make == "ours":
+        estimator = to_library("sbi", "masked-affine", embedding_net=embedding_net, **SMALL)(theta, x)
+    else:
+        estimator = sbi_estimator(make, 2, (5, 2), embedding_net=embedding_net)
+    flow = as_flow(estimator)
+    one, many = FlowDistribution(flow, x[0]), FlowDistribution(flow, x)
+    assert one.batch_shape == () and many.batch_shape == (20,)
+    expected = estimator.log_prob(theta, x)[0]
+    assert_close(many.log_prob(theta), expected)
+    assert_close(one.log_prob(theta[0]), expected[0])
+    assert_close(FlowDistribution(flow, x.reshape(4, 5, 5, 2)).log_prob(theta.reshape(4, 5, 2)), expected.view(4, 5))
+    assert_close(one.expand((3, 20)).log_prob(theta), one.log_prob(theta).expand(3, 20))
+    assert_close(many.expand((3, 20)).log_prob(theta), expected.expand(3, 20))
+    samples = many.sample((3,))
+    assert samples.shape == (3, 20, 2) and one.sample().shape == (2,)
+    assert_close(many.log_prob(samples), estimator.log_prob(samples, x), atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"give a context of shape \(\*batch, 5, 2\)"):
+        FlowDistribution(flow)
+    with pytest.raises(ValueError, match=r"give a context of shape \(batch, 5, 2\)"):
+        flow.log_prob(theta)
+    for wrong in (x[0, 0], x[:, :4], x.transpose(1, 2)):
+        with pytest.raises(ValueError, match=r"context must have the shape \(\*batch, 5, 2\), not"):
+            FlowDistribution(flow, wrong)
+        with pytest.raises(ValueError, match=r"the context of this flow takes inputs of shape \(batch, 5, 2\), not"):
+            flow.sample(3, wrong)
 
 
 def make_sbi(name, features, width):

@@ -12,7 +12,7 @@ sbi builds on nflows and zuko, so an estimator comes in by the bridge of the flo
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import nflows.distributions
 import torch
@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from adapters.bridges.common.context import AnyContextFlow
 from adapters.bridges.common.exports import EmbeddedBase, EmbeddedContext, EventDim, whole_transform
 from adapters.bridges.common.on_demand import class_on_demand
-from adapters.bridges.common.simulations import check_reads_context, check_simulations, check_widths, embedded
+from adapters.bridges.common.simulations import (
+    Pairs,
+    check_not_swapped,
+    check_reads_context,
+    check_simulations,
+    check_widths,
+    embedded,
+)
 from adapters.bridges.common.sources import Source, made, source_of
 from adapters.bridges.common.tensors import like
 from adapters.checks import check_tensor, explain_mismatch, shown, sizes
@@ -36,6 +43,7 @@ DISTRIBUTION = "sbi"
 EXTRA = "sbi"
 
 ESTIMATES = {"posterior": ("theta", "x"), "likelihood": ("x", "theta")}  # what a density is of, and its condition
+TRAINERS = "use NPE, NLE or MarginalTrainer"
 Z_SCORES = (None, "none", "independent", "structured")
 
 
@@ -69,7 +77,8 @@ def flow_in(foreign: Any) -> NflowsFlow | None:
     Its context is the estimator's condition as it is: z-scoring and embedding network are parts of the flow.
 
     Raises:
-        TypeError: for a posterior, whose density is cut to the prior's support; for an estimator that holds no flow.
+        TypeError: for a posterior, whose density is cut to the prior's support; for an estimator that holds no flow, or
+            whose density is not that of the flow which it holds.
     """
     from adapters.bridges import as_flow
 
@@ -82,11 +91,14 @@ def flow_in(foreign: Any) -> NflowsFlow | None:
             f"{type(foreign).__name__} is cut to the support of its prior, so it is no flow; its estimator is one: "
             "as_flow(posterior.posterior_estimator)"
         )
-    if isinstance(foreign, estimators.UnconditionalDensityEstimator):
-        return as_flow(foreign.net)
-    if not isinstance(foreign, estimators.ConditionalDensityEstimator) or not isinstance(foreign.net, nn.Module):
+    kinds = (estimators.ConditionalDensityEstimator, estimators.UnconditionalDensityEstimator)
+    if not isinstance(foreign, kinds) or not isinstance(foreign.net, nn.Module):
         return None
-    inner, embedding_net = as_flow(foreign.net), foreign.embedding_net
+    inner = as_flow(foreign.net)
+    _check_scores_by_flow(foreign)
+    if isinstance(foreign, estimators.UnconditionalDensityEstimator):
+        return inner
+    embedding_net = foreign.embedding_net
     transform, base = transform_of(inner), base_of(inner)
     shape = event_shape_of(inner) or foreign.input_shape
     if type(base) is nflows.distributions.StandardNormal:  # which draws float32 always
@@ -97,7 +109,7 @@ def flow_in(foreign: Any) -> NflowsFlow | None:
             base = EmbeddedBase(base, embedding_net)
     if len(foreign.condition_shape) == 1:
         return Flow(transform, base, shape, foreign.condition_shape[0])
-    return AnyContextFlow(transform, base, shape, needs_context=True)
+    return AnyContextFlow(transform, base, shape, needs_context=True, context_shape=foreign.condition_shape)
 
 
 def transform_out(transform: Transform, library: str, event_dim: EventDim, conditional: bool) -> Any:
@@ -116,23 +128,28 @@ def flow_out(
 ) -> Any:
     """A builder for ``NPE(prior, density_estimator=builder)``, for ``NLE`` or, of no context, ``MarginalTrainer``.
 
+    sbi's other trainers take no flow: NRE trains a classifier, NPE_A a mixture, FMPE and NPSE a vector field. (Given a
+    flow, the last two say that the batch or the shape of the input does not match.)
+
     Each call makes an estimator of its own, as sbi expects of a builder that it may call again to train from scratch:
     of a flow or a transform it takes a copy, as it is at that moment. ``as_flow(estimator)`` is the trained flow.
 
     Args:
         source: a flow; a transform, for a standard normal base; a name for ``build_flow``; or a factory, which is
-            called with those of ``features=`` and ``context_features=`` that it takes, and returns a flow or a
-            transform of any library.
+            called with those of ``features=`` and ``context_features=`` (or ``context=``, zuko's name) that it takes,
+            and returns a flow or a transform of any library.
         estimates: ``"posterior"``, for ``NPE``, or ``"likelihood"``, for ``NLE``.
         z_score_theta, z_score_x: how parameters and simulations are standardised, by sbi's own functions: each number
-            for itself (``"independent"``), all alike (``"structured"``), or not at all (``"none"``).
+            for itself (``"independent"``), all alike (``"structured"``), or not at all (``"none"``). Give ``"none"``
+            for what the flow standardises already, be it by a preprocessing or, trained by sbi, of ``as_flow``.
         embedding_net: maps the condition, once standardised, to the flow's context. As in sbi, it is not copied.
         options: for a name or a factory: further arguments, such as ``layers``.
 
     Raises:
         TypeError, ValueError: for arguments that no estimator can be made of. When the builder is called: for a flow
             that is unconditional; for one whose context is not as wide as the embedded condition; for one of another
-            shape than what it is to be the density of.
+            shape than what it is to be the density of. When training begins: for ``estimates`` of the other trainer.
+            (Of θ and x of different shapes sbi says it first, by "Expected trailing dimensions".)
     """
     if estimates not in ESTIMATES:
         raise ValueError(f"estimates must be 'posterior', for NPE, or 'likelihood', for NLE, not {shown(estimates)}")
@@ -152,7 +169,7 @@ def native_log_prob(exported: Any, inputs: Tensor, context: Tensor | None = None
     width = None if context is None else context.shape[1]
     flow = Flow(transform, StandardNormal(shape).to(inputs), shape, width)
     if context is None:
-        return _unconditional_estimator()(flow, shape).log_prob(inputs).squeeze(0)
+        return _unconditional_estimator()(flow, shape).log_prob(inputs)
     return _conditional_estimator()(flow, nn.Identity(), shape, context.shape[1:]).log_prob(inputs, context).squeeze(0)
 
 
@@ -175,13 +192,19 @@ def _builder() -> type:
         def __init__(self, source: Source, estimates: str, z_scores: dict[str, str | None], embedding_net: nn.Module):
             self.source, self.estimates, self.z_scores, self.embedding_net = source, estimates, z_scores, embedding_net
 
-        def __call__(self, theta: Tensor, x: Tensor | None = None) -> nn.Module:
+        def __call__(self, theta: Tensor, x: Tensor | None = None, **others: Any) -> nn.Module:
             """The estimator for these simulations, which tell the shapes, and which it standardises by.
 
             Args:
                 theta: parameters, ``(batch, *event)``; for ``MarginalTrainer``, the simulations.
                 x: the simulations, ``(batch, *event)``; ``None`` for ``MarginalTrainer``.
+                others: what no flow can be told, such as how many components a mixture has.
+
+            Raises:
+                TypeError: for ``others``; see ``check_simulations`` and ``flow_out`` for all else.
             """
+            if others:
+                raise TypeError(f"a trainer that wants {', '.join(others)}, as NPE_A does, takes no flow: {TRAINERS}")
             if x is None:
                 check_simulations({"x": theta}, "x", self.z_scores)
                 flow = self._made("x", theta, None)
@@ -201,8 +224,11 @@ def _builder() -> type:
             embedding_net = nn.Sequential(*networks) if len(networks) > 1 else networks[0]
             context = embedded(embedding_net, conditions)
             flow = self._standardised(flow, of, inputs, context.shape[1])
-            check_reads_context(flow, inputs[:2], context)
-            return _conditional_estimator()(flow, embedding_net, inputs.shape[1:], conditions.shape[1:])
+            check_reads_context(flow, of, inputs[:2], context)
+            estimator = _conditional_estimator()(flow, embedding_net, inputs.shape[1:], conditions.shape[1:])
+            if inputs.shape == conditions.shape:  # otherwise sbi finds out that they are the wrong way round
+                estimator.made_of = Pairs(of, inputs, conditions)
+            return estimator
 
         def _made(self, of: str, inputs: Tensor, width: int | None) -> NflowsFlow:
             """The flow for data like ``inputs`` and a context of that width."""
@@ -231,7 +257,13 @@ def _conditional_estimator() -> type:
             flow: its context is the embedded condition.
             embedding_net: maps conditions ``(rows, *condition_shape)`` to ``(rows, C)``.
             input_shape, condition_shape: of one datum, and of what it is conditioned on.
+
+        Attributes:
+            made_of: the simulations that it was made of, until its first loss tells that it is given them the right way
+                round; ``None`` from then on, in a copy and in a pickle.
         """
+
+        made_of: Pairs | None = None
 
         def __init__(self, flow: Flow, embedding_net: nn.Module, input_shape: torch.Size, condition_shape: torch.Size):
             super().__init__(flow, input_shape, condition_shape)
@@ -248,7 +280,15 @@ def _conditional_estimator() -> type:
 
         def loss(self, input: Tensor, condition: Tensor) -> Tensor:
             """−log p of each pair: ``(batch, *event)`` of either → ``(batch,)``."""
-            return -self._of_pairs(self.net.log_prob, input, condition)
+            loss = -self._of_pairs(self.net.log_prob, input, condition)
+            if self.made_of is not None and loss.numel():
+                check_not_swapped(self.made_of, input, condition)
+                self.made_of = None
+            return loss
+
+        def forward(self, *args: Any) -> NoReturn:
+            """Refused: NRE calls its classifier so."""
+            raise TypeError(f"NRE trains a classifier, and takes no flow: {TRAINERS}")
 
         def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
             """The noise of the inputs, ``(*batch, *event)``, of which sbi's tests of calibration ask the density."""
@@ -261,6 +301,9 @@ def _conditional_estimator() -> type:
         def sample_and_log_prob(self, sample_shape: torch.Size, condition: Tensor) -> tuple[Tensor, ...]:
             """Samples, as ``sample`` gives them, and log p of each, ``(*sample_shape, batch)``, of the same pass."""
             return self._drawn(self.net.sample_and_log_prob, sample_shape, condition)
+
+        def __getstate__(self) -> dict[str, Any]:
+            return self.__dict__ | {"made_of": None}
 
         def _of_pairs(self, function: Callable, input: Tensor, condition: Tensor) -> Tensor:
             """``function(inputs, contexts)`` for each pair; every condition is embedded once, however many inputs."""
@@ -306,22 +349,22 @@ def _conditional_estimator() -> type:
 @class_on_demand
 def _unconditional_estimator() -> type:
     class FlowEstimator(import_sbi().UnconditionalDensityEstimator):
-        """A flow as sbi's density estimator without a condition."""
+        """A flow as sbi's density estimator without a condition: its shapes and gradients are those of sbi's own."""
 
         def log_prob(self, input: Tensor) -> Tensor:
-            """``([sample,] batch, *event)`` → ``(sample, batch)``."""
-            found = -self.loss(input)
-            return found if found.dim() > 1 else found.unsqueeze(0)
-
-        def loss(self, input: Tensor) -> Tensor:
-            """−log p: ``(batch, *event)`` → ``(batch,)``."""
+            """``([sample,] batch, *event)`` → ``([sample,] batch)``."""
             check_tensor(input, "the input of this estimator")
             self._check_input_shape(input)
             batch = input.shape[: input.dim() - len(self.input_shape)]
-            return -self.net.log_prob(input.reshape(-1, *self.input_shape)).reshape(batch)
+            return self.net.log_prob(input.reshape(-1, *self.input_shape)).reshape(batch)
 
+        def loss(self, input: Tensor) -> Tensor:
+            """−log p: ``(batch, *event)`` → ``(batch,)``."""
+            return -self.log_prob(input)
+
+        @torch.no_grad()
         def sample(self, sample_shape: torch.Size) -> Tensor:
-            """``(*sample_shape, *event)``."""
+            """``(*sample_shape, *event)``, without a graph."""
             shape = sizes(sample_shape, "sample_shape")
             return self.net.sample(shape.numel()).reshape(*shape, *self.input_shape)
 
@@ -332,6 +375,22 @@ def _unconditional_estimator() -> type:
             return samples.reshape(*shape, *self.input_shape), log_prob.reshape(shape)
 
     return FlowEstimator
+
+
+def _check_scores_by_flow(estimator: Any) -> None:
+    """Raise a TypeError unless ``log_prob`` is one of those that are known to give the density of the flow inside.
+
+    Any other may transform the input first, or be a sum of several densities.
+    """
+    estimators = import_sbi()
+    known = [estimators.NFlowsFlow, estimators.ZukoFlow, estimators.ZukoUnconditionalFlow]
+    known += [_conditional_estimator(), _unconditional_estimator()]
+    if not any(type(estimator).log_prob is kind.log_prob for kind in known):
+        part = "continuous_net" if isinstance(estimator, estimators.MixedDensityEstimator) else "net"
+        raise TypeError(
+            f"{type(estimator).__name__} has a log_prob of its own, so the flow inside is of another density: if that "
+            f"is what you want, give as_flow(estimator.{part})"
+        )
 
 
 def _source_of(builder: Any) -> NflowsFlow | Transform:

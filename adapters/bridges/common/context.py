@@ -8,6 +8,7 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor
 
+from adapters.checks import check_event
 from adapters.flow import Flow
 
 # The width of the context that something reads: None if it reads none, ... if it does not say how wide.
@@ -38,11 +39,12 @@ def one_width(widths: Iterable[Width], what: str) -> Width:
 
 
 class AnyContextFlow(Flow):
-    """A ``Flow`` whose parts do not tell how wide a context they read. A context of any shape is handed on to them.
+    """A ``Flow`` whose context has no one known width: its parts do not tell it, or a row of it is no vector.
 
     Args:
         transform, distribution, event_shape: as for ``Flow``.
         needs_context: whether some part is known to read a context. A missing context is then an error.
+        context_shape: of one row, such as an image's; by default not known, and a context of any shape is handed on.
     """
 
     def __init__(
@@ -51,10 +53,14 @@ class AnyContextFlow(Flow):
         distribution: nflows.distributions.Distribution,
         event_shape: torch.Size,
         needs_context: bool,
+        context_shape: torch.Size | None = None,
     ):
         super().__init__(transform, distribution, event_shape, context_features=...)  # type: ignore[arg-type]
-        self.needs_context = needs_context
+        self.needs_context, self.context_shape = needs_context, context_shape
 
     def _check_context(self, context: Tensor | None) -> None:
         if context is None and self.needs_context:
-            raise ValueError("this flow is conditional: give a context of shape (batch, …)")
+            row = "…" if self.context_shape is None else ", ".join(map(str, self.context_shape))
+            raise ValueError(f"this flow is conditional: give a context of shape (batch, {row})")
+        if context is not None and self.context_shape is not None:
+            check_event(context, self.context_shape, "the context of this flow")

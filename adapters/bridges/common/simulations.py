@@ -5,9 +5,11 @@ A flow's context is the condition once it is embedded, by a network which may st
 
 import copy
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from nflows.flows import Flow as NflowsFlow
+from nflows.transforms.base import InputOutsideDomain
 from torch import Tensor, nn
 
 from adapters.checks import check_tensor
@@ -62,21 +64,58 @@ def check_simulations(data: Mapping[str, Tensor], of: str, z_scores: Mapping[str
         raise TypeError(f"theta is of {data['theta'].dtype}, but x of {data['x'].dtype}: give both as torch.float32")
 
 
+class Pairs(NamedTuple):
+    """Simulations, each a row of both tensors, by their roles in a density of ``of``, which is ``theta`` or ``x``."""
+
+    of: str
+    inputs: Tensor
+    conditions: Tensor
+
+    def hold(self, input: Tensor, condition: Tensor) -> bool:
+        """Whether these two, each one row, are the input and the condition of one simulation."""
+        same = (self.inputs == input.to(self.inputs)) & (self.conditions == condition.to(self.conditions))
+        return bool(same.flatten(1).all(1).any())
+
+
+def check_not_swapped(made_of: Pairs, inputs: Tensor, conditions: Tensor) -> None:
+    """Raise a ValueError if training takes for the condition what the density is to be of, and the reverse.
+
+    The first pair tells: it is one of the simulations that the estimator was made of, but only the other way round.
+
+    Args:
+        made_of: these simulations, whose inputs and conditions are of one shape.
+        inputs, conditions: a batch that it is trained on, each ``(*batch, *event)``.
+    """
+    first, second = (values.reshape(-1, *made_of.inputs.shape[1:])[:1] for values in (inputs, conditions))
+    if made_of.hold(second, first) and not made_of.hold(first, second):
+        is_of, given = ("p(θ | x)", "x given θ") if made_of.of == "theta" else ("p(x | θ)", "θ given x")
+        remedy = "'likelihood' for NLE" if made_of.of == "theta" else "'posterior', the default, for NPE"
+        raise ValueError(f"this estimator is of {is_of}, but is trained on {given}: give estimates={remedy}")
+
+
 @torch.no_grad()
 def embedded(embedding_net: nn.Module, conditions: Tensor) -> Tensor:
     """The first two conditions embedded. A copy is tried, since a network may keep statistics of what it is given.
 
+    So is one alone, as an observation is later: a network that squeezes its output would fail only then.
+
     Raises:
         ValueError: if the network does not take them, or gives no row for each.
     """
-    shape = tuple(conditions.shape[1:])
+    tried = copy.deepcopy(embedding_net).eval()
+    two, _ = [_rows_of(tried, rows) for rows in (conditions[:2], conditions[:1])]
+    return two
+
+
+def _rows_of(embedding_net: nn.Module, conditions: Tensor) -> Tensor:
     try:
-        found = copy.deepcopy(embedding_net).eval()(conditions[:2])
+        found = embedding_net(conditions)
     except RuntimeError as error:
+        shape = tuple(conditions.shape[1:])
         raise ValueError(f"the embedding network can't be given conditions of shape {shape} ({error})") from error
-    rows = len(conditions[:2])
-    if not isinstance(found, Tensor) or found.dim() < 2 or len(found) != rows:
-        given, returned = (rows, *shape), tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(found, Tensor) or found.dim() < 2 or len(found) != len(conditions):
+        given = tuple(conditions.shape)
+        returned = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"the embedding network must return (batch, numbers), but of {given} it returned {returned}")
     return found
 
@@ -114,13 +153,14 @@ def check_widths(flow: NflowsFlow, of: str, shape: torch.Size, width: int | None
 
 
 @torch.enable_grad()
-def check_reads_context(flow: Flow, inputs: Tensor, context: Tensor) -> None:
-    """Raise a ValueError unless the density depends on the context, as far as autograd can see.
+def check_reads_context(flow: Flow, of: str, inputs: Tensor, context: Tensor) -> None:
+    """Raise a ValueError unless the flow takes the data, and its density depends on the context.
 
-    A copy is asked, since a layer may take its first batch to initialise itself.
+    That it depends is what autograd sees. A copy is asked, since a layer may take its first batch to initialise itself.
 
     Args:
         flow: the flow.
+        of: what the density is of, ``"theta"`` or ``"x"``.
         inputs, context: some rows of its data and of its context.
     """
     flow, context = copy.deepcopy(flow).eval(), context.detach().nan_to_num().requires_grad_()
@@ -128,13 +168,23 @@ def check_reads_context(flow: Flow, inputs: Tensor, context: Tensor) -> None:
     remedy = f"build its layers with a context of {width} numbers"
     try:
         log_prob = flow.log_prob(inputs, context)
+    except InputOutsideDomain as error:
+        raise ValueError(
+            f"{ROLES[of]} lie outside the domain of a layer of this flow, such as [0, 1] of a logit: put a layer that "
+            f"maps them there before it, or give z_score_{of}='none' if they lie there until they are standardised"
+        ) from error
     except Exception as error:
         try:
             flow.transform(inputs)
         except Exception:
+            cure = "build its layers for both"
+            if "is unconditional" in str(error):  # the error of a layer beside others, which do take a context
+                cure = (
+                    "join that layer to the others in its own library before as_flow, or wrap it in a Transform that "
+                    "does not hand it the context"
+                )
             raise ValueError(
-                f"this flow does not take data of shape {shape} with a context of {width} numbers ({error}): build its "
-                "layers for both"
+                f"this flow does not take data of shape {shape} with a context of {width} numbers ({error}): {cure}"
             ) from error
         raise ValueError(f"{UNCONDITIONAL}; {remedy}") from error
     if not log_prob.requires_grad or torch.autograd.grad(log_prob.sum(), context, allow_unused=True)[0] is None:

@@ -21,7 +21,7 @@ def source_of(given: Source | str, options: dict[str, Any]) -> Source:
 
     Raises:
         TypeError, ValueError: for a name that is not known; for options that do not fit it; for options of a flow or a
-            transform, which is built already.
+            transform, which is built already; for a factory that wants what it is not called with.
     """
     if isinstance(given, str):
         from adapters.catalogue import build_flow
@@ -33,7 +33,10 @@ def source_of(given: Source | str, options: dict[str, Any]) -> Source:
         return source
     if options and isinstance(given, NflowsFlow | Transform):
         raise TypeError(f"a flow that is built already takes no {', '.join(options)}; give its name or a factory")
-    return partial(given, **options) if options else given
+    source = partial(given, **options) if options else given
+    if not isinstance(source, nn.Module):
+        _check_factory(source)
+    return source
 
 
 def made(source: Source, shape: torch.Size, context_features: int | None) -> NflowsFlow:
@@ -56,11 +59,35 @@ def made(source: Source, shape: torch.Size, context_features: int | None) -> Nfl
         return NflowsFlow(as_transform(found), StandardNormal(shape))
 
 
-def _called(make: Callable[..., Any], **offered: int | None) -> Any:
-    """What the factory makes, called with those of the arguments that it takes and that were not given already."""
-    parameters = inspect.signature(make).parameters.values()
-    names = {parameter.name for parameter in parameters}
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+def _check_factory(make: Callable[..., Any]) -> None:
+    """Raise a TypeError for a factory that can't be called with the names that ``_called`` knows and no others."""
+    try:
+        parameters = inspect.signature(make).parameters
+    except ValueError as error:
+        raise TypeError(f"a factory that takes no such options: {error}") from error
+    wanted = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    known = ("features", "context_features", "context")
+    if other := [name for name, one in wanted.items() if name not in known or one.kind is one.POSITIONAL_ONLY]:
+        raise TypeError(
+            f"a factory is called with features=… and context_features=…, but this one wants {', '.join(other)}: give "
+            "a function of these two by name, such as lambda features, context_features: …"
+        )
+
+
+def _called(make: Callable[..., Any], features: int, context_features: int | None) -> Any:
+    """What the factory makes, called with those of the two that it takes and that were not given already.
+
+    zuko's flows call the width of the context ``context``, which is 0 for none.
+    """
+    parameters = inspect.signature(make).parameters
+    offered: dict[str, int | None] = {"features": features, "context_features": context_features}
+    if "context" in parameters and "context_features" not in parameters:
+        offered = {"features": features, "context": context_features or 0}
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     given = make.keywords if isinstance(make, partial) else {}
-    wanted = [name for name in offered if name not in given and (takes_all or name in names)]
-    return make(**{name: offered[name] for name in wanted})
+    return make(**{name: offered[name] for name in offered if name not in given and (takes_all or name in parameters)})
