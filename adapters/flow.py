@@ -127,7 +127,10 @@ class Flow(nflows.flows.Flow):
         made = vars(self).get("blueprint", {})
         what = [made["name"], f"{made['layers']} layer{'s' * (made['layers'] != 1)}"] if "name" in made else []
         what.append(f"data {shape_in_words(self.event_shape)}")
-        what += [] if self.context_features is None else [f"context {self.context_features}"]
+        if self.context_features is not None:
+            width = self.context_features if isinstance(self.context_features, int) else "of any width"
+            shape = getattr(self, "context_shape", None)  # of a library's flow, whose context may be no vector
+            what.append(f"context {width if shape is None else shape_in_words(shape)}")
         return in_one_line(self, *what, f"base {type(self.base).__name__}")
 
     def forward(self, *args: Any) -> NoReturn:

@@ -83,3 +83,15 @@ def import_zuko() -> ModuleType:
             kind._validate_args = False
             kind.arg_constraints = vars(kind).get("arg_constraints", {})
     return zuko
+
+
+@cache
+def import_sbi() -> ModuleType:
+    """sbi's package of estimators, imported so that torch.distributions validates arguments as it did before.
+
+    sbi imports zuko, which turns validation off unless ``import_zuko`` has imported it first.
+    """
+    import_zuko()
+    from sbi.neural_nets import estimators
+
+    return estimators

@@ -340,7 +340,11 @@ def test_a_condition_that_is_no_vector_is_flattened():
     theta, x = torch.randn(60, 2), torch.randn(60, 2, 3)
     estimator = to_library("sbi", "masked-affine", **SMALL)(theta, x)
     assert estimator.log_prob(theta, x).shape == (1, 60)
-    assert_close(as_flow(estimator).log_prob(theta, x), estimator.log_prob(theta, x)[0])
+    flow = as_flow(estimator)
+    assert_close(flow.log_prob(theta, x), estimator.log_prob(theta, x)[0])
+    assert "context 2×3" in repr(flow)
+    with pytest.raises(TypeError, match=r"a context of this flow has the shape \(2, 3\), and pyro's are vectors"):
+        to_library("pyro", flow)
 
 
 def test_each_call_of_a_builder_makes_an_estimator_of_its_own():
@@ -674,7 +678,12 @@ BUILT_WRONG = {
         TypeError,
         "but this one wants features, context_features: give a function of these two by name",
     ),
-    "no factory": (lambda: to_library("sbi", print), TypeError, "to_library exports an nflows Transform, not"),
+    "no factory": (lambda: to_library("sbi", print), TypeError, "but this one takes no features: give"),
+    "a function of nothing": (
+        lambda: to_library("sbi", lambda: conditional()),
+        TypeError,
+        "but this one takes no features: give lambda features, context_features: …, or, of a flow that is built",
+    ),
     "network": (lambda: to_library("sbi", nn.Linear(2, 2)), TypeError, "to_library exports an nflows Transform, not"),
     "other library": (
         lambda: to_library("pyro", conditional(), embedding_net=nn.Linear(2, 2)),

@@ -6,6 +6,7 @@
 import importlib.util
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -163,6 +164,11 @@ def to_library(
         raise ValueError(f"unknown library {shown(library)}; known: {', '.join(libraries())}")
     flow_out = getattr(bridge, "flow_out", None)
     made_later = flow_out is not None and (isinstance(flow_or_transform, str) or _is_factory(flow_or_transform))
+    if flow_out is not None and not made_later and _is_maker(flow_or_transform):
+        raise TypeError(
+            "a factory is called with features=… and context_features=…, but this one takes no features: give "
+            "lambda features, context_features: …, or, of a flow that is built already, the flow itself"
+        )
     if not (made_later or isinstance(flow_or_transform, Transform | Flow)):
         raise TypeError(
             f"to_library exports an nflows Transform, not {_name(flow_or_transform)}; as_transform makes one of "
@@ -175,6 +181,11 @@ def to_library(
         return flow_out(flow_or_transform, **options)
     if options:
         raise TypeError(f"to_library({library!r}, …) takes no {', '.join(options)}")
+    if shape := getattr(flow_or_transform, "context_shape", None):
+        raise TypeError(
+            f"a context of this flow has the shape {tuple(shape)}, and {library}'s are vectors; "
+            "FlowDistribution(flow, context) takes it"
+        )
     if isinstance(flow_or_transform, Flow):
         event_dim = event_dim_of(flow_or_transform) if event_dim is None else event_dim
         conditional = conditional or reads_context(flow_or_transform)
@@ -239,6 +250,11 @@ def _is_factory(thing: Any) -> bool:
         return callable(thing) and "features" in inspect.signature(thing).parameters
     except ValueError:  # of a function that does not say what it takes
         return False
+
+
+def _is_maker(thing: Any) -> bool:
+    """Whether it is a function or a class, of whatever arguments."""
+    return inspect.isroutine(thing) or isinstance(thing, type | partial)
 
 
 def _name(foreign) -> str:

@@ -3,19 +3,14 @@
 sbi infers parameters θ from a simulation's result x. ``NPE`` learns the posterior p(θ | x), ``NLE`` the likelihood
 p(x | θ), ``MarginalTrainer`` the evidence p(x). Each takes a *builder*: a function of the simulations which makes the
 *estimator*, a module that scores and draws. In an estimator's words, ``input`` is what the density is of, and
-``condition`` is what we call the context. Its tensors are of shape ``(sample, batch, *event)``, and nflows' of
-``(batch, sample, *event)``; ``_conditional_estimator`` is the one place that turns one into the other.
+``condition`` is what we call the context. ``sbi_parts/estimators.py`` has the estimators that hold a flow.
 
 sbi builds on nflows and zuko, so an estimator comes in by the bridge of the flow that is inside it.
 """
 
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import nflows.distributions
-import torch
 from nflows.flows import Flow as NflowsFlow
 from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor, nn
@@ -24,8 +19,8 @@ from adapters.bridges.common.context import AnyContextFlow
 from adapters.bridges.common.exports import EmbeddedBase, EmbeddedContext, EventDim, whole_transform
 from adapters.bridges.common.on_demand import class_on_demand
 from adapters.bridges.common.simulations import (
+    TRAINERS,
     Pairs,
-    check_not_swapped,
     check_reads_context,
     check_simulations,
     check_widths,
@@ -33,9 +28,10 @@ from adapters.bridges.common.simulations import (
 )
 from adapters.bridges.common.sources import Source, made, source_of
 from adapters.bridges.common.tensors import like
-from adapters.checks import check_tensor, explain_mismatch, shown, sizes
+from adapters.bridges.sbi_parts.estimators import conditional_estimator, unconditional_estimator
+from adapters.checks import shown
 from adapters.flow import Flow, StandardNormal
-from adapters.imports import import_zuko
+from adapters.imports import import_sbi
 from adapters.parts import base_of, embedding_of, event_shape_of, noise_shape_of, transform_of
 
 PACKAGES = LIBRARIES = ("sbi",)
@@ -43,20 +39,7 @@ DISTRIBUTION = "sbi"
 EXTRA = "sbi"
 
 ESTIMATES = {"posterior": ("theta", "x"), "likelihood": ("x", "theta")}  # what a density is of, and its condition
-TRAINERS = "use NPE, NLE or MarginalTrainer"
 Z_SCORES = (None, "none", "independent", "structured")
-
-
-@cache
-def import_sbi() -> ModuleType:
-    """sbi's package of estimators, imported so that torch.distributions validates arguments as it did before.
-
-    sbi imports zuko, which turns validation off unless ``import_zuko`` has imported it first.
-    """
-    import_zuko()
-    from sbi.neural_nets import estimators
-
-    return estimators
 
 
 def transform_in(foreign: Any) -> Transform | None:
@@ -169,8 +152,8 @@ def native_log_prob(exported: Any, inputs: Tensor, context: Tensor | None = None
     width = None if context is None else context.shape[1]
     flow = Flow(transform, StandardNormal(shape).to(inputs), shape, width)
     if context is None:
-        return _unconditional_estimator()(flow, shape).log_prob(inputs)
-    return _conditional_estimator()(flow, nn.Identity(), shape, context.shape[1:]).log_prob(inputs, context).squeeze(0)
+        return unconditional_estimator()(flow, shape).log_prob(inputs)
+    return conditional_estimator()(flow, nn.Identity(), shape, context.shape[1:]).log_prob(inputs, context).squeeze(0)
 
 
 @class_on_demand
@@ -208,7 +191,7 @@ def _builder() -> type:
             if x is None:
                 check_simulations({"x": theta}, "x", self.z_scores)
                 flow = self._made("x", theta, None)
-                return _unconditional_estimator()(self._standardised(flow, "x", theta, None), theta.shape[1:])
+                return unconditional_estimator()(self._standardised(flow, "x", theta, None), theta.shape[1:])
             of, given = ESTIMATES[self.estimates]
             data = {"theta": theta, "x": x}
             check_simulations(data, of, self.z_scores)
@@ -225,7 +208,7 @@ def _builder() -> type:
             context = embedded(embedding_net, conditions)
             flow = self._standardised(flow, of, inputs, context.shape[1])
             check_reads_context(flow, of, inputs[:2], context)
-            estimator = _conditional_estimator()(flow, embedding_net, inputs.shape[1:], conditions.shape[1:])
+            estimator = conditional_estimator()(flow, embedding_net, inputs.shape[1:], conditions.shape[1:])
             if inputs.shape == conditions.shape:  # otherwise sbi finds out that they are the wrong way round
                 estimator.made_of = Pairs(of, inputs, conditions)
             return estimator
@@ -248,135 +231,6 @@ def _builder() -> type:
     return FlowBuilder
 
 
-@class_on_demand
-def _conditional_estimator() -> type:
-    class ConditionalFlowEstimator(import_sbi().ConditionalDensityEstimator):
-        """A flow as sbi's conditional density estimator.
-
-        Args:
-            flow: its context is the embedded condition.
-            embedding_net: maps conditions ``(rows, *condition_shape)`` to ``(rows, C)``.
-            input_shape, condition_shape: of one datum, and of what it is conditioned on.
-
-        Attributes:
-            made_of: the simulations that it was made of, until its first loss tells that it is given them the right way
-                round; ``None`` from then on, in a copy and in a pickle.
-        """
-
-        made_of: Pairs | None = None
-
-        def __init__(self, flow: Flow, embedding_net: nn.Module, input_shape: torch.Size, condition_shape: torch.Size):
-            super().__init__(flow, input_shape, condition_shape)
-            self._embedding_net = embedding_net
-
-        @property
-        def embedding_net(self) -> nn.Module:
-            return self._embedding_net
-
-        def log_prob(self, input: Tensor, condition: Tensor) -> Tensor:
-            """``([sample,] batch, *event)`` of either, which broadcast with each other → ``(sample, batch)``."""
-            found = self._of_pairs(self.net.log_prob, input, condition)
-            return found if found.dim() > 1 else found.unsqueeze(0)
-
-        def loss(self, input: Tensor, condition: Tensor) -> Tensor:
-            """−log p of each pair: ``(batch, *event)`` of either → ``(batch,)``."""
-            loss = -self._of_pairs(self.net.log_prob, input, condition)
-            if self.made_of is not None and loss.numel():
-                check_not_swapped(self.made_of, input, condition)
-                self.made_of = None
-            return loss
-
-        def forward(self, *args: Any) -> NoReturn:
-            """Refused: NRE calls its classifier so."""
-            raise TypeError(f"NRE trains a classifier, and takes no flow: {TRAINERS}")
-
-        def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
-            """The noise of the inputs, ``(*batch, *event)``, of which sbi's tests of calibration ask the density."""
-            return self._of_pairs(self.net.encode, input, condition)
-
-        def sample(self, sample_shape: torch.Size, condition: Tensor) -> Tensor:
-            """Conditions ``(batch, *event)`` → ``(*sample_shape, batch, *event)``."""
-            return self._drawn(self.net.sample, sample_shape, condition)[0]
-
-        def sample_and_log_prob(self, sample_shape: torch.Size, condition: Tensor) -> tuple[Tensor, ...]:
-            """Samples, as ``sample`` gives them, and log p of each, ``(*sample_shape, batch)``, of the same pass."""
-            return self._drawn(self.net.sample_and_log_prob, sample_shape, condition)
-
-        def __getstate__(self) -> dict[str, Any]:
-            return self.__dict__ | {"made_of": None}
-
-        def _of_pairs(self, function: Callable, input: Tensor, condition: Tensor) -> Tensor:
-            """``function(inputs, contexts)`` for each pair; every condition is embedded once, however many inputs."""
-            check_tensor(input, "the input of this estimator")
-            self._check_input_shape(input)
-            context, batch = self._embedded(condition), input.shape[: input.dim() - len(self.input_shape)]
-            try:
-                rows = torch.broadcast_shapes(batch, context.shape[:-1])
-            except RuntimeError as error:
-                raise ValueError(
-                    f"a batch of inputs of shape {tuple(batch)} has no match in one of conditions of shape "
-                    f"{tuple(context.shape[:-1])}: give as many of either, or one"
-                ) from error
-            inputs = input.expand(*rows, *self.input_shape).reshape(-1, *self.input_shape)
-            found = function(inputs, context.expand(*rows, context.shape[-1]).reshape(-1, context.shape[-1]))
-            return found.reshape((*rows, *found.shape[1:]))
-
-        def _drawn(self, function: Callable, sample_shape: torch.Size, condition: Tensor) -> tuple[Tensor, ...]:
-            """What ``function(n, contexts)`` returns, each ``(batch, n, …)``, as ``(*sample_shape, batch, …)``."""
-            shape, context = sizes(sample_shape, "sample_shape"), self._embedded(condition)
-            if context.dim() != 2:
-                wanted = ", ".join(["batch", *map(str, self.condition_shape)])
-                raise ValueError(f"samples need conditions of shape ({wanted}), not {tuple(condition.shape)}")
-            drawn = function(shape.numel(), context)
-            parts = drawn if isinstance(drawn, tuple) else (drawn,)
-            return tuple(t.transpose(0, 1).reshape(*shape, len(context), *t.shape[2:]) for t in parts)
-
-        def _embedded(self, condition: Tensor) -> Tensor:
-            """``(*batch, *condition_shape)`` → ``(*batch, C)``."""
-            check_tensor(condition, "the condition of this estimator")
-            self._check_condition_shape(condition)
-            batch = condition.shape[: condition.dim() - len(self.condition_shape)]
-            try:
-                context = self._embedding_net(condition.reshape(-1, *self.condition_shape))
-            except (RuntimeError, TypeError) as error:
-                explain_mismatch(error, self._embedding_net, "estimator", condition=condition)
-                raise
-            return context.reshape(*batch, context.shape[1])
-
-    return ConditionalFlowEstimator
-
-
-@class_on_demand
-def _unconditional_estimator() -> type:
-    class FlowEstimator(import_sbi().UnconditionalDensityEstimator):
-        """A flow as sbi's density estimator without a condition: its shapes and gradients are those of sbi's own."""
-
-        def log_prob(self, input: Tensor) -> Tensor:
-            """``([sample,] batch, *event)`` → ``([sample,] batch)``."""
-            check_tensor(input, "the input of this estimator")
-            self._check_input_shape(input)
-            batch = input.shape[: input.dim() - len(self.input_shape)]
-            return self.net.log_prob(input.reshape(-1, *self.input_shape)).reshape(batch)
-
-        def loss(self, input: Tensor) -> Tensor:
-            """−log p: ``(batch, *event)`` → ``(batch,)``."""
-            return -self.log_prob(input)
-
-        @torch.no_grad()
-        def sample(self, sample_shape: torch.Size) -> Tensor:
-            """``(*sample_shape, *event)``, without a graph."""
-            shape = sizes(sample_shape, "sample_shape")
-            return self.net.sample(shape.numel()).reshape(*shape, *self.input_shape)
-
-        def sample_and_log_prob(self, sample_shape: torch.Size) -> tuple[Tensor, Tensor]:
-            """Samples, and log p of each, ``(*sample_shape,)``, of the same pass."""
-            shape = sizes(sample_shape, "sample_shape")
-            samples, log_prob = self.net.sample_and_log_prob(shape.numel())
-            return samples.reshape(*shape, *self.input_shape), log_prob.reshape(shape)
-
-    return FlowEstimator
-
-
 def _check_scores_by_flow(estimator: Any) -> None:
     """Raise a TypeError unless ``log_prob`` is one of those that are known to give the density of the flow inside.
 
@@ -384,7 +238,7 @@ def _check_scores_by_flow(estimator: Any) -> None:
     """
     estimators = import_sbi()
     known = [estimators.NFlowsFlow, estimators.ZukoFlow, estimators.ZukoUnconditionalFlow]
-    known += [_conditional_estimator(), _unconditional_estimator()]
+    known += [conditional_estimator(), unconditional_estimator()]
     if not any(type(estimator).log_prob is kind.log_prob for kind in known):
         part = "continuous_net" if isinstance(estimator, estimators.MixedDensityEstimator) else "net"
         raise TypeError(

@@ -17,6 +17,7 @@ from adapters.flow import Flow
 from adapters.parts import event_shape_of
 
 ROLES = {"theta": "the prior's parameters", "x": "the simulations"}
+TRAINERS = "use NPE, NLE or MarginalTrainer"  # those of sbi that take a flow
 UNCONDITIONAL = "this flow is unconditional: it would ignore what NPE and NLE condition on"
 
 
