@@ -1374,3 +1374,32 @@ def test_what_a_class_wants_and_is_not_offered_is_one_line():
 def test_every_law_has_a_title_and_needs_what_comes_before():
     names = [law.name for law in LAWS]
     assert all(law.title and set(law.needs) <= set(names[: names.index(law.name)]) for law in LAWS)
+
+
+class OneConvolution(nn.Module):
+    """Of an image: one network gives s and t, in the halves of its channels."""
+
+    mask: Tensor
+
+    def __init__(self, height: int, width: int):
+        super().__init__()
+        self.register_buffer("mask", checkerboard_mask(1, height, width))
+        self.network = nn.Conv2d(1, 2, 3, padding=1)
+
+    def s_and_t(self, z):
+        s, t = self.network(self.mask * z).chunk(2, 1)
+        return (1 - self.mask) * s.tanh(), (1 - self.mask) * t
+
+    def forward(self, z):
+        s, t = self.s_and_t(z)
+        return z * s.exp() + t, total(s)
+
+    def inverse(self, z):
+        s, t = self.s_and_t(z)
+        return (z - t) * (-s).exp(), -total(s)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (4, 3), (3, 4), (1, 2)])
+def test_s_and_t_of_one_network_are_told_apart_whatever_the_size(shape):
+    report = check(OneConvolution(*shape), (1, *shape))
+    assert report and "forward is equation 15" in str(report), f"\n{report}"

@@ -134,10 +134,10 @@ class Pass:
             flat = value.flatten(1)
             if flat.shape[1] == size:
                 found.append((name, flat))
-            elif flat.shape[1] == 2 * size:
-                found += [(f"half of {name}", part) for part in value.chunk(2, 1)]
-                found += [(f"half of {name}", part) for part in value.chunk(2, -1)] if value.dim() > 2 else []
-        found = [(name, value.flatten(1)) for name, value in found]
+            elif flat.shape[1] == 2 * size:  # one after the other along a dimension, or alternating in the last
+                parts = [part for dim in {1, value.dim() - 1} for part in value.chunk(2, dim)]
+                parts += [flat[:, ::2], flat[:, 1::2]]
+                found += [(f"half of {name}", part.flatten(1)) for part in parts if part[0].numel() == size]
         bounded = [(f"{f.__name__} of {name}", f(value)) for f in (torch.tanh, softsign) for name, value in found]
         return found + bounded
 
