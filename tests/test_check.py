@@ -1403,3 +1403,152 @@ class OneConvolution(nn.Module):
 def test_s_and_t_of_one_network_are_told_apart_whatever_the_size(shape):
     report = check(OneConvolution(*shape), (1, *shape))
     assert report and "forward is equation 15" in str(report), f"\n{report}"
+
+
+def doing(formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Direction:
+    """``forward``, with other outputs where b = 0: a function of z, s and t."""
+    return lambda z, b, s, t: (b * z + (1 - b) * formula(z, s(b * z), t(b * z)), total((1 - b) * s(b * z)))
+
+
+class ShiftFirst(nn.Module):
+    """z' = (z + t) ⊙ exp(s), as in Glow, which knows no networks; ``undo`` is a function of z', exp(s) and t."""
+
+    def __init__(self, undo):
+        super().__init__()
+        self.s, self.t, self.undo = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3)), undo
+
+    def forward(self, z):
+        return (z + self.t) * self.s.exp(), self.s.sum().expand(len(z))
+
+    def inverse(self, z):
+        return self.undo(z, self.s.exp(), self.t), -self.s.sum().expand(len(z))
+
+
+class Autoregressive(nn.Module):
+    """z'_i = z_i exp(s_i) + t_i, where s_i and t_i are functions of z_1 to z_(i−1); ``undo`` as above."""
+
+    def __init__(self, undo=lambda z, a, t: (z - t) / a, turned: bool = False, do=lambda z, a, t: z * a + t):
+        super().__init__()
+        self.weight, self.turned = nn.Parameter(0.3 * torch.randn(2, 4, 4)), turned
+        self.undo, self.do = undo, do
+
+    def s_and_t(self, z):
+        of_s, of_t = self.weight.tril(-1)
+        return (z @ of_s.T).tanh() + 0.1, z @ of_t.T
+
+    def along(self, z):
+        s, t = self.s_and_t(z)
+        return self.do(z, s.exp(), t), total(s)
+
+    def against(self, z):
+        x = torch.zeros_like(z)
+        for _ in range(4):
+            s, t = self.s_and_t(x)
+            x = self.undo(z, s.exp(), t)
+        return x, -total(self.s_and_t(x)[0])
+
+    def forward(self, z):
+        return (self.against if self.turned else self.along)(z)
+
+    def inverse(self, z):
+        return (self.along if self.turned else self.against)(z)
+
+
+class OfNflows(Transform):
+    """``forward`` is data → noise, as there."""
+
+    mask: Tensor
+
+    def __init__(self, forward: Direction, inverse: Direction):
+        super().__init__()
+        self.scale_net, self.translation_net = Network(Offer((4,)), True), Network(Offer((4,)), False)
+        self.register_buffer("mask", checkerboard_mask(4))
+        self.directions = forward, inverse
+
+    def forward(self, inputs, context=None):
+        return self.directions[0](inputs, self.mask, self.scale_net, self.translation_net)
+
+    def inverse(self, inputs, context=None):
+        return self.directions[1](inputs, self.mask, self.scale_net, self.translation_net)
+
+
+class OfTorch(torch.distributions.Transform):
+    domain = codomain = torch.distributions.constraints.real_vector
+    bijective = True
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.tensor([0.5, -0.3])
+
+    def _call(self, x):
+        return x * self.w.exp() + 1
+
+    def _inverse(self, y):
+        return (y - 1) * self.w.exp()
+
+    def log_abs_det_jacobian(self, x, y):
+        return self.w.sum().expand(x.shape[:-1])
+
+
+MAPS = {  # what is wrong: the layer, its features, and the mistake; the log-determinants are right
+    "shift first, +s": (lambda: ShiftFirst(lambda z, a, t: z * a - t), 3, "inverse uses +s"),
+    "shift first, +t": (lambda: ShiftFirst(lambda z, a, t: z / a + t), 3, "inverse adds t"),
+    "shift first, the order, of which either may be meant": (lambda: ShiftFirst(lambda z, a, t: (z - t) / a), 3, None),
+    "autoregressive, +s": (lambda: Autoregressive(lambda z, a, t: (z - t) * a), 4, "inverse uses +s"),
+    "autoregressive, t after": (
+        lambda: Autoregressive(lambda z, a, t: z / a - t),
+        4,
+        "inverse subtracts t after scaling",
+    ),
+    "autoregressive, turned, +s": (lambda: Autoregressive(lambda z, a, t: (z - t) * a, True), 4, "forward uses +s"),
+    "autoregressive, −s": (lambda: Autoregressive(do=lambda z, a, t: z / a + t), 4, "forward uses −s"),
+    "forward −s": (lambda: Hand((4,), doing(lambda z, s, t: z * (-s).exp() + t)), 4, "forward uses −s"),
+    "forward −t": (lambda: Hand((4,), doing(lambda z, s, t: z * s.exp() - t)), 4, "forward subtracts t"),
+    "forward s": (lambda: Hand((4,), doing(lambda z, s, t: z * s + t)), 4, "forward multiplies by s"),
+    "nflows, forward +s": (
+        lambda: OfNflows(undoing(lambda z, s, t: (z - t) * s.exp()), forward),
+        4,
+        "forward uses +s",
+    ),
+    "nflows, forward +t": (
+        lambda: OfNflows(undoing(lambda z, s, t: (z + t) * (-s).exp()), forward),
+        4,
+        "forward adds t",
+    ),
+    "nflows, forward t after": (
+        lambda: OfNflows(undoing(lambda z, s, t: z * (-s).exp() - t), forward),
+        4,
+        "forward subtracts t after scaling",
+    ),
+    "nflows, inverse −s": (
+        lambda: OfNflows(inverse, doing(lambda z, s, t: z * (-s).exp() + t)),
+        4,
+        "inverse uses −s",
+    ),
+    "torch, _inverse +s": (OfTorch, 2, "forward uses +s"),
+}
+
+
+@pytest.mark.parametrize("planted", MAPS)
+def test_where_the_maps_disagree_no_right_log_determinant_is_blamed(planted):
+    thing, features, mistake = MAPS[planted]
+    report = check(thing(), (features,))
+    assert "round_trip" in report.broken and report.mistakes == [mistake] * bool(mistake), f"\n{report}"
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: ShiftFirst(lambda z, a, t: z / a - t), Autoregressive, lambda: Autoregressive(turned=True)]
+)
+def test_no_right_layer_beside_them_is_accused(layer):
+    thing = layer()
+    report = check(thing, (3 if isinstance(thing, ShiftFirst) else 4,))
+    assert report, f"\n{report}"
+
+
+def test_a_sign_that_is_wrong_beside_a_wrong_inverse_is_still_named():
+    def wrong(z, b, s, t):
+        y, log_det = undoing(lambda z, s, t: z * (-s).exp() - t)(z, b, s, t)
+        return y, -log_det
+
+    report = check(Hand((4,), forward, wrong), (4,))
+    assert report.mistakes[0] == "inverse subtracts t after scaling" and "Equation 16" in str(report), f"\n{report}"
