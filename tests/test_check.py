@@ -1552,3 +1552,65 @@ def test_a_sign_that_is_wrong_beside_a_wrong_inverse_is_still_named():
 
     report = check(Hand((4,), forward, wrong), (4,))
     assert report.mistakes[0] == "inverse subtracts t after scaling" and "Equation 16" in str(report), f"\n{report}"
+
+
+class OneNetwork(nn.Module):
+    """A masked layer with one network for both, of which ``split`` makes s and t; three parts of it may be wrong."""
+
+    mask: Tensor
+
+    def __init__(self, split, features: int = 4, log_det=lambda b, s: total((1 - b) * s), do=forward, undo=inverse):
+        super().__init__()
+        self.register_buffer("mask", checkerboard_mask(features))
+        self.weight, self.scale = nn.Parameter(0.3 * torch.randn(2 * features, features)), nn.Parameter(torch.ones(1))
+        self.network = nn.Sequential(nn.Linear(features, 16), nn.Tanh(), nn.Linear(16, 2 * features))
+        self.split, self.log_det, self.do, self.undo = split, log_det, do, undo
+
+    def forward(self, z):
+        y, _ = self.do(z, self.mask, lambda x: self.split(self, x)[0], lambda x: self.split(self, x)[1])
+        return y, self.log_det(self.mask, self.split(self, self.mask * z)[0])
+
+    def inverse(self, z):
+        y, _ = self.undo(z, self.mask, lambda x: self.split(self, x)[0], lambda x: self.split(self, x)[1])
+        return y, -self.log_det(self.mask, self.split(self, self.mask * z)[0])
+
+
+def halves(of_s: Callable[[nn.Module, Tensor], Tensor]):
+    """s is a function of the layer and the first half of what its network gives; t is the second."""
+
+    def split(layer, z):
+        first, second = layer.network(z).chunk(2, 1)
+        return of_s(layer, first), second
+
+    return split
+
+
+SPLITS = {
+    "alternating": lambda layer, z: layer.network(z).view(len(z), -1, 2).unbind(2),
+    "a learned bound": halves(lambda layer, s: layer.scale * s.tanh()),
+    "twice tanh": halves(lambda layer, s: 2 * s.tanh()),
+    "clamped": halves(lambda layer, s: s.clamp(-0.3, 2)),
+    "an arcus tangent": halves(lambda layer, s: 0.6 * s.atan()),
+    "the logarithm of a scale": halves(lambda layer, s: torch.sigmoid(s + 2).log()),
+    "no modules": lambda layer, z: (z @ layer.weight[:4].T.sin(), z @ layer.weight[4:].T),
+}
+B_FOR_1_B = "b stands where 1 − b should, in the log-determinant"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_missing_factor_is_named_however_s_is_computed(split):
+    assert check(OneNetwork(SPLITS[split]), (4,))
+    for log_det, mistake in ((lambda b, s: total(s), FACTOR), (lambda b, s: total(b * s), B_FOR_1_B)):
+        report = check(OneNetwork(SPLITS[split], log_det=log_det), (4,))
+        assert report.mistakes == [mistake] and "Equation 17" in str(report), f"\n{report}"
+    if split != "no modules":  # where t is not seen
+        report = check(OneNetwork(SPLITS[split], do=PLANTED["factor in outputs"][0]), (4,))
+        assert report.mistakes == [FACTOR] and "Equation 15" in str(report), f"\n{report}"
+
+
+@pytest.mark.parametrize("split", [split for split in SPLITS if split != "no modules"])
+def test_the_direction_to_mend_is_known_however_s_is_computed(split):
+    forward_adds = OneNetwork(SPLITS[split], do=doing(lambda z, s, t: z * s.exp() - t))
+    inverse_adds = OneNetwork(SPLITS[split], undo=undoing(lambda z, s, t: (z + t) * (-s).exp()))
+    assert check(forward_adds, (4,)).mistakes == ["forward subtracts t"]
+    assert check(inverse_adds, (4,)).mistakes == ["inverse adds t"]

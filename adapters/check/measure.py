@@ -19,6 +19,7 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn.functional import softsign
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, Wrong
 
@@ -36,6 +37,7 @@ AGAIN = 16  # calls that must agree
 CALLS = 3  # of each network inside, that are looked at in one pass
 STEP = 1e-6  # h of ``roughness``
 
+aten = torch.ops.aten
 Function = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # rows and contexts to outputs and log-determinants
 
 
@@ -59,6 +61,30 @@ class Seen(NamedTuple):
     name: str
     given: Tensor
     gave: Tensor
+
+
+class Logarithms(TorchDispatchMode):
+    """Within, notes what exp is taken of and what log gives, for that many rows.
+
+    Attributes:
+        found: their names and values, of the first calls.
+    """
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.rows, self.found = rows, list[tuple[str, Tensor]]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (aten.exp.default, aten.exp_.default):
+            self._note("what torch.exp is given", args[0])
+        answer = func(*args, **(kwargs or {}))
+        if func == aten.log.default:
+            self._note("what torch.log gives", answer)
+        return answer
+
+    def _note(self, name: str, value: Tensor) -> None:
+        if value.dim() > 1 and len(value) == self.rows and len(self.found) < 2 * CALLS:
+            self.found.append((name, value.clone()))
 
 
 @dataclass
@@ -137,8 +163,18 @@ class Pass:
                 if 2 * part.numel() == value.numel()
                 for fitting in self._of_the_event(part.flatten(1))
             ]
-        bounded = [(f"{f.__name__} of {name}", f(value)) for f in (torch.tanh, softsign) for name, value in found]
-        return found + bounded
+        found += [(f"{f.__name__} of {name}", f(value)) for f in (torch.tanh, softsign) for name, value in found]
+        for name, value in self.logarithms:
+            for part in self._of_the_event(value.flatten(1)):
+                found += [(name, part), (f"minus {name}", -part)]  # as of exp(−s)
+        return found
+
+    @cached_property
+    def logarithms(self) -> list[tuple[str, Tensor]]:
+        """What exp is taken of and what log gives, in one more call: one may be s, however it is computed."""
+        with suppress(Wrong), torch.no_grad(), Logarithms(len(self.x)) as noted:
+            self.function(self.x.clone(), self.context)
+        return noted.found
 
     def _of_the_event(self, values: Tensor) -> list[Tensor]:
         """These values of each row in the event's size, zero where they are for the changed coordinates only."""
