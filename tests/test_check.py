@@ -1614,3 +1614,102 @@ def test_the_direction_to_mend_is_known_however_s_is_computed(split):
     inverse_adds = OneNetwork(SPLITS[split], undo=undoing(lambda z, s, t: (z + t) * (-s).exp()))
     assert check(forward_adds, (4,)).mistakes == ["forward subtracts t"]
     assert check(inverse_adds, (4,)).mistakes == ["inverse adds t"]
+
+
+class Halves(nn.Module):
+    """The second half is scaled and shifted by what a network of ``given`` says, a function of both halves and context.
+
+    In inverse it is of ``given_back``.
+    """
+
+    def __init__(self, given, given_back=None, width: int = 2, undo=lambda z, s, t: (z - t) * (-s).exp()):
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(width, 16), nn.Tanh(), nn.Linear(16, 4))
+        self.given, self.given_back, self.undo = given, given_back or given, undo
+
+    def forward(self, z, context=None):
+        first, second = z.chunk(2, 1)
+        s, t = self.network(self.given(first, second, context)).chunk(2, 1)
+        return torch.cat((first, second * s.exp() + t), 1), s.sum(1)
+
+    def inverse(self, z, context=None):
+        first, second = z.chunk(2, 1)
+        s, t = self.network(self.given_back(first, second, context)).chunk(2, 1)
+        return torch.cat((first, self.undo(second, s, t)), 1), -s.sum(1)
+
+
+SEES = {  # what the network sees that it should not
+    "all of z": (lambda: Halves(lambda a, b, c: torch.cat((a, b), 1), width=4), None),
+    "all of z, and the context": (lambda: Halves(lambda *given: torch.cat(given, 1), width=7), 3),
+    "the context, and all of z": (lambda: Halves(lambda a, b, c: torch.cat((c, b, a), 1), width=7), 3),
+    "all of z in inverse only": (
+        lambda: Halves(lambda a, b, c: torch.cat((a, 0 * b, c), 1), lambda *given: torch.cat(given, 1), 7),
+        3,
+    ),
+    "the half that changes": (lambda: Halves(lambda a, b, c: b), None),
+    "the half that changes, and the context": (lambda: Halves(lambda a, b, c: torch.cat((b, c), 1), width=5), 3),
+}
+
+
+@pytest.mark.parametrize("planted", SEES)
+def test_a_network_that_sees_what_changes_is_named(planted):
+    thing, width = SEES[planted]
+    report = check(thing(), (4,), width)
+    assert report.mistakes == ["the networks see unmasked z"], f"\n{report}"
+    assert "gives network " in str(report), f"\n{report}"
+
+
+class MasksItself(nn.Module):
+    """A network that may be given all of z: it looks at a part of it."""
+
+    def __init__(self, kept: Tensor):
+        super().__init__()
+        self.kept, self.linear = nn.Buffer(kept.float()), nn.Linear(4, 4)
+
+    def forward(self, z):
+        return self.linear(z * self.kept).tanh()
+
+
+class Made(nn.Module):
+    """s and t of an autoregressive layer, each of the coordinates before its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(4, 4))
+
+    def forward(self, z):
+        return (z @ self.weight.tril(-1).T).sin()
+
+
+class OfMade(Autoregressive):
+    """The same with networks, which are rightly given all of z, and whose first s and t are 0."""
+
+    def __init__(self, undo=lambda z, a, t: (z - t) / a):
+        super().__init__(undo)
+        self.of_s, self.of_t = Made(), Made()
+        del self.weight
+
+    def s_and_t(self, z):
+        return self.of_s(z), self.of_t(z)
+
+
+def test_a_network_that_masks_what_it_is_given_is_not_blamed_for_another_mistake():
+    layer = Hand(
+        (4,),
+        lambda z, b, s, t: forward(z, b, lambda _: s(z), lambda _: t(z)),
+        lambda z, b, s, t: undoing(lambda z, s, t: (z - t) * s.exp())(z, b, lambda _: s(z), lambda _: t(z)),
+    )
+    layer.scale_net, layer.translation_net = MasksItself(layer.mask), MasksItself(layer.mask)
+    assert check(layer, (4,)).mistakes == ["inverse uses +s"]
+    assert check(OfMade(), (4,))
+    assert check(OfMade(lambda z, a, t: (z - t) * a), (4,)).mistakes == ["inverse uses +s"]
+
+
+def test_a_map_that_is_not_triangular_is_not_told_that_its_scale_is_another():
+    class Mixes(Autoregressive):
+        def s_and_t(self, z):
+            of_s, of_t = self.weight
+            return (z @ of_s.T).tanh() + 0.1, z @ of_t.T
+
+    report = check(Mixes(), (4,))
+    assert report.broken and not report.mistakes, f"\n{report}"

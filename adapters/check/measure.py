@@ -37,6 +37,7 @@ AGAIN = 16  # calls that must agree
 CALLS = 3  # of each network inside, that are looked at in one pass
 STEP = 1e-6  # h of ``roughness``
 
+EXP = "what torch.exp is given"
 aten = torch.ops.aten
 Function = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # rows and contexts to outputs and log-determinants
 
@@ -76,7 +77,7 @@ class Logarithms(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (aten.exp.default, aten.exp_.default):
-            self._note("what torch.exp is given", args[0])
+            self._note(EXP, args[0])
         answer = func(*args, **(kwargs or {}))
         if func == aten.log.default:
             self._note("what torch.log gives", answer)

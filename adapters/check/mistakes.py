@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from adapters.check.measure import (
+    EXACT,
+    EXP,
     WIDE,
     Evidence,
     Pass,
@@ -231,34 +233,42 @@ UNMASKED = "the networks see unmasked z"
 
 @mistake(UNMASKED, "round_trip", explains=ALL)
 def unmasked(e: Evidence, law: str) -> str | None:
-    for p, equation in ((e.forward, 15), (e.back, 16)):
-        kept = e.forward.kept
-        if not kept.any() or kept.all():
-            return None
-        x, _ = p.flat
-        for name, given, _ in p.seen:
-            given = given.flatten(1)
-            if given.shape == x.shape and same(given, x) and x[:, ~kept].abs().max() > 0:
-                return (
-                    f"{_at(e, p.direction)} gives all of z to {name.split('.')[0]}, so that the transformed "
-                    f"coordinates depend on one another: give it b ⊙ z{_coupling(e, equation)}"
-                )
-    p, kept = e.forward, e.forward.kept
-    if e.mask is None or not torch.equal(kept, e.inverse.kept):
+    changed = ~e.forward.kept
+    if not changed.any() or changed.all():
         return None
-    among = p.jacobian[:, ~kept][:, :, ~kept]
-    entangled = not same(among, torch.diag_embed(among.diagonal(dim1=1, dim2=2)))
-    x, _ = p.flat
-    seen = [(name, given.flatten(1)) for name, given, _ in p.seen if given.flatten(1).shape == x.shape]
-    for name, given in seen:
-        if same(given, x * ~kept) or (entangled and same(given[:, ~kept], x[:, ~kept])):
+    for p, equation in ((e.forward, 15), (e.back, 16))[: 1 if e.slow else 2]:
+        if found := _sees_changed(e, p, changed):
+            name, alone = found
+            seen = "the coordinates that are transformed, and not those that stay" if alone else "all of z"
             return (
-                f"{_at(e, p.direction)} gives {name.split('.')[0]} the coordinates that are transformed, and not those "
-                f"that stay: give it b ⊙ z{_coupling(e, 15)}"
+                f"{_at(e, p.direction)} gives {name.split('.')[0]} {seen}, so that the transformed coordinates depend "
+                f"on one another: give it b ⊙ z{_coupling(e, equation)}"
             )
-    if not entangled:
+    if e.mask is None or not torch.equal(changed, ~e.inverse.kept) or not _entangled(e.forward, changed):
         return None
     return f"a transformed coordinate depends on the other transformed ones: give the networks b ⊙ z{_coupling(e, 15)}"
+
+
+def _sees_changed(e: Evidence, p: Pass, changed: Tensor) -> tuple[str, bool] | None:
+    """A network that is given coordinates that change, and gives other answers for others, and if it is given no more.
+
+    None, too, where each changed coordinate depends on those before it only, as an autoregressive layer's do.
+    """
+    x, _ = p.flat
+    stay, change = (set(map(tuple, x[:, which].T.tolist())) for which in (~changed, changed))
+    others = e.passed(p.direction, torch.where(changed, x.roll(1, 0), x).view_as(p.x))
+    for (name, given, gave), (other, _, otherwise) in zip(p.seen, others.seen, strict=False):
+        columns = set(map(tuple, given.flatten(1).T.tolist()))
+        if name == other and columns & change and not same(otherwise, gave) and _entangled(p, changed, mutually=True):
+            return name, not columns & stay
+    return None
+
+
+def _entangled(p: Pass, changed: Tensor, mutually: bool = False) -> bool:
+    """Whether a changed coordinate depends on another one, or two on each other; one alone can't tell."""
+    slopes = p.jacobian if p.undoes is None or len(changed) > WIDE else replace(p, undoes=None).jacobian
+    among = (slopes[:, changed][:, :, changed].abs() > EXACT).any(0).fill_diagonal_(False)
+    return bool((among & among.T).any() or len(among) == 1) if mutually else bool(among.any())
 
 
 # Rows
@@ -550,6 +560,7 @@ def other_s(e: Evidence, p: Pass) -> str | None:
                 not used
                 and p.exact.isfinite().all()
                 and any(same(sign * part.sum(1), p.log_det) for part in (s, s[:, ~p.kept]))
+                and not any(same(value, s) for what, value in p.gave if EXP in what)
             ):
                 return (
                     f"log_det sums {name}, but z is not scaled by its exp: sum the logarithm of the scale that is used"
