@@ -1713,3 +1713,74 @@ def test_a_map_that_is_not_triangular_is_not_told_that_its_scale_is_another():
 
     report = check(Mixes(), (4,))
     assert report.broken and not report.mistakes, f"\n{report}"
+
+
+class Additive(nn.Module):
+    """A masked layer without s: z' = z + (1 − b) ⊙ t(b ⊙ z); ``undo`` is a function of z' and (1 − b) ⊙ t."""
+
+    mask: Tensor
+
+    def __init__(self, undo):
+        super().__init__()
+        self.network, self.undo = MLP(4, 4), undo
+        self.register_buffer("mask", checkerboard_mask(4))
+
+    def shift(self, z):
+        return (1 - self.mask) * self.network(self.mask * z)
+
+    def forward(self, z):
+        return z + self.shift(z), z.new_zeros(len(z))
+
+    def inverse(self, z):
+        return self.undo(z, self.shift(z)), z.new_zeros(len(z))
+
+
+def test_a_layer_without_s_is_not_told_of_s():
+    assert check(Additive(lambda z, t: z - t), (4,))
+    report = check(Additive(lambda z, t: z + t), (4,))
+    assert report.mistakes == ["inverse adds t"] and "it adds t, as forward does: subtract it" in str(report)
+    assert "exp" not in str(report), f"\n{report}"
+    report = check(Additive(lambda z, t: z), (4,))
+    assert report.mistakes == ["inverse returns its input"], f"\n{report}"
+
+
+class Square(nn.Module):
+    """z' = (z + 9 + t)², of which ``inverse`` may take the wrong root, and log_det the logarithm of what is below 0."""
+
+    def __init__(self, root: int, sign: int):
+        super().__init__()
+        self.t, self.root, self.sign = nn.Parameter(torch.zeros(2)), root, sign
+
+    def forward(self, z):
+        return (z + 9 + self.t) ** 2, (2 * self.sign * (z + 9 + self.t)).log().sum(1)
+
+    def inverse(self, z):
+        x = self.root * z.sqrt() - 9 - self.t
+        return x, -(2 * (x + 9 + self.t)).log().sum(1)
+
+
+def test_no_absolute_value_is_advised_where_the_map_itself_is_wrong():
+    named = check(Square(1, -1), (2,))
+    assert named.mistakes == ["log-determinant is not a number"], f"\n{named}"
+    report = check(Square(-1, 1), (2,))
+    assert {"log_det_shape", "round_trip"} <= set(report.broken) and not report.mistakes, f"\n{report}"
+    assert "absolute" not in str(report), f"\n{report}"
+
+
+class ShiftFirstSign(ShiftFirst):
+    def forward(self, z):
+        y, log_det = super().forward(z)
+        return y, -log_det
+
+
+@pytest.mark.parametrize(
+    ("layer", "features"),
+    [
+        (lambda: Hand((4,), PLANTED["sign"][0]), 4),
+        (lambda: ShiftFirstSign(lambda z, a, t: z / a - t), 3),
+    ],
+)
+def test_a_wrong_sign_is_answered_by_what_to_do(layer, features):
+    report = check(layer(), (features,))
+    assert report.mistakes == [SIGN], f"\n{report}"
+    assert "change its sign, to that of forward's own Jacobian" in " ".join(str(report).split()), f"\n{report}"

@@ -449,8 +449,10 @@ def _slip(slip: Slip, direction: str) -> Callable:
             scale, t = UNDONE_BY[slip.of](*(part[:, changed] for part in right.line))
             given, found = (flat[:, changed] for flat in wrong.flat)
             if changed.any() and same(found, slip.formula(given, scale, t)):
-                equation = 15 if slip.of == EQUATION_15 else 16
-                return f"in {_at(e, direction)} {_of_other(slip.remedy, direction)}{_coupling(e, equation)}"
+                words = f"in {_at(e, direction)} {_of_other(slip.remedy, direction)}"
+                if same(scale, torch.ones_like(scale)):  # there is no s to speak of
+                    return words
+                return f"{words}{_coupling(e, 15 if slip.of == EQUATION_15 else 16)}"
         return None
 
     return explain
@@ -500,13 +502,11 @@ def _log_det(name: str, explains: tuple[str, ...] = ()) -> Callable:
 def wrong_sign(e: Evidence, p: Pass) -> str | None:
     if not same(p.log_det, -p.exact):
         return None
+    words = f"each row's log_det is minus autograd's: change its sign, to that of {p.direction}'s own Jacobian"
+    if e.mask is None:
+        return words
     sign = "−" if p.direction == INVERSE else "+"
-    return (
-        f"each row's log_det is minus autograd's. The one that {p.direction} returns is its own: {sign} Σ (1 − b) ⊙ s "
-        f"where forward multiplies by exp(s){_coupling(e, 17)}"
-        if e.mask is not None
-        else f"each row's log_det is minus autograd's: {p.direction} returns the log-determinant of its own Jacobian"
-    )
+    return f"{words}, {sign} Σ (1 − b) ⊙ s where forward multiplies by exp(s){_coupling(e, 17)}"
 
 
 @_log_det("log-determinant is left out")
