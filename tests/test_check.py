@@ -18,6 +18,7 @@ import torch
 import tyro
 from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.nn.functional import softsign
 
 import adapters
@@ -1468,12 +1469,12 @@ class OfNflows(Transform):
     def forward(self, inputs, context=None):
         return self.directions[0](inputs, self.mask, self.scale_net, self.translation_net)
 
-    def inverse(self, inputs, context=None):
+    def inverse(self, inputs, context=None):  # type: ignore[override]
         return self.directions[1](inputs, self.mask, self.scale_net, self.translation_net)
 
 
 class OfTorch(torch.distributions.Transform):
-    domain = codomain = torch.distributions.constraints.real_vector
+    domain = codomain = constraints.real_vector
     bijective = True
 
     def __init__(self):
@@ -1575,7 +1576,7 @@ class OneNetwork(nn.Module):
         return y, -self.log_det(self.mask, self.split(self, self.mask * z)[0])
 
 
-def halves(of_s: Callable[[nn.Module, Tensor], Tensor]):
+def halves(of_s: Callable[[OneNetwork, Tensor], Tensor]):
     """s is a function of the layer and the first half of what its network gives; t is the second."""
 
     def split(layer, z):
@@ -1612,6 +1613,10 @@ def test_a_missing_factor_is_named_however_s_is_computed(split):
 def test_the_direction_to_mend_is_known_however_s_is_computed(split):
     forward_adds = OneNetwork(SPLITS[split], do=doing(lambda z, s, t: z * s.exp() - t))
     inverse_adds = OneNetwork(SPLITS[split], undo=undoing(lambda z, s, t: (z + t) * (-s).exp()))
+    shifts_first = doing(lambda z, s, t: (z + t) * s.exp())
+    assert check(OneNetwork(SPLITS[split], do=shifts_first, undo=undoing(lambda z, s, t: z * (-s).exp() - t)), (4,))
+    also_adds = OneNetwork(SPLITS[split], do=shifts_first, undo=undoing(lambda z, s, t: z * (-s).exp() + t))
+    assert check(also_adds, (4,)).mistakes == ["inverse adds t"]
     assert check(forward_adds, (4,)).mistakes == ["forward subtracts t"]
     assert check(inverse_adds, (4,)).mistakes == ["inverse adds t"]
 

@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import process_time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn.functional import softsign
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, Wrong
 
@@ -38,7 +38,6 @@ CALLS = 3  # of each network inside, that are looked at in one pass
 STEP = 1e-6  # h of ``roughness``
 
 EXP = "what torch.exp is given"
-aten = torch.ops.aten
 Function = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # rows and contexts to outputs and log-determinants
 
 
@@ -64,7 +63,7 @@ class Seen(NamedTuple):
     gave: Tensor
 
 
-class Logarithms(TorchDispatchMode):
+class Logarithms(TorchFunctionMode):
     """Within, notes what exp is taken of and what log gives, for that many rows.
 
     Attributes:
@@ -75,16 +74,17 @@ class Logarithms(TorchDispatchMode):
         super().__init__()
         self.rows, self.found = rows, list[tuple[str, Tensor]]()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (aten.exp.default, aten.exp_.default):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in ("exp", "exp_") and args:
             self._note(EXP, args[0])
         answer = func(*args, **(kwargs or {}))
-        if func == aten.log.default:
+        if name == "log":
             self._note("what torch.log gives", answer)
         return answer
 
-    def _note(self, name: str, value: Tensor) -> None:
-        if value.dim() > 1 and len(value) == self.rows and len(self.found) < 2 * CALLS:
+    def _note(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.rows and len(self.found) < 2 * CALLS:
             self.found.append((name, value.clone()))
 
 
@@ -411,7 +411,11 @@ class Evidence:
         """
         if self.contradiction:
             return self.contradiction
-        forward = any(map(self.forward.networks, (equation_15, equation_16, shift_then_scale)))
+        nflows = isinstance(
+            self.subject.transform, Transform
+        )  # forward is data → noise there, and does not shift first
+        forms = (equation_15, equation_16) if nflows else (equation_15, equation_16, shift_then_scale)
+        forward = any(map(self.forward.networks, forms))
         inverse = any(map(self.back.networks, (equation_15, equation_16)))
         return FORWARD if inverse and not forward else INVERSE
 
