@@ -18,6 +18,7 @@ import torch
 import tyro
 from nflows.transforms import CompositeTransform, Transform
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.nn.functional import softsign
 
 import adapters
@@ -1374,3 +1375,417 @@ def test_what_a_class_wants_and_is_not_offered_is_one_line():
 def test_every_law_has_a_title_and_needs_what_comes_before():
     names = [law.name for law in LAWS]
     assert all(law.title and set(law.needs) <= set(names[: names.index(law.name)]) for law in LAWS)
+
+
+class OneConvolution(nn.Module):
+    """Of an image: one network gives s and t, in the halves of its channels."""
+
+    mask: Tensor
+
+    def __init__(self, height: int, width: int):
+        super().__init__()
+        self.register_buffer("mask", checkerboard_mask(1, height, width))
+        self.network = nn.Conv2d(1, 2, 3, padding=1)
+
+    def s_and_t(self, z):
+        s, t = self.network(self.mask * z).chunk(2, 1)
+        return (1 - self.mask) * s.tanh(), (1 - self.mask) * t
+
+    def forward(self, z):
+        s, t = self.s_and_t(z)
+        return z * s.exp() + t, total(s)
+
+    def inverse(self, z):
+        s, t = self.s_and_t(z)
+        return (z - t) * (-s).exp(), -total(s)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (4, 3), (3, 4), (1, 2)])
+def test_s_and_t_of_one_network_are_told_apart_whatever_the_size(shape):
+    report = check(OneConvolution(*shape), (1, *shape))
+    assert report and "forward is equation 15" in str(report), f"\n{report}"
+
+
+def doing(formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Direction:
+    """``forward``, with other outputs where b = 0: a function of z, s and t."""
+    return lambda z, b, s, t: (b * z + (1 - b) * formula(z, s(b * z), t(b * z)), total((1 - b) * s(b * z)))
+
+
+class ShiftFirst(nn.Module):
+    """z' = (z + t) ⊙ exp(s), as in Glow, which knows no networks; ``undo`` is a function of z', exp(s) and t."""
+
+    def __init__(self, undo):
+        super().__init__()
+        self.s, self.t, self.undo = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3)), undo
+
+    def forward(self, z):
+        return (z + self.t) * self.s.exp(), self.s.sum().expand(len(z))
+
+    def inverse(self, z):
+        return self.undo(z, self.s.exp(), self.t), -self.s.sum().expand(len(z))
+
+
+class Autoregressive(nn.Module):
+    """z'_i = z_i exp(s_i) + t_i, where s_i and t_i are functions of z_1 to z_(i−1); ``undo`` as above."""
+
+    def __init__(self, undo=lambda z, a, t: (z - t) / a, turned: bool = False, do=lambda z, a, t: z * a + t):
+        super().__init__()
+        self.weight, self.turned = nn.Parameter(0.3 * torch.randn(2, 4, 4)), turned
+        self.undo, self.do = undo, do
+
+    def s_and_t(self, z):
+        of_s, of_t = self.weight.tril(-1)
+        return (z @ of_s.T).tanh() + 0.1, z @ of_t.T
+
+    def along(self, z):
+        s, t = self.s_and_t(z)
+        return self.do(z, s.exp(), t), total(s)
+
+    def against(self, z):
+        x = torch.zeros_like(z)
+        for _ in range(4):
+            s, t = self.s_and_t(x)
+            x = self.undo(z, s.exp(), t)
+        return x, -total(self.s_and_t(x)[0])
+
+    def forward(self, z):
+        return (self.against if self.turned else self.along)(z)
+
+    def inverse(self, z):
+        return (self.along if self.turned else self.against)(z)
+
+
+class OfNflows(Transform):
+    """``forward`` is data → noise, as there."""
+
+    mask: Tensor
+
+    def __init__(self, forward: Direction, inverse: Direction):
+        super().__init__()
+        self.scale_net, self.translation_net = Network(Offer((4,)), True), Network(Offer((4,)), False)
+        self.register_buffer("mask", checkerboard_mask(4))
+        self.directions = forward, inverse
+
+    def forward(self, inputs, context=None):
+        return self.directions[0](inputs, self.mask, self.scale_net, self.translation_net)
+
+    def inverse(self, inputs, context=None):  # type: ignore[override]
+        return self.directions[1](inputs, self.mask, self.scale_net, self.translation_net)
+
+
+class OfTorch(torch.distributions.Transform):
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.tensor([0.5, -0.3])
+
+    def _call(self, x):
+        return x * self.w.exp() + 1
+
+    def _inverse(self, y):
+        return (y - 1) * self.w.exp()
+
+    def log_abs_det_jacobian(self, x, y):
+        return self.w.sum().expand(x.shape[:-1])
+
+
+MAPS = {  # what is wrong: the layer, its features, and the mistake; the log-determinants are right
+    "shift first, +s": (lambda: ShiftFirst(lambda z, a, t: z * a - t), 3, "inverse uses +s"),
+    "shift first, +t": (lambda: ShiftFirst(lambda z, a, t: z / a + t), 3, "inverse adds t"),
+    "shift first, the order, of which either may be meant": (lambda: ShiftFirst(lambda z, a, t: (z - t) / a), 3, None),
+    "autoregressive, +s": (lambda: Autoregressive(lambda z, a, t: (z - t) * a), 4, "inverse uses +s"),
+    "autoregressive, t after": (
+        lambda: Autoregressive(lambda z, a, t: z / a - t),
+        4,
+        "inverse subtracts t after scaling",
+    ),
+    "autoregressive, turned, +s": (lambda: Autoregressive(lambda z, a, t: (z - t) * a, True), 4, "forward uses +s"),
+    "autoregressive, −s": (lambda: Autoregressive(do=lambda z, a, t: z / a + t), 4, "forward uses −s"),
+    "forward −s": (lambda: Hand((4,), doing(lambda z, s, t: z * (-s).exp() + t)), 4, "forward uses −s"),
+    "forward −t": (lambda: Hand((4,), doing(lambda z, s, t: z * s.exp() - t)), 4, "forward subtracts t"),
+    "forward s": (lambda: Hand((4,), doing(lambda z, s, t: z * s + t)), 4, "forward multiplies by s"),
+    "nflows, forward +s": (
+        lambda: OfNflows(undoing(lambda z, s, t: (z - t) * s.exp()), forward),
+        4,
+        "forward uses +s",
+    ),
+    "nflows, forward +t": (
+        lambda: OfNflows(undoing(lambda z, s, t: (z + t) * (-s).exp()), forward),
+        4,
+        "forward adds t",
+    ),
+    "nflows, forward t after": (
+        lambda: OfNflows(undoing(lambda z, s, t: z * (-s).exp() - t), forward),
+        4,
+        "forward subtracts t after scaling",
+    ),
+    "nflows, inverse −s": (
+        lambda: OfNflows(inverse, doing(lambda z, s, t: z * (-s).exp() + t)),
+        4,
+        "inverse uses −s",
+    ),
+    "torch, _inverse +s": (OfTorch, 2, "forward uses +s"),
+}
+
+
+@pytest.mark.parametrize("planted", MAPS)
+def test_where_the_maps_disagree_no_right_log_determinant_is_blamed(planted):
+    thing, features, mistake = MAPS[planted]
+    report = check(thing(), (features,))
+    assert "round_trip" in report.broken and report.mistakes == [mistake] * bool(mistake), f"\n{report}"
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: ShiftFirst(lambda z, a, t: z / a - t), Autoregressive, lambda: Autoregressive(turned=True)]
+)
+def test_no_right_layer_beside_them_is_accused(layer):
+    thing = layer()
+    report = check(thing, (3 if isinstance(thing, ShiftFirst) else 4,))
+    assert report, f"\n{report}"
+
+
+def test_a_sign_that_is_wrong_beside_a_wrong_inverse_is_still_named():
+    def wrong(z, b, s, t):
+        y, log_det = undoing(lambda z, s, t: z * (-s).exp() - t)(z, b, s, t)
+        return y, -log_det
+
+    report = check(Hand((4,), forward, wrong), (4,))
+    assert report.mistakes[0] == "inverse subtracts t after scaling" and "Equation 16" in str(report), f"\n{report}"
+
+
+class OneNetwork(nn.Module):
+    """A masked layer with one network for both, of which ``split`` makes s and t; three parts of it may be wrong."""
+
+    mask: Tensor
+
+    def __init__(self, split, features: int = 4, log_det=lambda b, s: total((1 - b) * s), do=forward, undo=inverse):
+        super().__init__()
+        self.register_buffer("mask", checkerboard_mask(features))
+        self.weight, self.scale = nn.Parameter(0.3 * torch.randn(2 * features, features)), nn.Parameter(torch.ones(1))
+        self.network = nn.Sequential(nn.Linear(features, 16), nn.Tanh(), nn.Linear(16, 2 * features))
+        self.split, self.log_det, self.do, self.undo = split, log_det, do, undo
+
+    def forward(self, z):
+        y, _ = self.do(z, self.mask, lambda x: self.split(self, x)[0], lambda x: self.split(self, x)[1])
+        return y, self.log_det(self.mask, self.split(self, self.mask * z)[0])
+
+    def inverse(self, z):
+        y, _ = self.undo(z, self.mask, lambda x: self.split(self, x)[0], lambda x: self.split(self, x)[1])
+        return y, -self.log_det(self.mask, self.split(self, self.mask * z)[0])
+
+
+def halves(of_s: Callable[[OneNetwork, Tensor], Tensor]):
+    """s is a function of the layer and the first half of what its network gives; t is the second."""
+
+    def split(layer, z):
+        first, second = layer.network(z).chunk(2, 1)
+        return of_s(layer, first), second
+
+    return split
+
+
+SPLITS = {
+    "alternating": lambda layer, z: layer.network(z).view(len(z), -1, 2).unbind(2),
+    "a learned bound": halves(lambda layer, s: layer.scale * s.tanh()),
+    "twice tanh": halves(lambda layer, s: 2 * s.tanh()),
+    "clamped": halves(lambda layer, s: s.clamp(-0.3, 2)),
+    "an arcus tangent": halves(lambda layer, s: 0.6 * s.atan()),
+    "the logarithm of a scale": halves(lambda layer, s: torch.sigmoid(s + 2).log()),
+    "no modules": lambda layer, z: (z @ layer.weight[:4].T.sin(), z @ layer.weight[4:].T),
+}
+B_FOR_1_B = "b stands where 1 − b should, in the log-determinant"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_missing_factor_is_named_however_s_is_computed(split):
+    assert check(OneNetwork(SPLITS[split]), (4,))
+    for log_det, mistake in ((lambda b, s: total(s), FACTOR), (lambda b, s: total(b * s), B_FOR_1_B)):
+        report = check(OneNetwork(SPLITS[split], log_det=log_det), (4,))
+        assert report.mistakes == [mistake] and "Equation 17" in str(report), f"\n{report}"
+    if split != "no modules":  # where t is not seen
+        report = check(OneNetwork(SPLITS[split], do=PLANTED["factor in outputs"][0]), (4,))
+        assert report.mistakes == [FACTOR] and "Equation 15" in str(report), f"\n{report}"
+
+
+@pytest.mark.parametrize("split", [split for split in SPLITS if split != "no modules"])
+def test_the_direction_to_mend_is_known_however_s_is_computed(split):
+    forward_adds = OneNetwork(SPLITS[split], do=doing(lambda z, s, t: z * s.exp() - t))
+    inverse_adds = OneNetwork(SPLITS[split], undo=undoing(lambda z, s, t: (z + t) * (-s).exp()))
+    shifts_first = doing(lambda z, s, t: (z + t) * s.exp())
+    assert check(OneNetwork(SPLITS[split], do=shifts_first, undo=undoing(lambda z, s, t: z * (-s).exp() - t)), (4,))
+    also_adds = OneNetwork(SPLITS[split], do=shifts_first, undo=undoing(lambda z, s, t: z * (-s).exp() + t))
+    assert check(also_adds, (4,)).mistakes == ["inverse adds t"]
+    assert check(forward_adds, (4,)).mistakes == ["forward subtracts t"]
+    assert check(inverse_adds, (4,)).mistakes == ["inverse adds t"]
+
+
+class Halves(nn.Module):
+    """The second half is scaled and shifted by what a network of ``given`` says, a function of both halves and context.
+
+    In inverse it is of ``given_back``.
+    """
+
+    def __init__(self, given, given_back=None, width: int = 2, undo=lambda z, s, t: (z - t) * (-s).exp()):
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(width, 16), nn.Tanh(), nn.Linear(16, 4))
+        self.given, self.given_back, self.undo = given, given_back or given, undo
+
+    def forward(self, z, context=None):
+        first, second = z.chunk(2, 1)
+        s, t = self.network(self.given(first, second, context)).chunk(2, 1)
+        return torch.cat((first, second * s.exp() + t), 1), s.sum(1)
+
+    def inverse(self, z, context=None):
+        first, second = z.chunk(2, 1)
+        s, t = self.network(self.given_back(first, second, context)).chunk(2, 1)
+        return torch.cat((first, self.undo(second, s, t)), 1), -s.sum(1)
+
+
+SEES = {  # what the network sees that it should not
+    "all of z": (lambda: Halves(lambda a, b, c: torch.cat((a, b), 1), width=4), None),
+    "all of z, and the context": (lambda: Halves(lambda *given: torch.cat(given, 1), width=7), 3),
+    "the context, and all of z": (lambda: Halves(lambda a, b, c: torch.cat((c, b, a), 1), width=7), 3),
+    "all of z in inverse only": (
+        lambda: Halves(lambda a, b, c: torch.cat((a, 0 * b, c), 1), lambda *given: torch.cat(given, 1), 7),
+        3,
+    ),
+    "the half that changes": (lambda: Halves(lambda a, b, c: b), None),
+    "the half that changes, and the context": (lambda: Halves(lambda a, b, c: torch.cat((b, c), 1), width=5), 3),
+}
+
+
+@pytest.mark.parametrize("planted", SEES)
+def test_a_network_that_sees_what_changes_is_named(planted):
+    thing, width = SEES[planted]
+    report = check(thing(), (4,), width)
+    assert report.mistakes == ["the networks see unmasked z"], f"\n{report}"
+    assert "gives network " in str(report), f"\n{report}"
+
+
+class MasksItself(nn.Module):
+    """A network that may be given all of z: it looks at a part of it."""
+
+    def __init__(self, kept: Tensor):
+        super().__init__()
+        self.kept, self.linear = nn.Buffer(kept.float()), nn.Linear(4, 4)
+
+    def forward(self, z):
+        return self.linear(z * self.kept).tanh()
+
+
+class Made(nn.Module):
+    """s and t of an autoregressive layer, each of the coordinates before its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(4, 4))
+
+    def forward(self, z):
+        return (z @ self.weight.tril(-1).T).sin()
+
+
+class OfMade(Autoregressive):
+    """The same with networks, which are rightly given all of z, and whose first s and t are 0."""
+
+    def __init__(self, undo=lambda z, a, t: (z - t) / a):
+        super().__init__(undo)
+        self.of_s, self.of_t = Made(), Made()
+        del self.weight
+
+    def s_and_t(self, z):
+        return self.of_s(z), self.of_t(z)
+
+
+def test_a_network_that_masks_what_it_is_given_is_not_blamed_for_another_mistake():
+    layer = Hand(
+        (4,),
+        lambda z, b, s, t: forward(z, b, lambda _: s(z), lambda _: t(z)),
+        lambda z, b, s, t: undoing(lambda z, s, t: (z - t) * s.exp())(z, b, lambda _: s(z), lambda _: t(z)),
+    )
+    layer.scale_net, layer.translation_net = MasksItself(layer.mask), MasksItself(layer.mask)
+    assert check(layer, (4,)).mistakes == ["inverse uses +s"]
+    assert check(OfMade(), (4,))
+    assert check(OfMade(lambda z, a, t: (z - t) * a), (4,)).mistakes == ["inverse uses +s"]
+
+
+def test_a_map_that_is_not_triangular_is_not_told_that_its_scale_is_another():
+    class Mixes(Autoregressive):
+        def s_and_t(self, z):
+            of_s, of_t = self.weight
+            return (z @ of_s.T).tanh() + 0.1, z @ of_t.T
+
+    report = check(Mixes(), (4,))
+    assert report.broken and not report.mistakes, f"\n{report}"
+
+
+class Additive(nn.Module):
+    """A masked layer without s: z' = z + (1 − b) ⊙ t(b ⊙ z); ``undo`` is a function of z' and (1 − b) ⊙ t."""
+
+    mask: Tensor
+
+    def __init__(self, undo):
+        super().__init__()
+        self.network, self.undo = MLP(4, 4), undo
+        self.register_buffer("mask", checkerboard_mask(4))
+
+    def shift(self, z):
+        return (1 - self.mask) * self.network(self.mask * z)
+
+    def forward(self, z):
+        return z + self.shift(z), z.new_zeros(len(z))
+
+    def inverse(self, z):
+        return self.undo(z, self.shift(z)), z.new_zeros(len(z))
+
+
+def test_a_layer_without_s_is_not_told_of_s():
+    assert check(Additive(lambda z, t: z - t), (4,))
+    report = check(Additive(lambda z, t: z + t), (4,))
+    assert report.mistakes == ["inverse adds t"] and "it adds t, as forward does: subtract it" in str(report)
+    assert "exp" not in str(report), f"\n{report}"
+    report = check(Additive(lambda z, t: z), (4,))
+    assert report.mistakes == ["inverse returns its input"], f"\n{report}"
+
+
+class Square(nn.Module):
+    """z' = (z + 9 + t)², of which ``inverse`` may take the wrong root, and log_det the logarithm of what is below 0."""
+
+    def __init__(self, root: int, sign: int):
+        super().__init__()
+        self.t, self.root, self.sign = nn.Parameter(torch.zeros(2)), root, sign
+
+    def forward(self, z):
+        return (z + 9 + self.t) ** 2, (2 * self.sign * (z + 9 + self.t)).log().sum(1)
+
+    def inverse(self, z):
+        x = self.root * z.sqrt() - 9 - self.t
+        return x, -(2 * (x + 9 + self.t)).log().sum(1)
+
+
+def test_no_absolute_value_is_advised_where_the_map_itself_is_wrong():
+    named = check(Square(1, -1), (2,))
+    assert named.mistakes == ["log-determinant is not a number"], f"\n{named}"
+    report = check(Square(-1, 1), (2,))
+    assert {"log_det_shape", "round_trip"} <= set(report.broken) and not report.mistakes, f"\n{report}"
+    assert "absolute" not in str(report), f"\n{report}"
+
+
+class ShiftFirstSign(ShiftFirst):
+    def forward(self, z):
+        y, log_det = super().forward(z)
+        return y, -log_det
+
+
+@pytest.mark.parametrize(
+    ("layer", "features"),
+    [
+        (lambda: Hand((4,), PLANTED["sign"][0]), 4),
+        (lambda: ShiftFirstSign(lambda z, a, t: z / a - t), 3),
+    ],
+)
+def test_a_wrong_sign_is_answered_by_what_to_do(layer, features):
+    report = check(layer(), (features,))
+    assert report.mistakes == [SIGN], f"\n{report}"
+    assert "change its sign, to that of forward's own Jacobian" in " ".join(str(report).split()), f"\n{report}"

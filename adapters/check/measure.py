@@ -10,15 +10,16 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import process_time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn.functional import softsign
+from torch.overrides import TorchFunctionMode
 
 from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, Wrong
 
@@ -36,6 +37,7 @@ AGAIN = 16  # calls that must agree
 CALLS = 3  # of each network inside, that are looked at in one pass
 STEP = 1e-6  # h of ``roughness``
 
+EXP = "what torch.exp is given"
 Function = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # rows and contexts to outputs and log-determinants
 
 
@@ -59,6 +61,31 @@ class Seen(NamedTuple):
     name: str
     given: Tensor
     gave: Tensor
+
+
+class Logarithms(TorchFunctionMode):
+    """Within, notes what exp is taken of and what log gives, for that many rows.
+
+    Attributes:
+        found: their names and values, of the first calls.
+    """
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.rows, self.found = rows, list[tuple[str, Tensor]]()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in ("exp", "exp_") and args:
+            self._note(EXP, args[0])
+        answer = func(*args, **(kwargs or {}))
+        if name == "log":
+            self._note("what torch.log gives", answer)
+        return answer
+
+    def _note(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.rows and len(self.found) < 2 * CALLS:
+            self.found.append((name, value.clone()))
 
 
 @dataclass
@@ -116,39 +143,61 @@ class Pass:
         return (x - y).abs().le(EXACT).all(0)
 
     @cached_property
-    def affine(self) -> tuple[Tensor, Tensor] | None:
-        """a and t, ``(rows, D)``, if y = a ⊙ x + t with a and t the same for all values of the changed coordinates."""
-        among = self.jacobian[:, ~self.kept][:, :, ~self.kept]
+    def line(self) -> tuple[Tensor, Tensor]:
+        """a and t, ``(rows, D)``, of y = a ⊙ x + t: what each y_i is as a function of x_i alone, if that is a line."""
         a = self.jacobian.diagonal(dim1=1, dim2=2)
-        if not same(among, torch.diag_embed(among.diagonal(dim1=1, dim2=2))):
-            return None
         x, y = self.flat
         return a, y - a * x
 
     @cached_property
     def gave(self) -> list[tuple[str, Tensor]]:
-        """All that may be s or t, by name: whatever a network gave in the event's shape, or in halves of its own."""
-        size = self.x[0].numel()
+        """All that may be s or t, by name, ``(rows, D)``: whatever a network gave, whole or in halves of its own."""
         found = []
         for name, _, value in self.seen:
             flat = value.flatten(1)
-            if flat.shape[1] == size:
-                found.append((name, flat))
-            elif flat.shape[1] == 2 * size:
-                found += [(f"half of {name}", part) for part in value.chunk(2, 1)]
-                found += [(f"half of {name}", part) for part in value.chunk(2, -1)] if value.dim() > 2 else []
-        found = [(name, value.flatten(1)) for name, value in found]
-        bounded = [(f"{f.__name__} of {name}", f(value)) for f in (torch.tanh, softsign) for name, value in found]
-        return found + bounded
+            found += [(name, part) for part in self._of_the_event(flat)]
+            parts = [part for dim in {1, value.dim() - 1} for part in value.chunk(2, dim)]
+            parts += [flat[:, ::2], flat[:, 1::2]]  # one after the other along a dimension, or alternating in the last
+            found += [
+                (f"half of {name}", fitting)
+                for part in parts
+                if 2 * part.numel() == value.numel()
+                for fitting in self._of_the_event(part.flatten(1))
+            ]
+        found += [(f"{f.__name__} of {name}", f(value)) for f in (torch.tanh, softsign) for name, value in found]
+        for name, value in self.logarithms:
+            for part in self._of_the_event(value.flatten(1)):
+                found += [(name, part), (f"minus {name}", -part)]  # as of exp(−s)
+        return found
 
-    def networks(self, formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[str, Tensor, str, Tensor] | None:
-        """Name and value of s and of t with y = formula(x, s, t) on the changed coordinates, if there are such two."""
+    @cached_property
+    def logarithms(self) -> list[tuple[str, Tensor]]:
+        """What exp is taken of and what log gives, in one more call: one may be s, however it is computed."""
+        with suppress(Wrong), torch.no_grad(), Logarithms(len(self.x)) as noted:
+            self.function(self.x.clone(), self.context)
+        return noted.found
+
+    def _of_the_event(self, values: Tensor) -> list[Tensor]:
+        """These values of each row in the event's size, zero where they are for the changed coordinates only."""
+        if values.shape[1] == self.kept.numel():
+            return [values]
+        changed = ~self.kept
+        if values.shape[1] != changed.sum():
+            return []
+        return [values.new_zeros(len(values), self.kept.numel()).masked_scatter(changed, values)]
+
+    def networks(self, formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> bool:
+        """Whether y = formula(x, s, t) on the changed coordinates, s and t being two of what the networks gave."""
         x, y = (flat[:, ~self.kept] for flat in self.flat)
-        for s_name, s in self.gave:
-            for t_name, t in self.gave:
-                if s is not t and same(formula(x, s[:, ~self.kept], t[:, ~self.kept]), y):
-                    return s_name, s, t_name, t
-        return None
+        if not self.gave:
+            return False
+        values = torch.stack([value[:, ~self.kept] for _, value in self.gave])
+        for i, s in enumerate(values):
+            fits = (relative(formula(x, s, values), y) <= EXACT).flatten(1).all(1)
+            fits[i] = False
+            if fits.any():
+                return True
+        return False
 
 
 def equation_15(z: Tensor, s: Tensor, t: Tensor) -> Tensor:
@@ -157,6 +206,11 @@ def equation_15(z: Tensor, s: Tensor, t: Tensor) -> Tensor:
 
 def equation_16(z: Tensor, s: Tensor, t: Tensor) -> Tensor:
     return (z - t) * (-s).exp()
+
+
+def shift_then_scale(z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """As in Glow."""
+    return (z + t) * s.exp()
 
 
 class Evidence:
@@ -327,6 +381,43 @@ class Evidence:
     def forth(self) -> Pass:
         """forward at inverse's outputs."""
         return self.passed(FORWARD, self.inverse.y)
+
+    @cached_property
+    def comes_back(self) -> bool:
+        """Whether inverse undoes forward at x."""
+        return self.one_way or same(self.back.y, self.x, TRIP)
+
+    @cached_property
+    def contradiction(self) -> str | None:
+        """The direction whose map contradicts its log-determinant, where that is right for the map that it should be.
+
+        It is where the two maps don't undo each other, although their log-determinants say so: one is minus the other
+        at the two ends of a pass, and the other is right.
+        """
+        pairs = () if self.comes_back else ((self.forward, self.back), (self.inverse, self.forth))
+        if not any(same(second.log_det, -first.log_det, TRIP) for first, second in pairs):
+            return None
+        inverse = self.inverse
+        if self.back.undoes is not None and self.size <= WIDE and not self.slow:
+            inverse = replace(inverse, undoes=None)  # J of its own, and not the inverse of forward's
+        wrong = [p.direction for p in (self.forward, inverse) if not same(p.log_det, p.exact, TRIP)]
+        return wrong[0] if len(wrong) == 1 else None
+
+    @cached_property
+    def suspect(self) -> str:
+        """The direction to be mended where they don't undo each other: inverse, unless something says it is forward.
+
+        That is its own log-determinant, or that inverse alone is one of the exercise's equations.
+        """
+        if self.contradiction:
+            return self.contradiction
+        nflows = isinstance(
+            self.subject.transform, Transform
+        )  # forward is data → noise there, and does not shift first
+        forms = (equation_15, equation_16) if nflows else (equation_15, equation_16, shift_then_scale)
+        forward = any(map(self.forward.networks, forms))
+        inverse = any(map(self.back.networks, (equation_15, equation_16)))
+        return FORWARD if inverse and not forward else INVERSE
 
     def at(self, direction: str) -> Pass:
         """The pass by which that direction's log-determinant is judged."""

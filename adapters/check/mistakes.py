@@ -6,12 +6,16 @@ function under ``@mistake``. Those above are tried first, and the first that exp
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adapters.check.measure import (
+    EXACT,
+    EXP,
+    WIDE,
     Evidence,
     Pass,
     equation_15,
@@ -229,34 +233,42 @@ UNMASKED = "the networks see unmasked z"
 
 @mistake(UNMASKED, "round_trip", explains=ALL)
 def unmasked(e: Evidence, law: str) -> str | None:
-    for p, equation in ((e.forward, 15), (e.back, 16)):
-        kept = e.forward.kept
-        if not kept.any() or kept.all():
-            return None
-        x, _ = p.flat
-        for name, given, _ in p.seen:
-            given = given.flatten(1)
-            if given.shape == x.shape and same(given, x) and x[:, ~kept].abs().max() > 0:
-                return (
-                    f"{_at(e, p.direction)} gives all of z to {name.split('.')[0]}, so that the transformed "
-                    f"coordinates depend on one another: give it b ⊙ z{_coupling(e, equation)}"
-                )
-    p, kept = e.forward, e.forward.kept
-    if e.mask is None or not torch.equal(kept, e.inverse.kept):
+    changed = ~e.forward.kept
+    if not changed.any() or changed.all():
         return None
-    among = p.jacobian[:, ~kept][:, :, ~kept]
-    entangled = not same(among, torch.diag_embed(among.diagonal(dim1=1, dim2=2)))
-    x, _ = p.flat
-    seen = [(name, given.flatten(1)) for name, given, _ in p.seen if given.flatten(1).shape == x.shape]
-    for name, given in seen:
-        if same(given, x * ~kept) or (entangled and same(given[:, ~kept], x[:, ~kept])):
+    for p, equation in ((e.forward, 15), (e.back, 16))[: 1 if e.slow else 2]:
+        if found := _sees_changed(e, p, changed):
+            name, alone = found
+            seen = "the coordinates that are transformed, and not those that stay" if alone else "all of z"
             return (
-                f"{_at(e, p.direction)} gives {name.split('.')[0]} the coordinates that are transformed, and not those "
-                f"that stay: give it b ⊙ z{_coupling(e, 15)}"
+                f"{_at(e, p.direction)} gives {name.split('.')[0]} {seen}, so that the transformed coordinates depend "
+                f"on one another: give it b ⊙ z{_coupling(e, equation)}"
             )
-    if not entangled:
+    if e.mask is None or not torch.equal(changed, ~e.inverse.kept) or not _entangled(e.forward, changed):
         return None
     return f"a transformed coordinate depends on the other transformed ones: give the networks b ⊙ z{_coupling(e, 15)}"
+
+
+def _sees_changed(e: Evidence, p: Pass, changed: Tensor) -> tuple[str, bool] | None:
+    """A network that is given coordinates that change, and gives other answers for others, and if it is given no more.
+
+    None, too, where each changed coordinate depends on those before it only, as an autoregressive layer's do.
+    """
+    x, _ = p.flat
+    stay, change = (set(map(tuple, x[:, which].T.tolist())) for which in (~changed, changed))
+    others = e.passed(p.direction, torch.where(changed, x.roll(1, 0), x).view_as(p.x))
+    for (name, given, gave), (other, _, otherwise) in zip(p.seen, others.seen, strict=False):
+        columns = set(map(tuple, given.flatten(1).T.tolist()))
+        if name == other and columns & change and not same(otherwise, gave) and _entangled(p, changed, mutually=True):
+            return name, not columns & stay
+    return None
+
+
+def _entangled(p: Pass, changed: Tensor, mutually: bool = False) -> bool:
+    """Whether a changed coordinate depends on another one, or two on each other; one alone can't tell."""
+    slopes = p.jacobian if p.undoes is None or len(changed) > WIDE else replace(p, undoes=None).jacobian
+    among = (slopes[:, changed][:, :, changed].abs() > EXACT).any(0).fill_diagonal_(False)
+    return bool((among & among.T).any() or len(among) == 1) if mutually else bool(among.any())
 
 
 # Rows
@@ -355,39 +367,108 @@ def cut_off(e: Evidence, law: str) -> str | None:
 # Inverse
 
 
-INVERSES = {  # what inverse may compute of y = a ⊙ z + t, in words
-    "inverse uses +s": (lambda y, a, t: (y - t) * a, "it multiplies by exp(+s): write exp(−s)"),
-    "inverse subtracts t after scaling": (
+@mistake("inverse returns its input", "round_trip", explains=("inverse_log_det", "samples", "mass"))
+def inverse_is_identity(e: Evidence, law: str) -> str | None:
+    return f"inverse(z') is z' itself: let it undo forward{_coupling(e, 16)}" if e.inverse.kept.all() else None
+
+
+class Slip(NamedTuple):
+    """What a direction computes where its equation asks for something else.
+
+    Attributes:
+        name: what it does.
+        of: the right formula, a key of ``UNDONE_BY``.
+        formula: of what it is given, of exp(s) and of t.
+        remedy: what to write instead.
+    """
+
+    name: str
+    of: str
+    formula: Callable[[Tensor, Tensor, Tensor], Tensor]
+    remedy: str
+
+
+EQUATION_15, EQUATION_16, GLOW = "z ⊙ exp(s) + t", "(z' − t) ⊙ exp(−s)", "z' ⊙ exp(−s) − t"
+UNDONE_BY = {  # exp(s) and t of each formula, of a and t in the line a ⊙ z + t that undoes it
+    EQUATION_15: lambda a, t: (1 / a, -t / a),
+    EQUATION_16: lambda a, t: (a, t),
+    GLOW: lambda a, t: (a, t / a),
+}
+SLIPS = (  # those of equation 15 first, which forward is tried as
+    Slip("uses −s", EQUATION_15, lambda z, a, t: z / a + t, "it multiplies by exp(−s): write exp(+s)"),
+    Slip("subtracts t", EQUATION_15, lambda z, a, t: z * a - t, "it subtracts t, as {other} does: add it"),
+    Slip("multiplies by s", EQUATION_15, lambda z, a, t: z * a.log() + t, "it computes z ⊙ s + t: write exp(s)"),
+    Slip("does not scale", EQUATION_15, lambda z, a, t: z + t, "it computes z + t: multiply z by exp(s)"),
+    Slip("does not shift", EQUATION_15, lambda z, a, t: z * a, "it leaves out t: add what {other} subtracts"),
+    Slip("uses +s", EQUATION_16, lambda y, a, t: (y - t) * a, "it multiplies by exp(+s): write exp(−s)"),
+    Slip(
+        "subtracts t after scaling",
+        EQUATION_16,
         lambda y, a, t: y / a - t,
         "it computes z' ⊙ exp(−s) − t: subtract t first, (z' − t) ⊙ exp(−s)",
     ),
-    "inverse adds t": (lambda y, a, t: (y + t) / a, "it computes (z' + t) ⊙ exp(−s): write z' − t"),
-    "inverse does not scale": (lambda y, a, t: y - t, "it computes z' − t: multiply that by exp(−s)"),
-    "inverse does not shift": (lambda y, a, t: y / a, "it computes z' ⊙ exp(−s): subtract t first"),
-    "inverse shifts and scales as forward does": (lambda y, a, t: y * a + t, "it computes z' ⊙ exp(s) + t again"),
-    "inverse uses +s and subtracts t after scaling": (
+    Slip("adds t", EQUATION_16, lambda y, a, t: (y + t) / a, "it adds t, as {other} does: subtract it"),
+    Slip("does not scale", EQUATION_16, lambda y, a, t: y - t, "it computes z' − t: multiply that by exp(−s)"),
+    Slip("does not shift", EQUATION_16, lambda y, a, t: y / a, "it leaves out t: subtract what {other} adds"),
+    Slip(
+        "shifts and scales as {other} does",
+        EQUATION_16,
+        lambda y, a, t: y * a + t,
+        "it computes z' ⊙ exp(s) + t again: write (z' − t) ⊙ exp(−s)",
+    ),
+    Slip(
+        "uses +s and subtracts t after scaling",
+        EQUATION_16,
         lambda y, a, t: y * a - t,
         "it computes z' ⊙ exp(+s) − t: write (z' − t) ⊙ exp(−s)",
     ),
-}
+    Slip("uses +s", GLOW, lambda y, a, t: y * a - t, "it multiplies by exp(+s), as {other} does: write exp(−s)"),
+    Slip("does not scale", GLOW, lambda y, a, t: y - t, "it computes z' − t: multiply z' by exp(−s)"),
+)
+OTHER = {FORWARD: INVERSE, INVERSE: FORWARD}
 
 
-def _inverse_is(name: str) -> Callable:
-    formula, remedy = INVERSES[name]
+def _may_be(e: Evidence, direction: str) -> tuple[str, ...]:
+    """The formulas of which that direction may be meant as one: the equation, where the other is seen to be one."""
+    if direction == INVERSE:
+        return (EQUATION_15,) if e.forward.networks(equation_16) else (EQUATION_16, GLOW)
+    return (EQUATION_16,) if e.back.networks(equation_15) else (EQUATION_15, EQUATION_16)
 
+
+def _slip(slip: Slip, direction: str) -> Callable:
     def explain(e: Evidence, law: str) -> str | None:
-        if e.forward.affine is None or e.forward.kept.all():
+        wide = e.slow or e.size > WIDE  # to be differentiated backwards
+        if e.suspect != direction or slip.of not in _may_be(e, direction) or (direction == FORWARD and wide):
             return None
-        changed = ~e.forward.kept
-        a, t = (part[:, changed] for part in e.forward.affine)
-        y, found = (flat[:, changed] for flat in e.back.flat)
-        return f"in {_at(e, INVERSE)} {remedy}{_coupling(e, 16)}" if same(found, formula(y, a, t)) else None
+        if direction == INVERSE:
+            pairs = (e.back, e.forward), (e.inverse, e.forth)
+        else:
+            pairs = (e.forward, replace(e.back, undoes=None)), (e.forth, replace(e.inverse, undoes=None))
+        for wrong, right in pairs:
+            changed = ~right.kept
+            scale, t = UNDONE_BY[slip.of](*(part[:, changed] for part in right.line))
+            given, found = (flat[:, changed] for flat in wrong.flat)
+            if changed.any() and same(found, slip.formula(given, scale, t)):
+                words = f"in {_at(e, direction)} {_of_other(slip.remedy, direction)}"
+                if same(scale, torch.ones_like(scale)):  # there is no s to speak of
+                    return words
+                return f"{words}{_coupling(e, 15 if slip.of == EQUATION_15 else 16)}"
+        return None
 
     return explain
 
 
-for _name in INVERSES:
-    mistake(_name, "round_trip", explains=("inverse_log_det", "samples", "mass"))(_inverse_is(_name))
+def _of_other(words: str, direction: str) -> str:
+    return words.format(other=OTHER[direction])
+
+
+for _direction, _explains in ((INVERSE, ()), (FORWARD, ("forward_log_det",))):
+    for _one in SLIPS:
+        mistake(
+            f"{_direction} {_of_other(_one.name, _direction)}",
+            "round_trip",
+            explains=(*_explains, "inverse_log_det", "samples", "mass"),
+        )(_slip(_one, _direction))
 
 
 @mistake("inverse does what forward does", "round_trip", explains=("inverse_log_det", "samples", "mass"))
@@ -396,21 +477,19 @@ def inverse_is_forward(e: Evidence, law: str) -> str | None:
     return f"inverse(z) is forward(z): let it undo forward{_coupling(e, 16)}" if same(e.inverse.y, again.y) else None
 
 
-@mistake("inverse returns its input", "round_trip", explains=("inverse_log_det", "samples", "mass"))
-def inverse_is_identity(e: Evidence, law: str) -> str | None:
-    return f"inverse(z') is z' itself: let it undo forward{_coupling(e, 16)}" if e.inverse.kept.all() else None
-
-
 # The log-determinant
 
 
 def _log_det(name: str, explains: tuple[str, ...] = ()) -> Callable:
-    """A mistake in one direction's log-determinant; the function is given that direction's pass, too."""
+    """A mistake in one direction's log-determinant, but where that is right for the map that it should be.
+
+    The function is given that direction's pass, too.
+    """
 
     def register(explain: Callable[[Evidence, Pass], str | None]) -> Callable:
         def of_law(e: Evidence, law: str) -> str | None:
             p = e.at(law.removesuffix("_log_det"))
-            words = explain(e, p)
+            words = None if e.contradiction else explain(e, p)
             return f"in {_at(e, p.direction)}: {words}" if words else None
 
         mistake(name, "forward_log_det", "inverse_log_det", explains=("samples", "mass", *explains))(of_law)
@@ -423,13 +502,11 @@ def _log_det(name: str, explains: tuple[str, ...] = ()) -> Callable:
 def wrong_sign(e: Evidence, p: Pass) -> str | None:
     if not same(p.log_det, -p.exact):
         return None
+    words = f"each row's log_det is minus autograd's: change its sign, to that of {p.direction}'s own Jacobian"
+    if e.mask is None:
+        return words
     sign = "−" if p.direction == INVERSE else "+"
-    return (
-        f"each row's log_det is minus autograd's. The one that {p.direction} returns is its own: {sign} Σ (1 − b) ⊙ s "
-        f"where forward multiplies by exp(s){_coupling(e, 17)}"
-        if e.mask is not None
-        else f"each row's log_det is minus autograd's: {p.direction} returns the log-determinant of its own Jacobian"
-    )
+    return f"{words}, {sign} Σ (1 − b) ⊙ s where forward multiplies by exp(s){_coupling(e, 17)}"
 
 
 @_log_det("log-determinant is left out")
@@ -483,6 +560,7 @@ def other_s(e: Evidence, p: Pass) -> str | None:
                 not used
                 and p.exact.isfinite().all()
                 and any(same(sign * part.sum(1), p.log_det) for part in (s, s[:, ~p.kept]))
+                and not any(same(value, s) for what, value in p.gave if EXP in what)
             ):
                 return (
                     f"log_det sums {name}, but z is not scaled by its exp: sum the logarithm of the scale that is used"

@@ -51,6 +51,8 @@ def log_det_shape(e: Evidence) -> Finding:
                 remedy = (
                     "take the logarithm of the absolute value: scale.abs().log(), or torch.linalg.slogdet of a matrix"
                 )
+                if not e.comes_back:  # it is the map, such as the wrong root of an equation
+                    return Finding(WRONG, words)
                 return Finding(WRONG, words, "log-determinant is not a number", remedy)
             if found.dtype == p.x.dtype:
                 continue
