@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from nflows.transforms import CompositeTransform, Transform
+import zuko
+from nflows.transforms import CompositeTransform, Sigmoid, Transform
 from torch import Tensor, nn
+from torch.distributions import transforms as distributions
 from torch.nn.functional import softsign
 
 import adapters
@@ -1141,9 +1143,9 @@ def test_no_flow_of_the_catalogue_is_accused(name, context_features):
 class Elementwise(nn.Module):
     """f(z + t) with its inverse and log f', three functions, of which not all take every number."""
 
-    def __init__(self, function, inverse, log_slope):
+    def __init__(self, function, inverse, log_slope, features: int = 2):
         super().__init__()
-        self.t, self.functions = nn.Parameter(torch.zeros(2)), (function, inverse, log_slope)
+        self.t, self.functions = nn.Parameter(torch.zeros(features)), (function, inverse, log_slope)
 
     def forward(self, z):
         return self.functions[0](z + self.t), self.functions[2](z + self.t).sum(1)
@@ -1190,6 +1192,93 @@ BOUNDED = {
 def test_no_layer_of_a_part_of_the_plane_is_accused(name):
     report = check(Elementwise(*BOUNDED[name]), (2,))
     assert report, f"\n{report}"
+
+
+def angle(x: Tensor) -> Tensor:
+    """In [−π, π)."""
+    return torch.remainder(x + math.pi, 2 * math.pi) - math.pi
+
+
+CUT_OFF = {  # an inverse, or a logit, that clamps what the other direction never gives
+    "sigmoid": (
+        torch.sigmoid,
+        lambda y: y.clamp(1e-6, 1 - 1e-6).logit(),
+        BOUNDED["sigmoid"][2],
+    ),
+    "tanh": (torch.tanh, lambda y: y.clamp(-1 + 1e-6, 1 - 1e-6).atanh(), BOUNDED["tanh"][2]),
+    "a steep sigmoid": (
+        lambda x: torch.sigmoid(2 * x),
+        lambda y: y.clamp(1e-6, 1 - 1e-6).logit() / 2,
+        lambda x: BOUNDED["sigmoid"][2](2 * x) + math.log(2),
+    ),
+    "logit": (
+        lambda x: x.clamp(1e-6, 1 - 1e-6).logit(),
+        torch.sigmoid,
+        lambda x: -(x.clamp(1e-6, 1 - 1e-6).log() + (1 - x.clamp(1e-6, 1 - 1e-6)).log()),
+    ),
+    "angle": (angle, angle, torch.zeros_like),
+}
+
+
+@pytest.mark.parametrize("name", CUT_OFF)
+def test_what_the_other_direction_never_gives_may_be_cut_off(name):
+    layer = Elementwise(*CUT_OFF[name], features=3)
+    layer.t.requires_grad_(name != "logit")  # whose data lie in (0, 1) as they are
+    report = check(layer, (3,))
+    assert report, f"\n{report}"
+
+
+@pytest.mark.parametrize("bound", [0.5, 3, 6])
+@pytest.mark.parametrize("both", [True, False])
+def test_what_is_cut_off_in_the_middle_of_the_data_is_wrong(bound, both):
+    report = check(Hand((4,), clamped(forward, bound), clamped(inverse, bound) if both else inverse), (4,))
+    assert not report and report.mistakes in (["outputs are cut off"], ["it is right near 0 only"]), f"\n{report}"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        distributions.ExpTransform,
+        distributions.SigmoidTransform,
+        distributions.TanhTransform,
+        distributions.SoftplusTransform,
+        lambda: distributions.PowerTransform(torch.tensor(2.0)),
+        lambda: distributions.ComposeTransform([distributions.AffineTransform(1.0, 2.0), distributions.ExpTransform()]),
+        lambda: distributions.ComposeTransform([distributions.ExpTransform(), distributions.AffineTransform(1.0, 2.0)]),
+        lambda: Sigmoid(2, learn_temperature=True),
+        lambda: zuko.flows.NCSF(2, transforms=1, hidden_features=(8, 8)),
+    ],
+)
+def test_no_transform_of_a_part_of_the_plane_is_accused(make):
+    for thing in (make(), make().inv) if hasattr(make(), "inv") else (make(),):
+        report = check(thing, (2,))
+        assert report, f"\n{report}"
+
+
+@pytest.mark.parametrize("flow", [zuko.flows.GF, zuko.flows.BPF, zuko.flows.SOSPF, zuko.flows.UNAF])
+def test_no_inverse_that_searches_is_accused(flow):
+    """It is as exact as the search is, about as exact as float32."""
+    report = check(flow(2, transforms=1, hidden_features=(8, 8)), (2,))
+    assert report, f"\n{report}"
+
+
+def in_dtype(direction: Direction, dtype: torch.dtype) -> Direction:
+    return lambda z, b, s, t: direction(
+        z, b, lambda x: s(x).to(dtype).to(x.dtype), lambda x: t(x).to(dtype).to(x.dtype)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES.values())
+def test_fewer_digits_inside_are_found_in_either_direction(shape):
+    for dtype, mistake in (
+        (torch.float32, "float32 inside"),
+        (torch.float16, "half precision inside"),
+        (torch.bfloat16, "half precision inside"),
+    ):
+        both = check(Hand(shape, in_dtype(forward, dtype), in_dtype(inverse, dtype)), shape)
+        assert both.mistakes == [mistake], f"\n{both}"
+    report = check(Hand(shape, forward, in_dtype(inverse, torch.float32)), shape)
+    assert report.mistakes == ["float32 inside"], f"\n{report}"
 
 
 class OwnLogit(Elementwise):

@@ -19,6 +19,8 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor, nn
 from torch.nn.functional import softsign
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, Wrong
 
@@ -35,6 +37,9 @@ ROUGH = 4e-3  # of ``roughness``: about 1e-6 in float64, up to 1.5e-3 for a sear
 AGAIN = 16  # calls that must agree
 CALLS = 3  # of each network inside, that are looked at in one pass
 STEP = 1e-6  # h of ``roughness``
+COARSE, COARSELY = 1e-3, 0.05  # h that shows half precision, and the roughness there; a smooth function has about h
+LOW = (torch.float16, torch.bfloat16, torch.float32)  # dtypes of fewer digits than float64's
+WIDELY = (1.0, 3.0, 10.0, 100.0)  # sizes of the rows by which is found out what a direction can give at all
 
 Function = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # rows and contexts to outputs and log-determinants
 
@@ -210,6 +215,8 @@ class Evidence:
             Wrong: if either can't be called.
         """
         self.look()
+        if not self.forward.y.isfinite().all():
+            self._look_where_inverse_ends()
         y = self.forward.y
         if y.numel() != self.x.numel() or not y.isfinite().all():
             return  # which the first law says
@@ -221,6 +228,8 @@ class Evidence:
             if not self.one_way:
                 raise
         self.slow = process_time() - start > PATIENCE
+        if not (self.one_way or self.slow or self._comes_back()):
+            self._look_where_inverse_ends()
         if not self.one_way and (self.slow or self.size > self.narrow):
             self.back.undoes = self.forward
 
@@ -242,6 +251,51 @@ class Evidence:
                 return
         self.x, self.unit = points(self.rows, self.event_shape, 1), False
         self._move()
+
+    def _look_where_inverse_ends(self) -> None:
+        """Take other rows for forward if these are not among its data, which are what inverse gives.
+
+        A logit's data lie in (0, 1), a logarithm's are positive, and what such a layer makes of other numbers, if it
+        takes them at all, is its own affair. It is right if forward undoes inverse. A forward whose outputs are cut
+        off does not.
+        """
+        with suppress(Wrong, RuntimeError), torch.no_grad():
+            noise = next((z for z in (self.z, self.z.sigmoid()) if self._is_undone(z)), None)
+            if noise is None or self.gives(INVERSE, self.x):
+                return
+            unit, reached = self.x.sigmoid(), self.subject.run(INVERSE, noise.clone(), self.context)[0]
+            self.x, self.z, self.unit = unit if self.gives(INVERSE, unit) else reached, noise, True
+            self.forward = self.passed(FORWARD, self.x)
+            self.__dict__.pop("back", None)  # which was inverse at the outputs before
+
+    def _comes_back(self) -> bool:
+        """Whether inverse undoes forward."""
+        return self.back.y.shape == self.x.shape and bool((distance(self.back.y, self.x) <= TRIP).all())
+
+    def _is_undone(self, z: Tensor) -> bool:
+        """Whether forward undoes inverse at these rows."""
+        x = self.subject.run(INVERSE, z.clone(), self.context)[0]
+        again = self.subject.run(FORWARD, x, self.context)[0]
+        return again.shape == z.shape and bool((distance(again, z) <= TRIP).all())
+
+    def gives(self, direction: str, rows: Tensor) -> bool:
+        """Whether every coordinate lies between the least and the largest of what that direction gives far and wide."""
+        low, high = self.range_of(direction)
+        return bool(((rows > low) & (rows < high)).all())
+
+    @torch.no_grad()
+    def range_of(self, direction: str) -> tuple[Tensor, Tensor]:
+        """The least and the largest value of each coordinate that it gives to rows near and far; all, if it raises."""
+        near = points(self.rows, self.event_shape, 4)
+        found = []
+        for x in (part for size in WIDELY for part in (size * near, size * near.abs())):
+            with suppress(Wrong):
+                found.append(self.subject.run(direction, x, self.context)[0])
+        values = torch.cat([near[:0], *[y for y in found if y.shape == near.shape]])
+        values = values[~values.flatten(1).isnan().any(1)]
+        if not len(values):
+            return torch.full_like(near[0], -math.inf), torch.full_like(near[0], math.inf)
+        return values.amin(0), values.amax(0)
 
     def _move(self) -> None:
         for halving in range(HALVINGS + 1):
@@ -316,12 +370,23 @@ class Evidence:
 
     @cached_property
     def inverse(self) -> Pass:
-        """inverse at rows of its own or, where it does not take them, at forward's outputs."""
+        """inverse at rows of its own or, where it does not take them or need not, at forward's outputs."""
         try:
             found = self.passed(INVERSE, self.z)
         except Wrong:
             return self.back
-        return found if found.y.isfinite().all() else self.back
+        return found if found.y.isfinite().all() and not self._is_beyond(self.z) else self.back
+
+    @torch.no_grad()
+    def _is_beyond(self, z: Tensor) -> bool:
+        """Whether forward, which inverse undoes, gives no such rows, so that what inverse makes of them says nothing.
+
+        The inverse of a sigmoid may cut off what is not in (0, 1).
+        """
+        try:
+            return self._comes_back() and not self._is_undone(z) and not self.gives(FORWARD, z)
+        except (Wrong, RuntimeError):  # which the laws say
+            return False
 
     @cached_property
     def forth(self) -> Pass:
@@ -531,13 +596,53 @@ def roughness(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, st
     return max(rough.median().item(), rough_log_det.median().item())
 
 
-def is_rounded(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> bool:
-    """Whether float32 is within: what it makes rough is ten times smoother over steps ten times as long.
+def is_rounded(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> str:
+    """The dtype of fewer digits that x goes through on its way, if its rounding shows in the answers; else nothing.
 
-    What is rough because it is steep, as some splines are, is rougher there.
+    What float32 makes rough is smoother over steps ten times as long, where what is rough because it is steep, as some
+    splines are, is rougher. Half precision is a staircase that small steps don't see. A search that ends within its
+    tolerance is as rough as float32, and yet float64 throughout.
     """
     rough = roughness(function, x)
-    return rough > ROUGH and roughness(function, x, 10 * STEP) < rough / 2
+    if rough > ROUGH and roughness(function, x, 10 * STEP) < rough / 2:
+        return _dtype_within(function, x)
+    if roughness(function, x, COARSE) > COARSELY:
+        return _dtype_within(function, x, (torch.float16, torch.bfloat16))
+    return ""
+
+
+class _Lower(TorchDispatchMode):
+    """Within, notes the sums of all tensors of some dtypes that operations are given or give."""
+
+    def __init__(self, dtypes: tuple[torch.dtype, ...]):
+        super().__init__()
+        self.dtypes, self.found = dtypes, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        answer = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, answer)):
+            if isinstance(value, Tensor) and value.dtype in self.dtypes:
+                self.found.append((value.dtype, value.double().sum().item()))
+        return answer
+
+
+@torch.no_grad()
+def _dtype_within(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, dtypes: tuple[torch.dtype, ...] = LOW
+) -> str:
+    """The first of these dtypes in which a function computes something that depends on x; empty if there is none.
+
+    A table of float32 that is the same for all x has no part in how rough its answers are.
+    """
+    found = []
+    for rows in (x, x + 0.1):
+        try:
+            with _Lower(dtypes) as lower:
+                function(rows)
+        except (Wrong, RuntimeError):  # what can't be watched
+            return ""
+        found.append(lower.found)
+    return next((str(here[0]).removeprefix("torch.") for here, there in zip(*found, strict=False) if here != there), "")
 
 
 @torch.no_grad()

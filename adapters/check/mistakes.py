@@ -212,6 +212,8 @@ def factor_missing_in_outputs(e: Evidence, law: str) -> str | None:
 @mistake("nothing is left unchanged", "mask")
 def nothing_kept(e: Evidence, law: str) -> str | None:
     assert e.mask is not None
+    if cut_off(e, law):  # there too
+        return None
     for p, equation in ((e.forward, 15), (e.inverse, 16)):
         if not p.kept.any():
             return (

@@ -170,9 +170,10 @@ def in_a_list(subject: Subject) -> Finding | None:
 def precision(e: Evidence) -> Finding:
     """float64 has no rounding of float32 in it, and a float32 copy says nearly the same."""
     for p in e.repeatable:
-        if is_rounded(lambda x, p=p: p.function(x, e.context), p.x):
-            words = f"given float64, {p.direction} has only the seven digits of float32"
-            return Finding(WRONG, words, "float32 inside", TO_DTYPE)
+        if dtype := is_rounded(lambda x, p=p: p.function(x, e.context), p.x):
+            digits, mistake = ("seven", "float32 inside") if dtype == "float32" else ("three", "half precision inside")
+            words = f"given float64, {p.direction} has only the {digits} digits of {dtype}"
+            return Finding(WRONG, words, mistake, TO_DTYPE)
     single = e.subject.in_float32()
     context = None if e.context is None else e.context.float()
     for p in e.repeatable:
