@@ -1235,6 +1235,14 @@ def test_what_is_cut_off_in_the_middle_of_the_data_is_wrong(bound, both):
     assert not report and report.mistakes in (["outputs are cut off"], ["it is right near 0 only"]), f"\n{report}"
 
 
+def test_a_map_of_a_square_that_cuts_off_the_rest_of_the_plane_is_wrong():
+    """Normal noise lies there, too: z' = z (|z| + 3) / 6 maps (−3, 3) to itself."""
+    cut = lambda f: lambda x: f(x.clamp(-3, 3))  # noqa: E731
+    there, back = cut(lambda x: x * (x.abs() + 3) / 6), cut(lambda y: y.sign() * ((9 + 24 * y.abs()).sqrt() - 3) / 2)
+    report = check(Elementwise(there, back, cut(lambda x: ((2 * x.abs() + 3) / 6).log())), (2,))
+    assert report.broken == ["far"] and report.mistakes == ["it is right near 0 only"], f"\n{report}"
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -1,5 +1,6 @@
 """Laws of the map: a bijection, its two log-determinants, its mask, and the exercise's equations."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -131,12 +132,19 @@ def far(e: Evidence) -> Finding:
 
 
 def _is_no_datum(e: Evidence, x: Tensor, context: Tensor | None) -> bool:
-    """Whether inverse, which forward undoes there, gives no such row: an angle that is out of (−π, π), for instance."""
+    """Whether inverse, which forward undoes there, gives no such row: an angle that is out of (−π, π), for instance.
+
+    What is wrapped round keeps its slopes there. What is cut off has lost them, and with them the data that lie there,
+    unless it says so itself by a log-determinant of −∞, which is density 0.
+    """
     if e.one_way or e.slow or e.gives(INVERSE, x):
         return False
     try:
+        exact = log_abs_det(jacobian(e.forward.function, x, context))
         with torch.no_grad():
-            y = e.subject.run(FORWARD, x.clone(), context)[0]
+            y, log_det = e.subject.run(FORWARD, x.clone(), context)
+            if exact == -math.inf < log_det:
+                return False
             again = e.subject.run(FORWARD, e.subject.run(INVERSE, y.clone(), context)[0], context)[0]
     except Wrong:
         return False
