@@ -1194,6 +1194,109 @@ def test_no_layer_of_a_part_of_the_plane_is_accused(name):
     assert report, f"\n{report}"
 
 
+class Named(Hand):
+    """Its mask is called by another name, is a list or is broadcast; perhaps 1 means transformed there."""
+
+    def __init__(self, name: str, mask, inverted: bool = False, event_shape: tuple[int, ...] = (4,)):
+        super().__init__(event_shape)
+        del self.mask
+        self.name, self.inverted = name, inverted
+        if isinstance(mask, Tensor):
+            self.register_buffer(name, mask)
+        else:
+            setattr(self, name, mask)
+
+    def kept(self, z):
+        b = torch.as_tensor(getattr(self, self.name), dtype=z.dtype, device=z.device)
+        return 1 - b if self.inverted else b
+
+    def forward(self, z):
+        return self.directions[0](z, self.kept(z), self.scale_net, self.translation_net)
+
+    def inverse(self, z):
+        return self.directions[1](z, self.kept(z), self.scale_net, self.translation_net)
+
+
+class TwoMasks(Hand):
+    """The other mask comes before ``mask``."""
+
+    def __init__(self, other: str):
+        super().__init__((4,))
+        mask = self.mask
+        del self.mask
+        self.register_buffer(other, 1 - mask)
+        self.register_buffer("mask", mask)
+
+
+class Glow(nn.Module):
+    """A convolution by LU with masks of triangles, which say nothing of what is unchanged."""
+
+    l_mask: Tensor
+    u_mask: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.w, self.s = nn.Parameter(torch.zeros(channels, channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("u_mask", torch.ones(channels, channels).triu(1))
+        self.register_buffer("l_mask", self.u_mask.T.clone())
+
+    def weight(self):
+        one = torch.eye(len(self.s), dtype=self.s.dtype, device=self.s.device)
+        return (self.w * self.l_mask + one) @ (self.w * self.u_mask + self.s.exp().diag())
+
+    def forward(self, z):
+        return torch.einsum("ij,njhw->nihw", self.weight(), z), (z[0, 0].numel() * self.s.sum()).expand(len(z))
+
+    def inverse(self, z):
+        return torch.einsum("ij,njhw->nihw", self.weight().inverse(), z), -self.forward(z)[1]
+
+
+ALTERNATING, SQUARES, CHANNELS = checkerboard_mask(4), checkerboard_mask(1, 3, 4), checkerboard_mask(4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: Named("transform_mask", ALTERNATING, True), (4,)),
+        (lambda: Named("mask_changed", ALTERNATING, True), (4,)),
+        (lambda: Named("conditioner_mask", ALTERNATING), (4,)),
+        (lambda: Named("mask", [1, 0, 1, 0]), (4,)),
+        (lambda: Named("mask", SQUARES[None], False, (2, 3, 4)), (2, 3, 4)),
+        (lambda: Named("mask", CHANNELS, False, (4, 3, 4)), (4, 3, 4)),
+        (lambda: TwoMasks("inverted_mask"), (4,)),
+        (lambda: TwoMasks("one_minus_mask"), (4,)),
+        (lambda: Glow(4), (4, 2, 2)),
+    ],
+)
+def test_no_mask_of_another_name_or_shape_is_accused(make, shape):
+    report = check(make(), shape)
+    assert report, f"\n{report}"
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: Named("coupling_mask", ALTERNATING, True), (4,)),
+        (lambda: Named("mask", [True, False, True, False], True), (4,)),
+        (lambda: Named("mask", SQUARES, True, (2, 3, 4)), (2, 3, 4)),
+        (lambda: Named("mask", SQUARES[None], True, (2, 3, 4)), (2, 3, 4)),
+        (lambda: Named("b", CHANNELS, True, (4, 3, 4)), (4, 3, 4)),
+    ],
+)
+def test_an_inverted_mask_is_named_whatever_its_shape(make, shape):
+    report = check(make(), shape)
+    assert report.mistakes == ["the mask is inverted"], f"\n{report}"
+
+
+def test_a_mask_of_ones_is_known():
+    for mask, name in ((torch.ones(2), "mask"), (torch.zeros(2), ""), (torch.tensor([1.0, 0.0]), "")):
+        layer = Hand((2,))
+        layer.mask = mask
+        evidence = Evidence(lambda layer=layer: fresh(layer, 8.0), (2,))
+        evidence.gather()
+        assert evidence.idle_mask == name
+
+
 def angle(x: Tensor) -> Tensor:
     """In [−π, π)."""
     return torch.remainder(x + math.pi, 2 * math.pi) - math.pi

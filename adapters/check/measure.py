@@ -7,6 +7,7 @@ them are the measures themselves, functions of tensors, which comparisons and te
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ PATIENCE = 1.0  # seconds of computing: an inverse that takes longer is called n
 AT_ONCE = 250_000  # numbers in one batch, of copies of a row, by which a Jacobian is found
 ROUGH = 4e-3  # of ``roughness``: about 1e-6 in float64, up to 1.5e-3 for a search, 7e-3 to 0.1 where float32 is within
 AGAIN = 16  # calls that must agree
+OPPOSITE = r"inv|minus|transform|chang|complement|opposite|active|updat|not_"  # in names where 1 means transformed
 CALLS = 3  # of each network inside, that are looked at in one pass
 STEP = 1e-6  # h of ``roughness``
 COARSE, COARSELY = 1e-3, 0.05  # h that shows half precision, and the roughness there; a smooth function has about h
@@ -415,16 +417,47 @@ class Evidence:
 
     @cached_property
     def mask(self) -> tuple[str, Tensor] | None:
-        """Name and flat values, true and false, of the layer's own mask, in which 1 means unchanged."""
-        for name, value in own_tensors(self.subject.transform):
-            if value.numel() == self.size and is_mask(name, value):
-                return name, value.detach().flatten().bool()
-        return None
+        """Name and flat values, true and false, of the layer's own mask, in which 1 means unchanged.
+
+        One called mask or b is taken first. A mask under another name may mean something else: it is taken if the
+        layer keeps just what it marks, or just what it does not, unless its name says that 1 means transformed there.
+        """
+        found = [(name, b.bool()) for name, b in self._own_masks() if not b.all()]
+        if exact := [one for one in found if _is_exact(one[0])]:
+            return exact[0]
+        kept = self.forward.kept
+        inverted = [one for one in found if torch.equal(~one[1], kept) and not re.search(OPPOSITE, one[0].lower())]
+        return next((one for one in found if torch.equal(one[1], kept)), next(iter(inverted), None))
+
+    @property
+    def idle_mask(self) -> str:
+        """The name of its mask if that is 1 everywhere, so that a right layer changes nothing; else nothing."""
+        return next((name for name, b in self._own_masks() if _is_exact(name) and b.all()), "")
+
+    def _own_masks(self) -> list[tuple[str, Tensor]]:
+        """Name and flat values of all of the layer's own that is called a mask and fits an event, lists among it."""
+        own = self.subject.transform
+        lists = [
+            (name, value) for name, value in getattr(own, "__dict__", {}).items() if isinstance(value, list | tuple)
+        ]
+        found = []
+        for name, value in (*own_tensors(own), *lists):
+            with suppress(TypeError, ValueError, RuntimeError):  # what is no tensor, or of another shape
+                b = torch.as_tensor(value).detach()
+                if is_mask(name, b) or (_is_exact(name) and bool((b == 1).all())):
+                    b = b.squeeze(0) if b.dim() > len(self.event_shape) else b
+                    flat = b.dim() == 1 and b.numel() == self.size
+                    found.append((name, b if flat else b.expand(self.event_shape).flatten()))
+        return found
+
+
+def _is_exact(name: str) -> bool:
+    return name.lower().strip("_") in ("mask", "b")
 
 
 def is_mask(name: str, value: Tensor) -> bool:
     """Whether a tensor of that name is a mask, of zeros and ones."""
-    named = name.lower().strip("_") == "b" or "mask" in name.lower()
+    named = _is_exact(name) or "mask" in name.lower()
     return named and bool(((value == 0) | (value == 1)).all()) and value.unique().numel() == 2
 
 

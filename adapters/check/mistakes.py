@@ -172,7 +172,7 @@ def inverted(e: Evidence, law: str) -> str | None:
     if e.mask is None or not torch.equal(e.forward.kept, ~e.mask[1]):
         return None
     return (
-        f"exactly the coordinates with {e.mask[0]} = 0, {_indices(e.forward.kept)}, come through unchanged. Here 1 "
+        f"exactly the coordinates where {e.mask[0]} is 0 ({_indices(e.forward.kept)}) come through unchanged. Here 1 "
         f"means unchanged and 0 transformed: use b where 1 − b stands, and 1 − b for b{_coupling(e, 15)}"
     )
 
