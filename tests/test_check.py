@@ -1029,6 +1029,40 @@ def test_samples_that_are_no_numbers_are_lost_mass():
     assert report.broken == ["mass"] and "∫p = " in report.findings["mass"].words, f"\n{report}"
 
 
+class DropsOut(Hand):
+    def forward(self, z):
+        s, p, training = self.scale_net, 0.5, self.training
+        return self.directions[0](z, self.mask, lambda x: nn.functional.dropout(s(x), p, training), s)
+
+
+def with_random_slopes() -> nn.Module:
+    layer = Hand((4,))
+    layer.translation_net = nn.Sequential(nn.Linear(4, 16), nn.RReLU(), nn.Linear(16, 4))
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda: DropsOut((4,), inverse=lambda z, b, s, t: inverse(z, b, s, s)),
+                                  with_random_slopes])  # fmt: skip
+def test_random_numbers_in_training_only_are_a_remark(make):
+    report = check(make(), (4,))
+    assert report, f"\n{report}"
+    assert "! training mode computes what evaluation mode does: training mode draws random numbers" in str(report)
+
+
+class Remembers(Hand):
+    """A call leaves what it computed, the gradients' graph with it or without."""
+
+    def forward(self, z):
+        y, self.last_log_det = super().forward(z)
+        self.last_mean = y.detach().mean(0)
+        return y, self.last_log_det
+
+
+def test_what_a_call_leaves_behind_need_not_be_a_buffer():
+    report = check(Remembers((4,)), (4,))
+    assert report, f"\n{report}"
+
+
 def test_batch_norm_in_training_is_a_remark():
     report = check(with_batch_norm(), (4,))
     assert report and report.mistakes == ["BatchNorm couples the rows"], f"\n{report}"
