@@ -1396,8 +1396,9 @@ def test_a_map_of_a_square_that_cuts_off_the_rest_of_the_plane_is_wrong():
 )
 def test_no_transform_of_a_part_of_the_plane_is_accused(make):
     for thing in (make(), make().inv) if hasattr(make(), "inv") else (make(),):
-        report = check(thing, (2,))
-        assert report, f"\n{report}"
+        for features in (2,) if isinstance(thing, zuko.lazy.Flow) else (2, 3):
+            report = check(thing, (features,))
+            assert report, f"\n{report}"
 
 
 @pytest.mark.parametrize("flow", [zuko.flows.GF, zuko.flows.BPF, zuko.flows.SOSPF, zuko.flows.UNAF])

@@ -639,8 +639,9 @@ def is_rounded(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -
     rough = roughness(function, x)
     if rough > ROUGH and roughness(function, x, 10 * STEP) < rough / 2:
         return _dtype_within(function, x)
-    if roughness(function, x, COARSE) > COARSELY:
-        return _dtype_within(function, x, (torch.float16, torch.bfloat16))
+    with suppress(Wrong):  # longer steps may leave what it takes
+        if roughness(function, x, COARSE) > COARSELY:
+            return _dtype_within(function, x, (torch.float16, torch.bfloat16))
     return ""
 
 
