@@ -1054,8 +1054,56 @@ class Remembers(Hand):
 
     def forward(self, z):
         y, self.last_log_det = super().forward(z)
+        with torch.enable_grad():
+            self.last_scale = self.scale_net(z)
         self.last_mean = y.detach().mean(0)
         return y, self.last_log_det
+
+
+class Normed(Hand):
+    def __init__(self, normed):
+        super().__init__((2,))
+        self.scale_net = nn.Sequential(normed(nn.Linear(2, 2)), nn.Tanh())
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.t = nn.Parameter(torch.zeros(2))
+
+    def forward(self, z):
+        return z * self.t.exp(), self.t.sum().expand(z.shape[0])
+
+    @torch.jit.export
+    def inverse(self, z):
+        return z * (-self.t).exp(), (-self.t.sum()).expand(z.shape[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Normed(nn.utils.weight_norm),
+        lambda: Normed(nn.utils.spectral_norm),
+        lambda: torch.jit.script(Scripted()),
+        lambda: Course([torch.jit.script(Scripted())]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_no_normed_or_scripted_layer_is_accused(make):
+    report = check(make(), (2,))
+    assert report, f"\n{report}"
+
+
+def test_a_mask_of_ones_is_a_remark():
+    layer = Hand((2,))
+    layer.mask.fill_(1)
+    report = check(layer, (2,))
+    assert report and "mask is all ones: this layer changes nothing" in str(report), f"\n{report}"
+
+
+def test_no_sigmoid_of_the_plane_is_accused():
+    report = check(Elementwise(*CUT_OFF["sigmoid"]), (2,))
+    assert report, f"\n{report}"
 
 
 def test_what_a_call_leaves_behind_need_not_be_a_buffer():

@@ -577,7 +577,12 @@ def watching(module: nn.Module, rows: int) -> Iterator[list[Seen]]:
 
         return note
 
-    handles = [part.register_forward_hook(watch(name)) for name, part in module.named_modules() if name]
+    parts = [(name, part) for name, part in module.named_modules() if name]
+    handles = [
+        part.register_forward_hook(watch(name))
+        for name, part in parts
+        if not isinstance(part, torch.jit.ScriptModule)  # which takes no hooks
+    ]
     try:
         yield seen
     finally:
