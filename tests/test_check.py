@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from nflows.transforms import CompositeTransform, Transform
+import zuko
+from nflows.transforms import CompositeTransform, Sigmoid, Transform
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.distributions import transforms as distributions
 from torch.nn.functional import softsign
 
 import adapters
@@ -1028,6 +1030,88 @@ def test_samples_that_are_no_numbers_are_lost_mass():
     assert report.broken == ["mass"] and "∫p = " in report.findings["mass"].words, f"\n{report}"
 
 
+class DropsOut(Hand):
+    def forward(self, z):
+        s, p, training = self.scale_net, 0.5, self.training
+        return self.directions[0](z, self.mask, lambda x: nn.functional.dropout(s(x), p, training), s)
+
+
+def with_random_slopes() -> nn.Module:
+    layer = Hand((4,))
+    layer.translation_net = nn.Sequential(nn.Linear(4, 16), nn.RReLU(), nn.Linear(16, 4))
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda: DropsOut((4,), inverse=lambda z, b, s, t: inverse(z, b, s, s)),
+                                  with_random_slopes])  # fmt: skip
+def test_random_numbers_in_training_only_are_a_remark(make):
+    report = check(make(), (4,))
+    assert report, f"\n{report}"
+    assert "! training mode computes what evaluation mode does: training mode draws random numbers" in str(report)
+
+
+class Remembers(Hand):
+    """A call leaves what it computed, the gradients' graph with it or without."""
+
+    def forward(self, z):
+        y, self.last_log_det = super().forward(z)
+        with torch.enable_grad():
+            self.last_scale = self.scale_net(z)
+        self.last_mean = y.detach().mean(0)
+        return y, self.last_log_det
+
+
+class Normed(Hand):
+    def __init__(self, normed):
+        super().__init__((2,))
+        self.scale_net = nn.Sequential(normed(nn.Linear(2, 2)), nn.Tanh())
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.t = nn.Parameter(torch.zeros(2))
+
+    def forward(self, z):
+        return z * self.t.exp(), self.t.sum().expand(z.shape[0])
+
+    @torch.jit.export
+    def inverse(self, z):
+        return z * (-self.t).exp(), (-self.t.sum()).expand(z.shape[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Normed(nn.utils.weight_norm),
+        lambda: Normed(nn.utils.spectral_norm),
+        lambda: torch.jit.script(Scripted()),
+        lambda: Course([torch.jit.script(Scripted())]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_no_normed_or_scripted_layer_is_accused(make):
+    report = check(make(), (2,))
+    assert report, f"\n{report}"
+
+
+def test_a_mask_of_ones_is_a_remark():
+    layer = Hand((2,))
+    layer.mask.fill_(1)
+    report = check(layer, (2,))
+    assert report and "mask is all ones: this layer changes nothing" in str(report), f"\n{report}"
+
+
+def test_no_sigmoid_of_the_plane_is_accused():
+    report = check(Elementwise(*CUT_OFF["sigmoid"]), (2,))
+    assert report, f"\n{report}"
+
+
+def test_what_a_call_leaves_behind_need_not_be_a_buffer():
+    report = check(Remembers((4,)), (4,))
+    assert report, f"\n{report}"
+
+
 def test_batch_norm_in_training_is_a_remark():
     report = check(with_batch_norm(), (4,))
     assert report and report.mistakes == ["BatchNorm couples the rows"], f"\n{report}"
@@ -1142,9 +1226,9 @@ def test_no_flow_of_the_catalogue_is_accused(name, context_features):
 class Elementwise(nn.Module):
     """f(z + t) with its inverse and log f', three functions, of which not all take every number."""
 
-    def __init__(self, function, inverse, log_slope):
+    def __init__(self, function, inverse, log_slope, features: int = 2):
         super().__init__()
-        self.t, self.functions = nn.Parameter(torch.zeros(2)), (function, inverse, log_slope)
+        self.t, self.functions = nn.Parameter(torch.zeros(features)), (function, inverse, log_slope)
 
     def forward(self, z):
         return self.functions[0](z + self.t), self.functions[2](z + self.t).sum(1)
@@ -1191,6 +1275,205 @@ BOUNDED = {
 def test_no_layer_of_a_part_of_the_plane_is_accused(name):
     report = check(Elementwise(*BOUNDED[name]), (2,))
     assert report, f"\n{report}"
+
+
+class Named(Hand):
+    """Its mask is called by another name, is a list or is broadcast; perhaps 1 means transformed there."""
+
+    def __init__(self, name: str, mask, inverted: bool = False, event_shape: tuple[int, ...] = (4,)):
+        super().__init__(event_shape)
+        del self.mask
+        self.name, self.inverted = name, inverted
+        if isinstance(mask, Tensor):
+            self.register_buffer(name, mask)
+        else:
+            setattr(self, name, mask)
+
+    def kept(self, z):
+        b = torch.as_tensor(getattr(self, self.name), dtype=z.dtype, device=z.device)
+        return 1 - b if self.inverted else b
+
+    def forward(self, z):
+        return self.directions[0](z, self.kept(z), self.scale_net, self.translation_net)
+
+    def inverse(self, z):
+        return self.directions[1](z, self.kept(z), self.scale_net, self.translation_net)
+
+
+class TwoMasks(Hand):
+    """The other mask comes before ``mask``."""
+
+    def __init__(self, other: str):
+        super().__init__((4,))
+        mask = self.mask
+        del self.mask
+        self.register_buffer(other, 1 - mask)
+        self.register_buffer("mask", mask)
+
+
+class Glow(nn.Module):
+    """A convolution by LU with masks of triangles, which say nothing of what is unchanged."""
+
+    l_mask: Tensor
+    u_mask: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.w, self.s = nn.Parameter(torch.zeros(channels, channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("u_mask", torch.ones(channels, channels).triu(1))
+        self.register_buffer("l_mask", self.u_mask.T.clone())
+
+    def weight(self):
+        one = torch.eye(len(self.s), dtype=self.s.dtype, device=self.s.device)
+        return (self.w * self.l_mask + one) @ (self.w * self.u_mask + self.s.exp().diag())
+
+    def forward(self, z):
+        return torch.einsum("ij,njhw->nihw", self.weight(), z), (z[0, 0].numel() * self.s.sum()).expand(len(z))
+
+    def inverse(self, z):
+        return torch.einsum("ij,njhw->nihw", self.weight().inverse(), z), -self.forward(z)[1]
+
+
+ALTERNATING, SQUARES, CHANNELS = checkerboard_mask(4), checkerboard_mask(1, 3, 4), checkerboard_mask(4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: Named("transform_mask", ALTERNATING, True), (4,)),
+        (lambda: Named("mask_changed", ALTERNATING, True), (4,)),
+        (lambda: Named("conditioner_mask", ALTERNATING), (4,)),
+        (lambda: Named("mask", [1, 0, 1, 0]), (4,)),
+        (lambda: Named("mask", SQUARES[None], False, (2, 3, 4)), (2, 3, 4)),
+        (lambda: Named("mask", CHANNELS, False, (4, 3, 4)), (4, 3, 4)),
+        (lambda: TwoMasks("inverted_mask"), (4,)),
+        (lambda: TwoMasks("one_minus_mask"), (4,)),
+        (lambda: Glow(4), (4, 2, 2)),
+    ],
+)
+def test_no_mask_of_another_name_or_shape_is_accused(make, shape):
+    report = check(make(), shape)
+    assert report, f"\n{report}"
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: Named("coupling_mask", ALTERNATING, True), (4,)),
+        (lambda: Named("mask", [True, False, True, False], True), (4,)),
+        (lambda: Named("mask", SQUARES, True, (2, 3, 4)), (2, 3, 4)),
+        (lambda: Named("mask", SQUARES[None], True, (2, 3, 4)), (2, 3, 4)),
+        (lambda: Named("b", CHANNELS, True, (4, 3, 4)), (4, 3, 4)),
+    ],
+)
+def test_an_inverted_mask_is_named_whatever_its_shape(make, shape):
+    report = check(make(), shape)
+    assert report.mistakes == ["the mask is inverted"], f"\n{report}"
+
+
+def test_a_mask_of_ones_is_known():
+    for mask, name in ((torch.ones(2), "mask"), (torch.zeros(2), ""), (torch.tensor([1.0, 0.0]), "")):
+        layer = Hand((2,))
+        layer.mask = mask
+        evidence = Evidence(lambda layer=layer: fresh(layer, 8.0), (2,))
+        evidence.gather()
+        assert evidence.idle_mask == name
+
+
+def angle(x: Tensor) -> Tensor:
+    """In [−π, π)."""
+    return torch.remainder(x + math.pi, 2 * math.pi) - math.pi
+
+
+CUT_OFF = {  # an inverse, or a logit, that clamps what the other direction never gives
+    "sigmoid": (
+        torch.sigmoid,
+        lambda y: y.clamp(1e-6, 1 - 1e-6).logit(),
+        BOUNDED["sigmoid"][2],
+    ),
+    "tanh": (torch.tanh, lambda y: y.clamp(-1 + 1e-6, 1 - 1e-6).atanh(), BOUNDED["tanh"][2]),
+    "a steep sigmoid": (
+        lambda x: torch.sigmoid(2 * x),
+        lambda y: y.clamp(1e-6, 1 - 1e-6).logit() / 2,
+        lambda x: BOUNDED["sigmoid"][2](2 * x) + math.log(2),
+    ),
+    "logit": (
+        lambda x: x.clamp(1e-6, 1 - 1e-6).logit(),
+        torch.sigmoid,
+        lambda x: -(x.clamp(1e-6, 1 - 1e-6).log() + (1 - x.clamp(1e-6, 1 - 1e-6)).log()),
+    ),
+    "angle": (angle, angle, torch.zeros_like),
+}
+
+
+@pytest.mark.parametrize("name", CUT_OFF)
+def test_what_the_other_direction_never_gives_may_be_cut_off(name):
+    layer = Elementwise(*CUT_OFF[name], features=3)
+    layer.t.requires_grad_(name != "logit")  # whose data lie in (0, 1) as they are
+    report = check(layer, (3,))
+    assert report, f"\n{report}"
+
+
+@pytest.mark.parametrize("bound", [0.5, 3, 6])
+@pytest.mark.parametrize("both", [True, False])
+def test_what_is_cut_off_in_the_middle_of_the_data_is_wrong(bound, both):
+    report = check(Hand((4,), clamped(forward, bound), clamped(inverse, bound) if both else inverse), (4,))
+    assert not report and report.mistakes in (["outputs are cut off"], ["it is right near 0 only"]), f"\n{report}"
+
+
+def test_a_map_of_a_square_that_cuts_off_the_rest_of_the_plane_is_wrong():
+    """Normal noise lies there, too: z' = z (|z| + 3) / 6 maps (−3, 3) to itself."""
+    cut = lambda f: lambda x: f(x.clamp(-3, 3))  # noqa: E731
+    there, back = cut(lambda x: x * (x.abs() + 3) / 6), cut(lambda y: y.sign() * ((9 + 24 * y.abs()).sqrt() - 3) / 2)
+    report = check(Elementwise(there, back, cut(lambda x: ((2 * x.abs() + 3) / 6).log())), (2,))
+    assert report.broken == ["far"] and report.mistakes == ["it is right near 0 only"], f"\n{report}"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        distributions.ExpTransform,
+        distributions.SigmoidTransform,
+        distributions.TanhTransform,
+        distributions.SoftplusTransform,
+        lambda: distributions.PowerTransform(torch.tensor(2.0)),
+        lambda: distributions.ComposeTransform([distributions.AffineTransform(1.0, 2.0), distributions.ExpTransform()]),
+        lambda: distributions.ComposeTransform([distributions.ExpTransform(), distributions.AffineTransform(1.0, 2.0)]),
+        lambda: Sigmoid(2, learn_temperature=True),
+        lambda: zuko.flows.NCSF(2, transforms=1, hidden_features=(8, 8)),
+    ],
+)
+def test_no_transform_of_a_part_of_the_plane_is_accused(make):
+    for thing in (make(), make().inv) if hasattr(make(), "inv") else (make(),):
+        for features in (2,) if isinstance(thing, zuko.lazy.Flow) else (2, 3):
+            report = check(thing, (features,))
+            assert report, f"\n{report}"
+
+
+@pytest.mark.parametrize("flow", [zuko.flows.GF, zuko.flows.BPF, zuko.flows.SOSPF, zuko.flows.UNAF])
+def test_no_inverse_that_searches_is_accused(flow):
+    """It is as exact as the search is, about as exact as float32."""
+    report = check(flow(2, transforms=1, hidden_features=(8, 8)), (2,))
+    assert report, f"\n{report}"
+
+
+def in_dtype(direction: Direction, dtype: torch.dtype) -> Direction:
+    return lambda z, b, s, t: direction(
+        z, b, lambda x: s(x).to(dtype).to(x.dtype), lambda x: t(x).to(dtype).to(x.dtype)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES.values())
+def test_fewer_digits_inside_are_found_in_either_direction(shape):
+    for dtype, mistake in (
+        (torch.float32, "float32 inside"),
+        (torch.float16, "half precision inside"),
+        (torch.bfloat16, "half precision inside"),
+    ):
+        both = check(Hand(shape, in_dtype(forward, dtype), in_dtype(inverse, dtype)), shape)
+        assert both.mistakes == [mistake], f"\n{both}"
+    report = check(Hand(shape, forward, in_dtype(inverse, torch.float32)), shape)
+    assert report.mistakes == ["float32 inside"], f"\n{report}"
 
 
 class OwnLogit(Elementwise):

@@ -11,7 +11,6 @@
 ``adapters.own`` gets from ``my_layer:MyLayer`` to a layer.
 """
 
-import copy
 import re
 import textwrap
 import warnings
@@ -31,7 +30,7 @@ from adapters.check.laws.finding import REMARK, RIGHT, UNASKED, WRONG, Finding, 
 from adapters.check.laws.modules import in_a_list
 from adapters.check.measure import Evidence, is_mask, own_tensors, points, seeded
 from adapters.check.mistakes import Diagnosis, diagnose
-from adapters.check.subject import FORWARD, INVERSE, Subject, Wrong, known, said
+from adapters.check.subject import FORWARD, INVERSE, Subject, Wrong, known, said, twin
 from adapters.checks import sizes
 
 WANTS_DIMENSIONS = r"to unpack|[Dd]imension out of range|[34]D|too many indices|tuple index out of range"
@@ -250,6 +249,8 @@ def _parts(evidence: Evidence) -> list[_Part]:
         return []
     given: dict[str, tuple] = {}
     for name, layer in called.module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):  # which takes no hooks
+            continue
         layer.register_forward_pre_hook(lambda _, inputs, name=name: given.setdefault(name, inputs) and None)
     called.module.eval()
     for direction in (FORWARD, INVERSE):
@@ -309,14 +310,14 @@ def fresh(judged: Any, seconds: float) -> Subject:
         Wrong: if it can't be copied.
     """
     try:
-        twin = copy.deepcopy(judged)
+        copied = twin(judged)
     except Exception as error:
         raise Wrong(
             f"it can't be copied: what depends on parameters is to be computed in forward, not kept ({said(error)})"
         ) from error
-    if isinstance(twin, torch.nn.Module):
-        twin.cpu().double()
-    return Subject(twin, seconds)
+    if isinstance(copied, torch.nn.Module):
+        copied.cpu().double()
+    return Subject(copied, seconds)
 
 
 def _described(thing: Any, event_shape: tuple[int, ...], context_features: int | None) -> str:

@@ -7,6 +7,7 @@ them are the measures themselves, functions of tensors, which comparisons and te
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,8 +35,12 @@ PATIENCE = 1.0  # seconds of computing: an inverse that takes longer is called n
 AT_ONCE = 250_000  # numbers in one batch, of copies of a row, by which a Jacobian is found
 ROUGH = 4e-3  # of ``roughness``: about 1e-6 in float64, up to 1.5e-3 for a search, 7e-3 to 0.1 where float32 is within
 AGAIN = 16  # calls that must agree
+OPPOSITE = r"inv|minus|transform|chang|complement|opposite|active|updat|not_"  # in names where 1 means transformed
 CALLS = 3  # of each network inside, that are looked at in one pass
 STEP = 1e-6  # h of ``roughness``
+COARSE, COARSELY = 1e-3, 0.05  # h that shows half precision, and the roughness there; a smooth function has about h
+LOW = (torch.float16, torch.bfloat16, torch.float32)  # dtypes of fewer digits than float64's
+WIDELY = (1.0, 3.0, 10.0, 100.0)  # sizes of the rows by which is found out what a direction can give at all
 
 EXP = "what torch.exp is given"
 Function = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # rows and contexts to outputs and log-determinants
@@ -264,6 +269,8 @@ class Evidence:
             Wrong: if either can't be called.
         """
         self.look()
+        if not self.forward.y.isfinite().all():
+            self._look_where_inverse_ends()
         y = self.forward.y
         if y.numel() != self.x.numel() or not y.isfinite().all():
             return  # which the first law says
@@ -275,6 +282,8 @@ class Evidence:
             if not self.one_way:
                 raise
         self.slow = process_time() - start > PATIENCE
+        if not (self.one_way or self.slow or self._comes_back()):
+            self._look_where_inverse_ends()
         if not self.one_way and (self.slow or self.size > self.narrow):
             self.back.undoes = self.forward
 
@@ -296,6 +305,51 @@ class Evidence:
                 return
         self.x, self.unit = points(self.rows, self.event_shape, 1), False
         self._move()
+
+    def _look_where_inverse_ends(self) -> None:
+        """Take other rows for forward if these are not among its data, which are what inverse gives.
+
+        A logit's data lie in (0, 1), a logarithm's are positive, and what such a layer makes of other numbers, if it
+        takes them at all, is its own affair. It is right if forward undoes inverse. A forward whose outputs are cut
+        off does not.
+        """
+        with suppress(Wrong, RuntimeError), torch.no_grad():
+            noise = next((z for z in (self.z, self.z.sigmoid()) if self._is_undone(z)), None)
+            if noise is None or self.gives(INVERSE, self.x):
+                return
+            unit, reached = self.x.sigmoid(), self.subject.run(INVERSE, noise.clone(), self.context)[0]
+            self.x, self.z, self.unit = unit if self.gives(INVERSE, unit) else reached, noise, True
+            self.forward = self.passed(FORWARD, self.x)
+            self.__dict__.pop("back", None)  # which was inverse at the outputs before
+
+    def _comes_back(self) -> bool:
+        """Whether inverse undoes forward."""
+        return self.back.y.shape == self.x.shape and bool((distance(self.back.y, self.x) <= TRIP).all())
+
+    def _is_undone(self, z: Tensor) -> bool:
+        """Whether forward undoes inverse at these rows."""
+        x = self.subject.run(INVERSE, z.clone(), self.context)[0]
+        again = self.subject.run(FORWARD, x, self.context)[0]
+        return again.shape == z.shape and bool((distance(again, z) <= TRIP).all())
+
+    def gives(self, direction: str, rows: Tensor) -> bool:
+        """Whether every coordinate lies between the least and the largest of what that direction gives far and wide."""
+        low, high = self.range_of(direction)
+        return bool(((rows > low) & (rows < high)).all())
+
+    @torch.no_grad()
+    def range_of(self, direction: str) -> tuple[Tensor, Tensor]:
+        """The least and the largest value of each coordinate that it gives to rows near and far; all, if it raises."""
+        near = points(self.rows, self.event_shape, 4)
+        found = []
+        for x in (part for size in WIDELY for part in (size * near, size * near.abs())):
+            with suppress(Wrong):
+                found.append(self.subject.run(direction, x, self.context)[0])
+        values = torch.cat([near[:0], *[y for y in found if y.shape == near.shape]])
+        values = values[~values.flatten(1).isnan().any(1)]
+        if not len(values):
+            return torch.full_like(near[0], -math.inf), torch.full_like(near[0], math.inf)
+        return values.amin(0), values.amax(0)
 
     def _move(self) -> None:
         for halving in range(HALVINGS + 1):
@@ -370,12 +424,23 @@ class Evidence:
 
     @cached_property
     def inverse(self) -> Pass:
-        """inverse at rows of its own or, where it does not take them, at forward's outputs."""
+        """inverse at rows of its own or, where it does not take them or need not, at forward's outputs."""
         try:
             found = self.passed(INVERSE, self.z)
         except Wrong:
             return self.back
-        return found if found.y.isfinite().all() else self.back
+        return found if found.y.isfinite().all() and not self._is_beyond(self.z) else self.back
+
+    @torch.no_grad()
+    def _is_beyond(self, z: Tensor) -> bool:
+        """Whether forward, which inverse undoes, gives no such rows, so that what inverse makes of them says nothing.
+
+        The inverse of a sigmoid may cut off what is not in (0, 1).
+        """
+        try:
+            return self._comes_back() and not self._is_undone(z) and not self.gives(FORWARD, z)
+        except (Wrong, RuntimeError):  # which the laws say
+            return False
 
     @cached_property
     def forth(self) -> Pass:
@@ -441,16 +506,47 @@ class Evidence:
 
     @cached_property
     def mask(self) -> tuple[str, Tensor] | None:
-        """Name and flat values, true and false, of the layer's own mask, in which 1 means unchanged."""
-        for name, value in own_tensors(self.subject.transform):
-            if value.numel() == self.size and is_mask(name, value):
-                return name, value.detach().flatten().bool()
-        return None
+        """Name and flat values, true and false, of the layer's own mask, in which 1 means unchanged.
+
+        One called mask or b is taken first. A mask under another name may mean something else: it is taken if the
+        layer keeps just what it marks, or just what it does not, unless its name says that 1 means transformed there.
+        """
+        found = [(name, b.bool()) for name, b in self._own_masks() if not b.all()]
+        if exact := [one for one in found if _is_exact(one[0])]:
+            return exact[0]
+        kept = self.forward.kept
+        inverted = [one for one in found if torch.equal(~one[1], kept) and not re.search(OPPOSITE, one[0].lower())]
+        return next((one for one in found if torch.equal(one[1], kept)), next(iter(inverted), None))
+
+    @property
+    def idle_mask(self) -> str:
+        """The name of its mask if that is 1 everywhere, so that a right layer changes nothing; else nothing."""
+        return next((name for name, b in self._own_masks() if _is_exact(name) and b.all()), "")
+
+    def _own_masks(self) -> list[tuple[str, Tensor]]:
+        """Name and flat values of all of the layer's own that is called a mask and fits an event, lists among it."""
+        own = self.subject.transform
+        lists = [
+            (name, value) for name, value in getattr(own, "__dict__", {}).items() if isinstance(value, list | tuple)
+        ]
+        found = []
+        for name, value in (*own_tensors(own), *lists):
+            with suppress(TypeError, ValueError, RuntimeError):  # what is no tensor, or of another shape
+                b = torch.as_tensor(value).detach()
+                if is_mask(name, b) or (_is_exact(name) and bool((b == 1).all())):
+                    b = b.squeeze(0) if b.dim() > len(self.event_shape) else b
+                    flat = b.dim() == 1 and b.numel() == self.size
+                    found.append((name, b if flat else b.expand(self.event_shape).flatten()))
+        return found
+
+
+def _is_exact(name: str) -> bool:
+    return name.lower().strip("_") in ("mask", "b")
 
 
 def is_mask(name: str, value: Tensor) -> bool:
     """Whether a tensor of that name is a mask, of zeros and ones."""
-    named = name.lower().strip("_") == "b" or "mask" in name.lower()
+    named = _is_exact(name) or "mask" in name.lower()
     return named and bool(((value == 0) | (value == 1)).all()) and value.unique().numel() == 2
 
 
@@ -570,7 +666,12 @@ def watching(module: nn.Module, rows: int) -> Iterator[list[Seen]]:
 
         return note
 
-    handles = [part.register_forward_hook(watch(name)) for name, part in module.named_modules() if name]
+    parts = [(name, part) for name, part in module.named_modules() if name]
+    handles = [
+        part.register_forward_hook(watch(name))
+        for name, part in parts
+        if not isinstance(part, torch.jit.ScriptModule)  # which takes no hooks
+    ]
     try:
         yield seen
     finally:
@@ -622,13 +723,54 @@ def roughness(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, st
     return max(rough.median().item(), rough_log_det.median().item())
 
 
-def is_rounded(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> bool:
-    """Whether float32 is within: what it makes rough is ten times smoother over steps ten times as long.
+def is_rounded(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> str:
+    """The dtype of fewer digits that x goes through on its way, if its rounding shows in the answers; else nothing.
 
-    What is rough because it is steep, as some splines are, is rougher there.
+    What float32 makes rough is smoother over steps ten times as long, where what is rough because it is steep, as some
+    splines are, is rougher. Half precision is a staircase that small steps don't see. A search that ends within its
+    tolerance is as rough as float32, and yet float64 throughout.
     """
     rough = roughness(function, x)
-    return rough > ROUGH and roughness(function, x, 10 * STEP) < rough / 2
+    if rough > ROUGH and roughness(function, x, 10 * STEP) < rough / 2:
+        return _dtype_within(function, x)
+    with suppress(Wrong):  # longer steps may leave what it takes
+        if roughness(function, x, COARSE) > COARSELY:
+            return _dtype_within(function, x, (torch.float16, torch.bfloat16))
+    return ""
+
+
+class _Lower(TorchFunctionMode):
+    """Within, notes the sums of all tensors of some dtypes that functions of torch are given or give."""
+
+    def __init__(self, dtypes: tuple[torch.dtype, ...]):
+        super().__init__()
+        self.dtypes, self.found = dtypes, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        answer = func(*args, **(kwargs or {}))
+        for value in (*args, *(answer if isinstance(answer, tuple) else (answer,))):
+            if isinstance(value, Tensor) and value.dtype in self.dtypes:
+                self.found.append((value.dtype, value.double().sum().item()))
+        return answer
+
+
+@torch.no_grad()
+def _dtype_within(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, dtypes: tuple[torch.dtype, ...] = LOW
+) -> str:
+    """The first of these dtypes in which a function computes something that depends on x; empty if there is none.
+
+    A table of float32 that is the same for all x has no part in how rough its answers are.
+    """
+    found = []
+    for rows in (x, x + 0.1):
+        try:
+            with _Lower(dtypes) as lower:
+                function(rows)
+        except (Wrong, RuntimeError):  # what can't be watched
+            return ""
+        found.append(lower.found)
+    return next((str(here[0]).removeprefix("torch.") for here, there in zip(*found, strict=False) if here != there), "")
 
 
 @torch.no_grad()

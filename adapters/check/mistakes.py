@@ -176,7 +176,7 @@ def inverted(e: Evidence, law: str) -> str | None:
     if e.mask is None or not torch.equal(e.forward.kept, ~e.mask[1]):
         return None
     return (
-        f"exactly the coordinates with {e.mask[0]} = 0, {_indices(e.forward.kept)}, come through unchanged. Here 1 "
+        f"exactly the coordinates where {e.mask[0]} is 0 ({_indices(e.forward.kept)}) come through unchanged. Here 1 "
         f"means unchanged and 0 transformed: use b where 1 − b stands, and 1 − b for b{_coupling(e, 15)}"
     )
 
@@ -216,6 +216,8 @@ def factor_missing_in_outputs(e: Evidence, law: str) -> str | None:
 @mistake("nothing is left unchanged", "mask")
 def nothing_kept(e: Evidence, law: str) -> str | None:
     assert e.mask is not None
+    if cut_off(e, law):  # there too
+        return None
     for p, equation in ((e.forward, 15), (e.inverse, 16)):
         if not p.kept.any():
             return (

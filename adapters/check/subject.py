@@ -20,6 +20,8 @@ import torch
 from nflows.flows import Flow
 from nflows.transforms import InverseNotAvailable, Transform
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from adapters.bridges import as_flow, as_transform
 from adapters.bridges.common.exports import whole_transform
@@ -114,7 +116,7 @@ class Subject:
         return draws
 
     def copy(self) -> "Subject":
-        return Subject(copy.deepcopy(self.thing), self.seconds)
+        return Subject(twin(self.thing, left_behind=True), self.seconds)
 
     def in_float32(self) -> "Subject":
         """A copy in that dtype."""
@@ -201,6 +203,22 @@ class Subject:
                     f"{direction} can't be called with z alone, because its other arguments have no default: "
                     f"write def {direction}(self, z, context=None), or say --context-features"
                 )
+
+
+def twin(thing: Any, left_behind: bool = False) -> Any:
+    """A deep copy, also where ``weight_norm`` or ``spectral_norm`` keeps a weight that is computed before each call.
+
+    Args:
+        left_behind: whether to copy what else was computed and kept, as a constant, which a call may have left.
+    """
+    memo = {}
+    for part in thing.modules() if isinstance(thing, nn.Module) else ():
+        hooks = getattr(part, "_forward_pre_hooks", {}).values()
+        normed = {hook.name for hook in hooks if isinstance(hook, WeightNorm | SpectralNorm)}
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor) and not value.is_leaf and (left_behind or name in normed):
+                memo[id(value)] = value.detach()
+    return copy.deepcopy(thing, memo)
 
 
 def known(thing: Any) -> Any:

@@ -27,6 +27,8 @@ def outputs(e: Evidence) -> Finding:
         if not p.y.isfinite().all():
             row = int((~p.y.flatten(1).isfinite()).any(1).nonzero()[0])
             return Finding(WRONG, f"at {z_is(p, row)} {direction} gives {numbers(p.y[row])}")
+    if e.idle_mask and e.forward.kept.all():
+        return Finding(REMARK, f"{e.idle_mask} is all ones: this layer changes nothing")
     parameters = e.subject.transform.parameters() if isinstance(e.subject.transform, nn.Module) else ()
     unchanged = e.forward.y.shape == e.x.shape and e.forward.kept.all() and e.steady
     if unchanged and any(one.requires_grad for one in parameters):
@@ -36,7 +38,8 @@ def outputs(e: Evidence) -> Finding:
         )
     if e.forward.y.shape != e.x.shape:
         return Finding(REMARK, f"forward turns {tuple(e.x.shape[1:])} into {tuple(e.forward.y.shape[1:])}")
-    return Finding(RIGHT, "inputs in (0, 1), since others are not taken" if e.unit else "")
+    where = "in (0, 1)" if bool(((e.x > 0) & (e.x < 1)).all()) else "such as inverse gives"
+    return Finding(RIGHT, f"inputs {where}, since others are not taken" if e.unit else "")
 
 
 def log_det_shape(e: Evidence) -> Finding:

@@ -200,6 +200,8 @@ def mass(e: Evidence) -> Finding:
     """∫p over parts of the plane is the share of the samples there; around a standard normal for a mere layer."""
     if e.event_shape != (2,) or e.unit or e.forward.y.shape != e.x.shape:
         return Finding(UNASKED, "∫p is asked for two coordinates only")
+    if not (e.subject.is_flow or e.one_way) and e.inverse is e.back:
+        return Finding(UNASKED, "it does not take all of the plane")
     subject = e.moved(GENTLE)
     drawing = _drawing(subject)
     scores, draws = (FORWARD, INVERSE) if subject.scores == FORWARD else (INVERSE, FORWARD)

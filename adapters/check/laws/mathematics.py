@@ -1,5 +1,6 @@
 """Laws of the map: a bijection, its two log-determinants, its mask, and the exercise's equations."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from adapters.check.laws.finding import REMARK, RIGHT, UNASKED, WRONG, Finding
 from adapters.check.measure import (
     TRIP,
+    WORST,
     Evidence,
     distance,
     equation_15,
@@ -19,10 +21,11 @@ from adapters.check.measure import (
     relative,
     worst_of,
 )
-from adapters.check.subject import INVERSE, Wrong, kind
+from adapters.check.subject import FORWARD, INVERSE, Wrong, kind
 from adapters.check.words import number, numbers, offset, smallest, z_is
 
 RADII = (7.83, 3.91, 31.7, 15.9)  # the size of rows far from 0; none is a likely edge of a bin
+FOUND = 1e-5  # how far off an inverse may be that searches; forward's slopes make more of it
 FAR = 8  # up to this size a fault there is more than a remark
 
 
@@ -37,6 +40,8 @@ def round_trip(e: Evidence) -> Finding:
                 WRONG, f"{second.direction} returns {kind(second.y)}, {first.direction} took {kind(first.x)}"
             )
         errors = distance(second.y, first.x)
+        if second is e.forth and not worst_of(errors, lost) <= TRIP:
+            errors = errors / (FOUND * torch.linalg.matrix_norm(second.jacobian, 2) / TRIP).clamp(min=1)
         worst = max(worst, worst_of(errors, lost))
         if not worst <= TRIP:
             row = smallest(first.x, errors, TRIP)
@@ -110,7 +115,12 @@ def far(e: Evidence) -> Finding:
     for row in range(len(e.x)):
         near, radius = e.x[row : row + 1], RADII[row % len(RADII)]
         x = radius / 2 * (near.sign() + near / near.abs().max())
-        found = _far_off(e, x, None if e.context is None else e.context[row : row + 1], radius <= FAR)
+        context = None if e.context is None else e.context[row : row + 1]
+        found = _far_off(e, x, context, radius <= FAR)
+        if found and radius <= FAR and _is_no_datum(e, x, context):
+            low, high = e.range_of(INVERSE)
+            edge = 0.05 * (high - low)
+            found = _far_off(e, x.clamp(low + edge, high - edge), context, True)
         if found and radius <= FAR:
             remedy = (
                 "something is cut off or wrapped round there, by clamp, where, remainder or a bound: bound s rather "
@@ -121,6 +131,26 @@ def far(e: Evidence) -> Finding:
     return Finding(REMARK, remark) if remark else Finding(RIGHT)
 
 
+def _is_no_datum(e: Evidence, x: Tensor, context: Tensor | None) -> bool:
+    """Whether inverse, which forward undoes there, gives no such row: an angle that is out of (−π, π), for instance.
+
+    What is wrapped round keeps its slopes there. What is cut off has lost them, and with them the data that lie there,
+    unless it says so itself by a log-determinant of −∞, which is density 0.
+    """
+    if e.one_way or e.slow or e.gives(INVERSE, x):
+        return False
+    try:
+        exact = log_abs_det(jacobian(e.forward.function, x, context))
+        with torch.no_grad():
+            y, log_det = e.subject.run(FORWARD, x.clone(), context)
+            if exact == -math.inf < log_det:
+                return False
+            again = e.subject.run(FORWARD, e.subject.run(INVERSE, y.clone(), context)[0], context)[0]
+    except Wrong:
+        return False
+    return bool(distance(again, y) <= TRIP)
+
+
 def _far_off(e: Evidence, x: Tensor, context: Tensor | None, near: bool) -> str:
     """What is wrong at that one row; empty where nothing is, and where it is too steep or flat for float64 to tell."""
     try:
@@ -128,6 +158,8 @@ def _far_off(e: Evidence, x: Tensor, context: Tensor | None, near: bool) -> str:
             y, log_det = e.forward.function(x.clone(), context)
         slopes = jacobian(e.forward.function, x, context)
         if not (is_tame(y, slopes) and log_det.shape == (1,)):
+            return ""
+        if 0 < torch.linalg.svdvals(slopes).min() < 1 / WORST:  # a sigmoid that is all but 0 or 1
             return ""
         exact, z = log_abs_det(slopes), f"z = {numbers(x)}"
         underflow = not (near or exact.isfinite())  # of tanh, say

@@ -105,6 +105,11 @@ def training(e: Evidence) -> Finding:
                 if updated := [name for name, buffer in buffers.items() if not torch.equal(buffer, now[name])]:
                     words = f"training mode differs from evaluation, and updates {some(updated)}: use eval() to score"
                     return Finding(REMARK, words)
+                with torch.no_grad():
+                    again, log_det_again = subject.run(p.direction, p.x.clone(), e.context)
+                if not (torch.equal(again, y) and torch.equal(log_det_again, log_det)):  # dropout by a function
+                    words = "training mode draws random numbers, so that two passes differ: use eval() to score"
+                    return Finding(REMARK, words)
                 row = int(distance(y, p.y).argmax())
                 words = f"at {z_is(p, row)} {p.direction} gives {numbers(y[row])} in training, "
                 words += f"{numbers(p.y[row])} in evaluation"
@@ -118,7 +123,7 @@ def copies(e: Evidence) -> Finding:
     """A copy, and a new layer that loads the parameters, compute the same; every tensor belongs to them."""
     if hidden := in_a_list(e.subject):
         return hidden
-    for name, part in e.subject.theirs():
+    for name, part in e.make().theirs():  # a new one, in which no call has left what it computed
         for attribute, value in own_tensors(part):
             if attribute in vars(part) and not isinstance(value, nn.Parameter):
                 called = f"{name}.{attribute}" if name else attribute
@@ -170,9 +175,10 @@ def in_a_list(subject: Subject) -> Finding | None:
 def precision(e: Evidence) -> Finding:
     """float64 has no rounding of float32 in it, and a float32 copy says nearly the same."""
     for p in e.repeatable:
-        if is_rounded(lambda x, p=p: p.function(x, e.context), p.x):
-            words = f"given float64, {p.direction} has only the seven digits of float32"
-            return Finding(WRONG, words, "float32 inside", TO_DTYPE)
+        if dtype := is_rounded(lambda x, p=p: p.function(x, e.context), p.x):
+            digits, mistake = ("seven", "float32 inside") if dtype == "float32" else ("three", "half precision inside")
+            words = f"given float64, {p.direction} has only the {digits} digits of {dtype}"
+            return Finding(WRONG, words, mistake, TO_DTYPE)
     single = e.subject.in_float32()
     context = None if e.context is None else e.context.float()
     for p in e.repeatable:
