@@ -135,8 +135,15 @@ class Evidence:
 
         A logit's data lie in (0, 1), a logarithm's are positive, and what such a layer makes of other numbers, if it
         takes them at all, is its own affair. It is right if forward undoes inverse. A forward whose outputs are cut
-        off does not.
+        off does not. Nor is it excused if it is smooth at all rows and none of them comes back, or if it takes a
+        density's noise, which is any number.
         """
+        if self.subject.is_flow and self.subject.scores == INVERSE:
+            return
+        with suppress(Wrong, RuntimeError):
+            smooth = self.forward.y.shape == self.x.shape and self.forward.exact.isfinite().all()
+            if smooth and not (distance(self.back.y, self.x) <= TRIP).any():
+                return
         with suppress(Wrong, RuntimeError), torch.no_grad():
             noise = next((z for z in (self.z, self.z.sigmoid()) if self._is_undone(z)), None)
             if noise is None or self.gives(INVERSE, self.x):
@@ -259,8 +266,10 @@ class Evidence:
     def _is_beyond(self, z: Tensor) -> bool:
         """Whether forward, which inverse undoes, gives no such rows, so that what inverse makes of them says nothing.
 
-        The inverse of a sigmoid may cut off what is not in (0, 1).
+        The inverse of a sigmoid may cut off what is not in (0, 1). But in a flow these rows are noise, and any number.
         """
+        if self.subject.is_flow and self.subject.scores == FORWARD:
+            return False
         try:
             return self._comes_back() and not self._is_undone(z) and not self.gives(FORWARD, z)
         except (Wrong, RuntimeError):  # which the laws say
