@@ -39,7 +39,8 @@ from torch import Tensor, nn
 
 from adapters.bridges.common.exports import whole_transform
 from adapters.bridges.common.torch_base import TorchBase
-from adapters.check.measure import Pass, equation_15, equation_16, move, same, watching
+from adapters.check.measure import move, same
+from adapters.check.passes import Pass, equation_15, equation_16, watching
 from adapters.check.subject import FORWARD, INVERSE, Subject, TookTooLong, Wrong, kind, known, said, time_limit
 from adapters.flow import Flow, StandardNormal
 from adapters.masks import checkerboard_mask

@@ -27,8 +27,8 @@ import adapters
 from adapters import MaskedCouplingLayer, build_flow, check, checkerboard_mask, flow_names
 from adapters.check import WrongLayer, fresh
 from adapters.check.__main__ import main
+from adapters.check.evidence import Evidence
 from adapters.check.laws import LAWS
-from adapters.check.measure import Evidence
 from adapters.layers.spline import MaskedSplineCouplingLayer, spline_parameters
 from adapters.networks import MLP
 from adapters.own import Network, Offer, load, make

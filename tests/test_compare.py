@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from adapters import build_flow, flow_names
-from adapters.check.measure import Quadrature
+from adapters.check.evidence import Quadrature
 from adapters.check.subject import TookTooLong, time_limit
 from runs import pyro_vae
 from runs.common import contestants, gates, speed, tasks

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from adapters import FlowDistribution, build_flow, flow_names
-from adapters.check.measure import Quadrature
+from adapters.check.evidence import Quadrature
 from adapters.normal import rational_ndtri
 from adapters.preprocess import Logit, Marginals, Probit, Standardize
 from adapters.vae import VAE, Decoder, Encoder

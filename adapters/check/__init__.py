@@ -25,10 +25,11 @@ from nflows.flows import Flow
 from torch import Tensor
 
 from adapters import bridges
+from adapters.check.evidence import Evidence, is_mask
 from adapters.check.laws import LAWS
 from adapters.check.laws.finding import REMARK, RIGHT, UNASKED, WRONG, Finding, Law
 from adapters.check.laws.modules import in_a_list
-from adapters.check.measure import Evidence, is_mask, own_tensors, points, seeded
+from adapters.check.measure import own_tensors, points, seeded
 from adapters.check.mistakes import Diagnosis, diagnose
 from adapters.check.subject import FORWARD, INVERSE, Subject, Wrong, known, said, twin
 from adapters.checks import sizes

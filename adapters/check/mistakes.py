@@ -12,21 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapters.check.measure import (
-    EXACT,
-    EXP,
-    WIDE,
-    Evidence,
-    Pass,
-    equation_15,
-    equation_16,
-    is_mask,
-    is_rounded,
-    jacobian,
-    own_tensors,
-    same,
-    seeded,
-)
+from adapters.check.evidence import WIDE, Evidence, is_mask
+from adapters.check.measure import EXACT, is_rounded, jacobian, own_tensors, same, seeded
+from adapters.check.passes import EXP, Pass, equation_15, equation_16
 from adapters.check.subject import FORWARD, INVERSE, Wrong, place
 from adapters.check.words import number, numbers
 

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from adapters.check.measure import EXACT, Pass
+from adapters.check.measure import EXACT
+from adapters.check.passes import Pass
 from adapters.check.subject import FORWARD
 
 PRIMED = "z'"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from adapters.check import Report, fresh, judge, quietly
+from adapters.check.evidence import MOVED, TRIP, WIDE, Evidence, Quadrature
 from adapters.check.laws import LAWS
 from adapters.check.laws.density import MASS
-from adapters.check.measure import MOVED, TRIP, WIDE, Evidence, Quadrature
 from adapters.check.subject import FORWARD, Subject
 from adapters.flow import Flow
 

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from adapters.check.evidence import TRIP, Evidence
 from adapters.check.laws.finding import REMARK, RIGHT, UNASKED, WRONG, Finding
-from adapters.check.measure import EXACT, TRIP, Evidence, distance, one_by_one, points, same
+from adapters.check.measure import EXACT, distance, one_by_one, points, same
 from adapters.check.subject import FORWARD, INVERSE, Wrong, kind
 from adapters.check.words import numbers, short, z_is
 

@@ -10,8 +10,9 @@ import torch
 from nflows.flows import Flow
 from torch import Tensor
 
+from adapters.check.evidence import TRIP, Evidence, Quadrature
 from adapters.check.laws.finding import RIGHT, UNASKED, WRONG, Finding
-from adapters.check.measure import LARGEST, TRIP, Evidence, Quadrature, mass_error, relative, same, seeded, worst_of
+from adapters.check.measure import LARGEST, mass_error, relative, same, seeded, worst_of
 from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, Wrong, kind
 from adapters.check.words import number, numbers, offset, smallest
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from adapters.check.measure import Evidence
+from adapters.check.evidence import Evidence
 
 RIGHT, WRONG, REMARK, UNASKED = "✓", "✗", "!", "·"
 

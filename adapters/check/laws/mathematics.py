@@ -7,20 +7,10 @@ import torch
 from nflows.transforms import Transform
 from torch import Tensor
 
+from adapters.check.evidence import TRIP, Evidence
 from adapters.check.laws.finding import REMARK, RIGHT, UNASKED, WRONG, Finding
-from adapters.check.measure import (
-    TRIP,
-    WORST,
-    Evidence,
-    distance,
-    equation_15,
-    equation_16,
-    is_tame,
-    jacobian,
-    log_abs_det,
-    relative,
-    worst_of,
-)
+from adapters.check.measure import WORST, distance, is_tame, jacobian, log_abs_det, relative, worst_of
+from adapters.check.passes import equation_15, equation_16
 from adapters.check.subject import FORWARD, INVERSE, Wrong, kind
 from adapters.check.words import number, numbers, offset, smallest, z_is
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from adapters.check.evidence import TRIP, Evidence
 from adapters.check.laws.calls import TO_DTYPE
 from adapters.check.laws.finding import REMARK, RIGHT, UNASKED, WRONG, Finding
-from adapters.check.measure import TRIP, Evidence, Pass, distance, is_rounded, own_tensors, points
+from adapters.check.measure import distance, is_rounded, own_tensors, points
+from adapters.check.passes import Pass
 from adapters.check.subject import FORWARD, Hangs, Subject, Wrong, line_of
 from adapters.check.words import numbers, short, some, z_is
 
