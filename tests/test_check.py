@@ -973,6 +973,13 @@ def test_a_flow_whose_density_and_samples_differ_is_wrong(fault, kind, features)
     assert report.mistakes == mistakes, f"\n{report}"
 
 
+def test_a_layer_of_large_numbers_may_round_them_in_float32():
+    layer = ScaleAndShift(3)
+    layer.t.data.fill_(1e6)
+    report = check(layer, (3,))
+    assert report, f"\n{report}"
+
+
 class Flattened(nn.Module):
     def forward(self, z):
         return z.flatten(1), z.new_zeros(len(z))

@@ -98,7 +98,7 @@ def _coupling(e: Evidence, number: int) -> str:
 # Which coordinates are transformed
 
 
-@mistake("the mask is drawn anew at each call", "twice", explains=ALL)
+@mistake("the mask is drawn anew at each call", "twice", explains=(*ALL, "device"))
 def mask_drawn_anew(e: Evidence, law: str) -> str | None:
     for p in (e.forward, e.inverse):
         kept = {tuple(e.passed(p.direction, p.x).kept.tolist()) for _ in range(8)}

@@ -195,8 +195,9 @@ def precision(e: Evidence) -> Finding:
             found = y.dtype if y.dtype != torch.float32 else log_det.dtype
             return Finding(WRONG, f"{p.direction} returns {short(found)} for float32", "float64 inside", TO_DTYPE)
         errors = torch.maximum(distance(y, p.y), distance(log_det[:, None], p.log_det[:, None]))
-        steep = torch.linalg.matrix_norm(p.jacobian, 2)
-        if not (errors <= (FLOAT32 * STEEP * steep).clamp(min=FLOAT32)).all():
+        rounded = torch.finfo(torch.float32).eps * p.x.flatten(1).abs().amax(1)  # of what it is given, before it begins
+        allowed = (FLOAT32 * STEEP + rounded) * torch.linalg.matrix_norm(p.jacobian, 2)
+        if not (errors <= allowed.clamp(min=FLOAT32)).all():
             row = int(errors.argmax())
             words = (
                 f"at {z_is(p, row)} {p.direction} gives {numbers(p.y[row])} in float64, {numbers(y[row])} in float32"
