@@ -1781,6 +1781,10 @@ class OfTorch(torch.distributions.Transform):
         return self.w.sum().expand(x.shape[:-1])
 
 
+def test_a_transform_of_torchs_is_told_in_its_own_words():
+    assert "which is the transform's own _inverse" in " ".join(str(check(OfTorch(), (2,))).split())
+
+
 MAPS = {  # what is wrong: the layer, its features, and the mistake; the log-determinants are right
     "shift first, +s": (lambda: ShiftFirst(lambda z, a, t: z * a - t), 3, "inverse uses +s"),
     "shift first, +t": (lambda: ShiftFirst(lambda z, a, t: z / a + t), 3, "inverse adds t"),

@@ -147,7 +147,11 @@ def _report(thing: Any, event_shape: tuple[int, ...], context_features: int | No
     except Wrong as error:
         return Report(name, {LAWS[0].name: Finding(WRONG, str(error))}, [])
     only_scores = judged is not thing or isinstance(thing, Flow)  # some of the libraries' have no inverse
-    return judge(name, Evidence(lambda: fresh(judged, seconds), event_shape, context_features, only_scores))
+    report = judge(name, Evidence(lambda: fresh(judged, seconds), event_shape, context_features, only_scores))
+    if not isinstance(thing, torch.distributions.Transform):
+        return report
+    diagnoses = [one._replace(words=f"{one.words}\n{OF_TORCH}") for one in report.diagnoses]
+    return replace(report, diagnoses=diagnoses)
 
 
 def judge(name: str, evidence: Evidence, laws: Sequence[Law] = LAWS) -> Report:
@@ -181,6 +185,7 @@ def judge(name: str, evidence: Evidence, laws: Sequence[Law] = LAWS) -> Report:
     return replace(report, diagnoses=(laws is LAWS and _of_a_part(report, evidence)) or diagnoses)
 
 
+OF_TORCH = "forward is data → noise here, which is the transform's own _inverse, and inverse is its own _call"
 MASK_LAWS = tuple(law for law in LAWS if law.name in ("outputs", "log_det_shape", "twice", "mask"))
 
 
