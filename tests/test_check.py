@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-import zuko
 from nflows.transforms import CompositeTransform, Sigmoid, Transform
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -29,6 +28,7 @@ from adapters.check import WrongLayer, fresh
 from adapters.check.__main__ import main
 from adapters.check.evidence import Evidence
 from adapters.check.laws import LAWS
+from adapters.imports import import_zuko
 from adapters.layers.spline import MaskedSplineCouplingLayer, spline_parameters
 from adapters.networks import MLP
 from adapters.own import Network, Offer, load, make
@@ -1447,20 +1447,20 @@ def test_a_map_of_a_square_that_cuts_off_the_rest_of_the_plane_is_wrong():
         lambda: distributions.ComposeTransform([distributions.AffineTransform(1.0, 2.0), distributions.ExpTransform()]),
         lambda: distributions.ComposeTransform([distributions.ExpTransform(), distributions.AffineTransform(1.0, 2.0)]),
         lambda: Sigmoid(2, learn_temperature=True),
-        lambda: zuko.flows.NCSF(2, transforms=1, hidden_features=(8, 8)),
+        lambda: import_zuko().flows.NCSF(2, transforms=1, hidden_features=(8, 8)),
     ],
 )
 def test_no_transform_of_a_part_of_the_plane_is_accused(make):
     for thing in (make(), make().inv) if hasattr(make(), "inv") else (make(),):
-        for features in (2,) if isinstance(thing, zuko.lazy.Flow) else (2, 3):
+        for features in (2,) if type(thing).__module__.startswith("zuko") else (2, 3):
             report = check(thing, (features,))
             assert report, f"\n{report}"
 
 
-@pytest.mark.parametrize("flow", [zuko.flows.GF, zuko.flows.BPF, zuko.flows.SOSPF, zuko.flows.UNAF])
+@pytest.mark.parametrize("flow", ["GF", "BPF", "SOSPF", "UNAF"])
 def test_no_inverse_that_searches_is_accused(flow):
     """It is as exact as the search is, about as exact as float32."""
-    report = check(flow(2, transforms=1, hidden_features=(8, 8)), (2,))
+    report = check(getattr(import_zuko().flows, flow)(2, transforms=1, hidden_features=(8, 8)), (2,))
     assert report, f"\n{report}"
 
 
