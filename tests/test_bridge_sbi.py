@@ -1098,7 +1098,7 @@ class Direct(sbi.ConditionalDensityEstimator):
         return -self.log_prob(input, condition)
 
     def sample(self, sample_shape, condition):
-        raise NotImplementedError
+        raise NotImplementedError  # sbi's class wants the method; as_flow refuses before anything is drawn
 
 
 def mixed_estimator():

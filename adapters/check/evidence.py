@@ -106,7 +106,7 @@ class Evidence:
             if not self.one_way:
                 raise
         self.slow = process_time() - start > PATIENCE
-        if not (self.one_way or self.slow or self._comes_back()):
+        if not (self.slow or self.comes_back):
             self._look_where_inverse_ends()
         if not self.one_way and (self.slow or self.size > self.narrow):
             self.back.undoes = self.forward
@@ -152,10 +152,6 @@ class Evidence:
             self.x, self.z, self.unit = unit if self.gives(INVERSE, unit) else reached, noise, True
             self.forward = self.passed(FORWARD, self.x)
             self.__dict__.pop("back", None)  # which was inverse at the outputs before
-
-    def _comes_back(self) -> bool:
-        """Whether inverse undoes forward."""
-        return self.back.y.shape == self.x.shape and bool((distance(self.back.y, self.x) <= TRIP).all())
 
     def _is_undone(self, z: Tensor) -> bool:
         """Whether forward undoes inverse at these rows."""
@@ -271,7 +267,7 @@ class Evidence:
         if self.subject.is_flow and self.subject.scores == FORWARD:
             return False
         try:
-            return self._comes_back() and not self._is_undone(z) and not self.gives(FORWARD, z)
+            return self.comes_back and not self._is_undone(z) and not self.gives(FORWARD, z)
         except (Wrong, RuntimeError):  # which the laws say
             return False
 
@@ -280,7 +276,7 @@ class Evidence:
         """forward at inverse's outputs."""
         return self.passed(FORWARD, self.inverse.y)
 
-    @cached_property
+    @property
     def comes_back(self) -> bool:
         """Whether inverse undoes forward at x."""
         return self.one_way or same(self.back.y, self.x, TRIP)

@@ -15,7 +15,7 @@ from torch import Tensor
 from adapters.check.evidence import WIDE, Evidence, is_mask
 from adapters.check.measure import EXACT, is_rounded, jacobian, own_tensors, same, seeded
 from adapters.check.passes import EXP, Pass, equation_15, equation_16
-from adapters.check.subject import FORWARD, INVERSE, Wrong, place
+from adapters.check.subject import FORWARD, INVERSE, OTHER, Wrong, place
 from adapters.check.words import number, numbers
 
 EQUATIONS = {
@@ -415,7 +415,6 @@ SLIPS = (  # those of equation 15 first, which forward is tried as
     Slip("uses +s", GLOW, lambda y, a, t: y * a - t, "it multiplies by exp(+s), as {other} does: write exp(−s)"),
     Slip("does not scale", GLOW, lambda y, a, t: y - t, "it computes z' − t: multiply z' by exp(−s)"),
 )
-OTHER = {FORWARD: INVERSE, INVERSE: FORWARD}
 
 
 def _may_be(e: Evidence, direction: str) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from adapters.bridges.common.exports import whole_transform
 from adapters.parts import base_of, embedding_of
 
 FORWARD, INVERSE = "forward", "inverse"
+OTHER = {FORWARD: INVERSE, INVERSE: FORWARD}
 WRITE_INVERSE = "write def inverse(self, z, context=None), which returns what forward was given, and minus its log_det"
 BASES = ("base", "prior", "base_dist", "base_distribution", "distribution", "latent", "p_z", "q0")
 OTHER_NAMES = ("backward", "reverse", "invert", "inv", "inverse_transform", "_inverse", "g", "decode")  # of an inverse

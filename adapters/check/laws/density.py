@@ -1,7 +1,7 @@
 """Laws of a density: log_prob, the samples and ∫p belong together."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import process_time
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 from adapters.check.evidence import TRIP, Evidence, Quadrature
 from adapters.check.laws.finding import RIGHT, UNASKED, WRONG, Finding
 from adapters.check.measure import LARGEST, mass_error, relative, same, seeded, worst_of
-from adapters.check.subject import FORWARD, INVERSE, Hangs, NoInverse, Subject, Wrong, kind
+from adapters.check.subject import FORWARD, INVERSE, OTHER, Hangs, NoInverse, Subject, Wrong, kind
 from adapters.check.words import number, numbers, offset, smallest
 
 MASS = 0.02  # of ``mass_error``, with as many samples as ``Quadrature`` has by itself
@@ -88,7 +88,7 @@ class _Reading(NamedTuple):
 
 def _readings(subject: Subject, x: Tensor, context: Tensor | None) -> list[_Reading]:
     """All ways to read it, the usual one first: of a library's flow one, of somebody's own either direction."""
-    other = INVERSE if subject.scores == FORWARD else FORWARD
+    other = OTHER[subject.scores]
     directions = (subject.scores,) if isinstance(subject.thing, Flow) else (subject.scores, other)
     found = []
     for direction in directions:
@@ -115,11 +115,7 @@ def _sampler(subject: Subject, e: Evidence, reading: _Reading) -> Finding | None
     """
     subject = e.moved()
     drawing = _drawing(subject)
-    row = None if e.context is None else e.context[:1]
-
-    def context(n: int) -> Tensor | None:
-        return None if row is None else row.expand(n, -1)
-
+    context = _first_context(e)
     try:
         start = process_time()
         drawn = drawing.sample(TRIED, context(TRIED)).double()
@@ -129,7 +125,7 @@ def _sampler(subject: Subject, e: Evidence, reading: _Reading) -> Finding | None
         base = torch.randn(n, *e.event_shape) if reading.base is None else reading.base.sample((n,))
         if base.shape != drawn.shape and reading.base is not None:
             base = reading.base.sample(drawn.shape)  # of each coordinate
-        other = INVERSE if reading.direction == FORWARD else FORWARD
+        other = OTHER[reading.direction]
         distances = {}
         for direction in (reading.direction, other):
             noise = subject.run(direction, drawn, context(n))[0].flatten(1)
@@ -149,6 +145,11 @@ def _sampler(subject: Subject, e: Evidence, reading: _Reading) -> Finding | None
         return Finding(WRONG, words, "sample runs data → noise", remedy)
     remedy = "log_prob calls forward, and sample, too: log p(x) = log p_base(z) + log|det J|, with both from inverse(x)"
     return Finding(WRONG, words, "the direction is noise → data where data → noise is expected", remedy)
+
+
+def _first_context(e: Evidence) -> Callable[[int], Tensor | None]:
+    """A function that gives the first context to each of n rows; ``None`` where there is none."""
+    return lambda n: None if e.context is None else e.context[:1].expand(n, -1)
 
 
 def _kolmogorov(one: Tensor, other: Tensor) -> float:
@@ -206,16 +207,13 @@ def mass(e: Evidence) -> Finding:
     subject = e.moved(GENTLE)
     drawing = _drawing(subject)
     scores, draws = (FORWARD, INVERSE) if subject.scores == FORWARD else (INVERSE, FORWARD)
-    row = None if e.context is None else e.context[:1]
-
-    def contexts(n: int) -> Tensor | None:
-        return None if row is None else row.expand(n, -1)
+    row, contexts = None if e.context is None else e.context[:1], _first_context(e)
 
     def log_prob(x: Tensor) -> Tensor:
         if subject.is_flow:
             return subject.log_prob(x, contexts(len(x)))
         noise, log_det = subject.run(scores, x, contexts(len(x)))
-        return log_det - 0.5 * (noise**2).sum(1) - math.log(2 * math.pi)
+        return log_det + _normal(noise)
 
     def draw(n: int) -> Tensor:
         if not subject.is_flow:
