@@ -34,6 +34,7 @@ from runs.common.tasks import DENSITY_TASKS, TASKS
 from runs.common.timing import Stopwatch, ratio
 from tests.scripts import pictures_in, run
 from tests.students_layer import LAYER
+from tests.test_own import COURSE
 
 CPU = torch.device("cpu")
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -246,42 +247,22 @@ def test_the_readmes_own_layer_gets_its_row(tmp_path, monkeypatch):
     assert row["parameters"] == 4 * 2 * parameter_count(network)
 
 
-WHOLE_FLOW = """
-import torch
-from torch import nn
+WRONG_SAMPLER = """
 
-class Base(nn.Module):
-    def __init__(self, features):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(features))
-    def forward(self):
-        return torch.distributions.Independent(torch.distributions.Normal(self.mean, torch.ones_like(self.mean)), 1)
-
-class Right(nn.Module):
-    def __init__(self, features):
-        super().__init__()
-        self.s = nn.Parameter(torch.full((features,), 0.5))
-        self.base = Base(features)
-    def forward(self, z):
-        return z * self.s.exp(), self.s.sum().expand(len(z))
-    def inverse(self, x):
-        return x * (-self.s).exp(), -self.s.sum().expand(len(x))
-    def log_prob(self, x):
-        z, log_det = self.inverse(x)
-        return self.base().log_prob(z) + log_det
-    def sample(self, sample_shape=(1,)):
-        return self(self.base().sample(sample_shape))[0]
-
-class SamplesTheWrongWay(Right):
+class SamplesTheWrongWay(Flow):
     def sample(self, sample_shape=(1,)):
         return self.inverse(self.base().sample(sample_shape))[0]
+
+
+def make_wrong_sampler(features, masks):
+    return make_flow(features, masks, SamplesTheWrongWay)
 """
 
 
 def test_a_flow_whose_own_sample_is_wrong_is_not_trained(tmp_path, monkeypatch):
-    (tmp_path / "whole_flow.py").write_text(WHOLE_FLOW)
+    (tmp_path / "whole_flow.py").write_text(COURSE + WRONG_SAMPLER)
     monkeypatch.chdir(tmp_path)
-    names = ("whole_flow.py:Right", "whole_flow.py:SamplesTheWrongWay")
+    names = ("whole_flow.py:make_flow", "whole_flow.py:make_wrong_sampler")
     right, wrong = compare(**TINY, flows=names, out=tmp_path).values()
     assert math.isfinite(scores(right)[0])
     assert not wrong["trainings"] and wrong["untrained"][0] == "sample runs data → noise"
