@@ -12,7 +12,7 @@ from adapters.bridges.sbi import import_sbi
 from runs.common import npe
 from runs.common.comparison import Effort
 from runs.common.pictures import figures
-from runs.common.pictures.compare import draw_quality
+from runs.common.pictures.compare import draw_quality, training_curve
 from runs.common.table import Table
 from runs.common.timing import Stopwatch
 from tests.scripts import run
@@ -103,6 +103,23 @@ def test_curves_and_scores_have_an_axis_each(tmp_path, monkeypatch):
     assert [len(axis.lines) for axis in curves] == [2, 2] and all(axis.get_ylim()[0] < -1 for axis in curves)
     assert "−log p (nats) of the training batches" in drawing.get_supxlabel()
     assert drawing.get_supylabel() == "C2ST (accuracy)"
+
+
+def test_seeds_that_took_longer_are_on_one_curve():
+    """Trainings of equal steps end at the mean time together: no curve jumps where the quickest seed ends."""
+    trainings = [
+        {
+            "budget": "10steps",
+            "seed": seed,
+            "seconds": took,
+            "score": 0.9,
+            "curve": [[took * i / 10, -i] for i in range(11)],
+        }
+        for seed, took in ((0, 1.0), (1, 3.0))
+    ]
+    table = Table({"task": "npe", "budget": ["10steps"]}, {"masked-affine": {"trainings": trainings}})
+    seconds, losses = training_curve(table, "masked-affine").T
+    assert abs(seconds[-1] - 2) < 0.3 and (losses[1:] <= losses[:-1]).all()
 
 
 @pytest.mark.parametrize("make", [npe.sbi_nsf, npe.sbi_zuko_nsf])
